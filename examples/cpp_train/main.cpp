@@ -1,0 +1,63 @@
+// Trains a small network in float16 from C++: halfstep::AutocastScope around the forward pass, halfstep::GradScaler
+// around the optimizer. Two interleaved spirals, on the GPU if there is one.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+#include <halfstep/torch.h>
+#include <torch/torch.h>
+
+namespace {
+
+struct Spirals {
+  torch::Tensor points;  // [n, 2]
+  torch::Tensor labels;  // [n]
+};
+
+Spirals make_spirals(int64_t n) {
+  const torch::Tensor t = torch::rand({n}).sqrt() * (3.0 * M_PI);
+  const torch::Tensor labels = torch::arange(n).remainder(2);
+  const torch::Tensor angle = t + labels * M_PI;
+  const torch::Tensor points = torch::stack({t * angle.cos(), t * angle.sin()}, 1) / (3.0 * M_PI);
+  return {points + 0.01 * torch::randn({n, 2}), labels};
+}
+
+}  // namespace
+
+int main() {
+  torch::manual_seed(7);
+  const torch::Device device(torch::cuda::is_available() ? torch::kCUDA : torch::kCPU);
+
+  torch::nn::Sequential model(torch::nn::Linear(2, 128), torch::nn::Tanh(), torch::nn::Linear(128, 128),
+                              torch::nn::Tanh(), torch::nn::Linear(128, 2));
+  model->to(device);
+  torch::optim::Adam optimizer(model->parameters(), torch::optim::AdamOptions(3e-3));
+  halfstep::GradScaler scaler({.rule = {.init_scale = 32768.0, .growth_interval = 200}});
+
+  const Spirals data = make_spirals(1024);
+  const torch::Tensor x = data.points.to(device);
+  const torch::Tensor y = data.labels.to(device);
+
+  float loss_value = NAN;
+  int skipped = 0;
+  for (int step = 1; step <= 400; ++step) {
+    optimizer.zero_grad();
+    torch::Tensor loss;
+    {
+      const halfstep::AutocastScope autocast(device.type(), torch::kHalf);
+      loss = torch::nn::functional::cross_entropy(model->forward(x), y);
+    }
+    scaler.scale(loss).backward();
+    if (!scaler.step(optimizer)) ++skipped;
+    scaler.update();
+    if (step % 100 == 0) {
+      loss_value = loss.item<float>();
+      std::printf("step %3d  loss %.4f  scale %.0f  skipped %d\n", step, loss_value, scaler.get_scale(), skipped);
+    }
+  }
+
+  const torch::NoGradGuard no_grad;
+  const double accuracy = model->forward(x).argmax(1).eq(y).to(torch::kFloat).mean().item<double>();
+  std::printf("accuracy %.1f %%\n", 100.0 * accuracy);
+  return accuracy > 0.95 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

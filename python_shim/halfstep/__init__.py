@@ -1,0 +1,57 @@
+"""halfstep: mixed precision for PyTorch, as a LibTorch library with a thin Python package.
+
+    from halfstep import GradScaler, MixedPrecisionManager
+
+Names are loaded when they are first used, so `import halfstep` itself imports neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from halfstep._version import __version__
+
+if TYPE_CHECKING:
+    from halfstep._library import build_info
+    from halfstep.autocast import AutocastContext
+    from halfstep.config import MixedPrecisionConfig
+    from halfstep.errors import LibraryMismatchError, ScaleCollapsed
+    from halfstep.grad_scaler import GradScaler
+    from halfstep.manager import MixedPrecisionManager
+    from halfstep.statistics import MixedPrecisionStatistics
+
+_HOME_OF = {
+    "AutocastContext": "halfstep.autocast",
+    "GradScaler": "halfstep.grad_scaler",
+    "LibraryMismatchError": "halfstep.errors",
+    "MixedPrecisionConfig": "halfstep.config",
+    "MixedPrecisionManager": "halfstep.manager",
+    "MixedPrecisionStatistics": "halfstep.statistics",
+    "ScaleCollapsed": "halfstep.errors",
+    "build_info": "halfstep._library",
+}
+
+__all__ = [
+    "AutocastContext",
+    "GradScaler",
+    "LibraryMismatchError",
+    "MixedPrecisionConfig",
+    "MixedPrecisionManager",
+    "MixedPrecisionStatistics",
+    "ScaleCollapsed",
+    "__version__",
+    "build_info",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'halfstep' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

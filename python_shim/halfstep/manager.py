@@ -1,0 +1,113 @@
+"""MixedPrecisionManager: one object that configures mixed precision for a framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+from halfstep.config import MixedPrecisionConfig, check_choice
+from halfstep.statistics import MixedPrecisionStatistics
+
+FRAMEWORKS = ("auto", "pytorch")
+_DEFAULT_POLICY = "mixed_float16"
+_DEFAULT_SCALE = 2**15
+
+
+class MixedPrecisionManager:
+    """Mixed precision for a training loop.
+
+    framework: "pytorch", or "auto" for the installed one.
+    precision_policy: "mixed_float16", "mixed_bfloat16" or "float32".
+    enable_loss_scaling: scale the loss (mixed_float16).
+    initial_loss_scale: first scale, > 0.
+    enable_monitoring: collect statistics.
+    config: a MixedPrecisionConfig instead of precision_policy and initial_loss_scale. With one, gradients are clipped
+        to its gradient_clipping_threshold in scaler.step(); without one nothing is clipped.
+
+        manager = MixedPrecisionManager(framework="pytorch")
+        model, optimizer, scaler = manager.setup_pytorch_training(model, optimizer)
+        with manager.autocast_context():
+            loss = criterion(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    """
+
+    def __init__(
+        self,
+        framework: str = "auto",
+        precision_policy: str = _DEFAULT_POLICY,
+        enable_loss_scaling: bool = True,
+        initial_loss_scale: float = _DEFAULT_SCALE,
+        enable_monitoring: bool = True,
+        *,
+        config: MixedPrecisionConfig | None = None,
+    ) -> None:
+        check_choice(*FRAMEWORKS)("framework", framework)
+        if config is None:
+            settings = _config_of(precision_policy, initial_loss_scale)
+        else:
+            if not isinstance(config, MixedPrecisionConfig):
+                raise TypeError(f"config is {type(config).__name__}, expected MixedPrecisionConfig")
+            if (precision_policy, initial_loss_scale) != (_DEFAULT_POLICY, _DEFAULT_SCALE):
+                raise ValueError("got config together with precision_policy or initial_loss_scale; set them in config")
+            settings = dataclasses.replace(config)
+        if importlib.util.find_spec("torch") is None:
+            raise ImportError(f"framework is {framework!r}, but torch is not installed: pip install torch")
+        from halfstep.pytorch import PyTorchManager
+
+        self._manager = PyTorchManager(settings, enable_loss_scaling, enable_monitoring, clip=config is not None)
+
+    @property
+    def framework(self) -> str:
+        """The framework in use."""
+        return self._manager.framework
+
+    @property
+    def config(self) -> MixedPrecisionConfig:
+        """A copy of the settings in force; change them with update_config()."""
+        return dataclasses.replace(self._manager.config)
+
+    def setup_pytorch_training(self, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
+        """Return (model, optimizer, scaler): the two objects as they came in, and the GradScaler for their loop."""
+        return model, optimizer, self._manager.setup(model, optimizer)
+
+    def autocast_context(self) -> Any:
+        """Return a context manager for the forward pass. Contexts nest, and each drops its weight casts at its end."""
+        return self._manager.autocast_context()
+
+    def update_config(self, **changes: Any) -> None:
+        """Change settings by the names of MixedPrecisionConfig's fields (autocast_enabled is enable_autocast).
+
+        loss_scale sets the running scale. All names and values are checked before any takes effect.
+        """
+        if "autocast_enabled" in changes:
+            if "enable_autocast" in changes:
+                raise ValueError("got both autocast_enabled and enable_autocast, which are one setting")
+            changes["enable_autocast"] = changes.pop("autocast_enabled")
+        fields = {field.name for field in dataclasses.fields(MixedPrecisionConfig)}
+        unknown = sorted(set(changes) - fields)
+        if unknown:
+            raise ValueError(f"update_config got {unknown}, expected fields of MixedPrecisionConfig: {sorted(fields)}")
+        self._manager.apply_config(dataclasses.replace(self._manager.config, **changes), set(changes))
+
+    def adjust_loss_scale(self, factor: float) -> None:
+        """Multiply the loss scale by `factor`, a finite number > 0. Nothing happens where the loss is not scaled."""
+        self._manager.adjust_loss_scale(factor)
+
+    def get_statistics(self) -> MixedPrecisionStatistics:
+        """Return what was measured so far; what was not is NaN, with the reason in its `notes` (waits)."""
+        return self._manager.statistics()
+
+    def get_comprehensive_stats(self) -> dict[str, Any]:
+        """Return the same as a dictionary."""
+        return self.get_statistics().as_dict()
+
+
+def _config_of(precision_policy: str, initial_loss_scale: float) -> MixedPrecisionConfig:
+    """Make a config whose errors name the manager's parameters."""
+    try:
+        return MixedPrecisionConfig(precision_policy=precision_policy, loss_scale=initial_loss_scale)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("loss_scale is", "initial_loss_scale is", 1)) from None

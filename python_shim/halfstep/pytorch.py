@@ -1,0 +1,181 @@
+"""The PyTorch side of MixedPrecisionManager."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfstep.autocast import AutocastContext
+from halfstep.config import MixedPrecisionConfig, check_number
+from halfstep.grad_scaler import GradScaler
+from halfstep.statistics import MixedPrecisionStatistics
+
+_HALF_TYPES = {"mixed_float16": torch.float16, "mixed_bfloat16": torch.bfloat16}
+
+_NOT_SAMPLED = "no fp32 run is sampled beside training in this version"
+_NOT_COUNTED = "operations are not counted by dtype in this version"
+_NOTES = {
+    **dict.fromkeys(("speedup_factor", "average_speedup", "peak_speedup"), _NOT_SAMPLED),
+    **dict.fromkeys(("memory_saved_bytes", "memory_reduction", "accuracy_preservation"), _NOT_SAMPLED),
+    **dict.fromkeys(
+        ("total_operations", "fp16_operations", "bf16_operations", "fp32_operations", "mixed_operations"), _NOT_COUNTED
+    ),
+    "underflow_events": "gradients below the half range are not counted per step in this version",
+}
+
+
+class PyTorchManager:
+    """Autocast and loss scaling for a PyTorch loop, from one configuration."""
+
+    framework = "pytorch"
+
+    def __init__(self, config: MixedPrecisionConfig, enable_loss_scaling: bool, monitor: bool, clip: bool) -> None:
+        self.config = config
+        self._loss_scaling = enable_loss_scaling
+        self._monitor = monitor
+        self._clip = clip
+        self._device_type: str | None = None  # the model's, once there is one
+        self._scaler: GradScaler | None = None
+
+    @property
+    def device_type(self) -> str:
+        """Where autocast acts: the model's device, before that the configured one if this machine has it."""
+        if self._device_type is not None:
+            return self._device_type
+        if self.config.autocast_device_type == "cuda" and not torch.cuda.is_available():
+            return "cpu"
+        return self.config.autocast_device_type
+
+    def setup(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> GradScaler:
+        """Remember where the model lives and return the scaler for its loop. Neither object is changed."""
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is {type(optimizer).__name__}, expected torch.optim.Optimizer")
+        device_types = {parameter.device.type for parameter in model.parameters()}
+        if not device_types <= {"cpu", "cuda"} or len(device_types) > 1:
+            raise ValueError(f"the model's parameters are on {sorted(device_types)}, expected all on cpu or all on cuda")
+        scaler_device = next(iter(device_types), self.device_type)
+        scaler = self._make_scaler(scaler_device)
+        self._device_type = scaler_device
+        self._scaler = scaler
+        if scaler_device == "cpu" and self.config.precision_policy == "mixed_float16":
+            _warn_of_emulated_float16()
+        return scaler
+
+    def _make_scaler(self, device_type: str) -> GradScaler:
+        config = self.config
+        if config.precision_policy == "mixed_float16" and self._loss_scaling:
+            scaler = GradScaler(
+                device_type,
+                init_scale=config.loss_scale,
+                growth_factor=config.loss_scale_growth_factor,
+                backoff_factor=config.loss_scale_backoff_factor,
+                growth_interval=config.loss_scale_growth_interval,
+            )
+        elif config.precision_policy != "float32" and config.numerical_stability_check:
+            # No scale is needed or wanted: multiply by 1, but still skip steps with infinite or NaN gradients.
+            scaler = GradScaler(device_type, init_scale=1.0, min_scale=1.0, max_scale=1.0)
+        else:
+            scaler = GradScaler(device_type, enabled=False)
+        if self._clip and config.gradient_clipping_threshold != float("inf"):
+            scaler._max_norm = config.gradient_clipping_threshold
+        return scaler
+
+    def autocast_context(self) -> AutocastContext:
+        """Return a new context manager for the forward pass."""
+        half = _HALF_TYPES.get(self.config.precision_policy)
+        enabled = half is not None and self.config.enable_autocast
+        return AutocastContext(self.device_type, dtype=half or torch.bfloat16, enabled=enabled)
+
+    def apply_config(self, config: MixedPrecisionConfig, changed: set[str]) -> None:
+        """Put a checked new configuration into force, on the running scaler too."""
+        previous, self.config = self.config, config
+        scaler = self._scaler
+        if scaler is None:
+            return
+        if "precision_policy" in changed or "numerical_stability_check" in changed:
+            if config.precision_policy != previous.precision_policy or (
+                config.numerical_stability_check != previous.numerical_stability_check
+            ):
+                self.config = previous
+                raise ValueError(
+                    "precision_policy and numerical_stability_check decide what the scaler is; after "
+                    "setup_pytorch_training they cannot change. Make a new MixedPrecisionManager."
+                )
+        if self._scales:
+            scaler.set_growth_factor(config.loss_scale_growth_factor)
+            scaler.set_backoff_factor(config.loss_scale_backoff_factor)
+            scaler.set_growth_interval(config.loss_scale_growth_interval)
+            if "loss_scale" in changed:
+                self._set_scale(config.loss_scale)
+        if "gradient_clipping_threshold" in changed:
+            threshold = config.gradient_clipping_threshold
+            scaler._max_norm = None if threshold == float("inf") else threshold
+
+    @property
+    def _scales(self) -> bool:
+        return self.config.precision_policy == "mixed_float16" and self._loss_scaling
+
+    def _set_scale(self, scale: float) -> None:
+        scaler = self._scaler
+        if scaler._scale is None:
+            scaler._init_scale = float(scale)
+        else:
+            scaler._scale.fill_(scale)
+
+    def adjust_loss_scale(self, factor: float) -> None:
+        """Multiply the loss scale by `factor`, a finite number > 0, within float32 (reads the scale on the host)."""
+        check_number("a finite number > 0", lambda value: 0 < value < float("inf"))("factor", factor)
+        if not self._scales:
+            return
+        if self._scaler is None:
+            self.config.loss_scale = self.config.loss_scale * factor
+            return
+        scale = self._scaler.get_scale() * factor
+        if not 0 < scale <= torch.finfo(torch.float32).max:
+            raise ValueError(f"factor is {factor!r}, which would make the loss scale {scale!r}, outside float32")
+        self._set_scale(scale)
+
+    def statistics(self) -> MixedPrecisionStatistics:
+        """Return what was measured so far (waits for the device)."""
+        result = MixedPrecisionStatistics(self.framework, self.config.precision_policy)
+        scaler = self._scaler
+        unknown = dict(_NOTES)
+        scaler_fields = ("overflow_events", "scale_adjustments", "steps", "skipped_steps", "loss_scale", "host_syncs")
+        if not self._monitor:
+            unknown.update(dict.fromkeys((*unknown, *scaler_fields), "monitoring is off (enable_monitoring=False)"))
+        elif scaler is None:
+            unknown.update(dict.fromkeys(scaler_fields, "setup_pytorch_training has not been called"))
+        elif not scaler.is_enabled():
+            unknown.update(dict.fromkeys(scaler_fields, "the policy checks no gradients, so no steps were counted"))
+        else:
+            counters = scaler.counters()
+            result.steps = counters["steps"]
+            result.skipped_steps = result.overflow_events = counters["skipped"]
+            result.scale_adjustments = counters["growths"] + counters["backoffs"]
+            result.loss_scale = scaler.get_scale()
+            result.host_syncs = scaler.host_syncs
+        result.notes = unknown
+        return result
+
+
+@functools.cache
+def _warn_of_emulated_float16() -> None:
+    """Warn, once, on a processor without float16 arithmetic."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return
+    if not any(flag in flags for flag in ("avx512_fp16", "amx_fp16", "asimdhp")):
+        warnings.warn(
+            "mixed_float16 on this processor: it has no float16 arithmetic, so float16 will be slower than float32. "
+            "mixed_bfloat16 is the better policy here.",
+            stacklevel=4,
+        )
+
+

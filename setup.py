@@ -1,0 +1,91 @@
+"""Drives CMake into the package; CMakeLists.txt is the only place with source lists.
+
+Environment:
+  HALFSTEP_CUDA                ON or OFF; default: ON if nvcc is found (devices are not asked: a Docker build sees none)
+  HALFSTEP_CUDA_ARCHITECTURES  CMake's list, such as 90a-real; default: CMakeLists.txt
+  CMAKE_BUILD_PARALLEL_LEVEL   compile jobs
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def torch_folder() -> tuple[Path, str]:
+    """Return the folder and the version of the torch to build for."""
+    try:
+        import torch
+    except ImportError:
+        sys.exit(
+            "\nhalfstep is built against the torch you use, and there is none here.\n"
+            "If torch is installed, pip has hidden it (build isolation). Both cases are cured by\n\n"
+            "    pip install torch 'setuptools>=77,<82' wheel 'cmake>=3.26' ninja numpy\n"
+            "    pip install --no-build-isolation .\n"
+        )
+    return Path(torch.__file__).parent, torch.__version__
+
+
+def wants_cuda() -> bool:
+    """Return whether to build the CUDA kernels."""
+    choice = os.environ.get("HALFSTEP_CUDA", "").upper()
+    if choice not in ("", "ON", "OFF"):
+        sys.exit(f"HALFSTEP_CUDA is {choice!r}, expected ON or OFF")
+    return choice == "ON" or (choice == "" and shutil.which("nvcc") is not None)
+
+
+class BuildWithCMake(build_py):
+    """build_py that first builds the library and installs it into the package."""
+
+    def run(self) -> None:
+        """Build, install, then copy the package."""
+        torch_root, torch_version = torch_folder()
+        cuda = wants_cuda()
+        minor = ".".join(torch_version.split(".")[:2])
+        print(f"halfstep: building for torch {torch_version}, CUDA {'ON' if cuda else 'OFF'}", flush=True)
+        # Editable installs keep their build folder and put the library beside the sources.
+        base = ROOT if self.editable_mode else Path(self.get_finalized_command("build").build_temp).resolve()
+        build = base / "build" / f"pip-{minor}-{'cuda' if cuda else 'cpu'}"
+        package = ROOT / "python_shim/halfstep" if self.editable_mode else Path(self.build_lib).resolve() / "halfstep"
+        architectures = os.environ.get("HALFSTEP_CUDA_ARCHITECTURES")
+        options = [
+            f"-DHALFSTEP_TORCH_ROOT={torch_root}",
+            f"-DHALFSTEP_CUDA={'ON' if cuda else 'OFF'}",
+            "-DHALFSTEP_TESTS=OFF",
+            *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
+        ]
+        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+        super().run()
+        if not self.editable_mode:
+            for stale in package.glob("torch-*"):  # builds for other torches that lie in the source tree
+                shutil.rmtree(stale)
+        subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
+
+
+class PlatformWheel(bdist_wheel):
+    """The library holds machine code but no Python: py3-none-<platform>."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the wheel's tag."""
+        return "py3", "none", super().get_tag()[2]
+
+
+class BinaryDistribution(Distribution):
+    """A distribution with machine code in it."""
+
+    def has_ext_modules(self) -> bool:
+        """Return True: the wheel is not pure Python."""
+        return True
+
+
+setup(cmdclass={"build_py": BuildWithCMake, "bdist_wheel": PlatformWheel}, distclass=BinaryDistribution)

@@ -1,0 +1,228 @@
+"""Set-up behind `make`: environment, compiler and build, from nothing, with the system's Python alone.
+
+    python3 tools/bootstrap.py [--torch 2.11.0] [--cuda auto|on|off] [--architectures LIST]
+
+Leaves .venv-<torch> (and .venv, a link to it), build/<torch>-<cpu|cuda>, and the library in the Python package. Each
+part says what it does and how long that takes, and is skipped when its stamp says that it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "tools" / "requirements.txt"
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(f"[halfstep] {text}", flush=True)
+
+
+def fail(text: str) -> None:
+    """End with an explanation."""
+    sys.exit(f"[halfstep] {text}")
+
+
+def run(*command: str | Path, **options) -> None:
+    """Run a command; end with its exit code if it fails."""
+    result = subprocess.run([str(part) for part in command], **options)
+    if result.returncode != 0:
+        fail(f"failed with exit code {result.returncode}: {' '.join(map(str, command))}")
+
+
+# ------------------------------------------------------------------------------------------------- what the system has
+
+
+def compiler_version(name: str) -> tuple[int, ...]:
+    """Return the version of a g++, or ()."""
+    try:
+        text = subprocess.run([name, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    return tuple(int(part) for part in text.strip().split("."))
+
+
+def check_system() -> None:
+    """End with one line that installs whatever is missing."""
+    missing = []
+    if sys.version_info < (3, 10):
+        fail(f"python3 is {sys.version.split()[0]}, expected 3.10 or newer; choose one with PYTHON=python3.12 make ...")
+    try:
+        import ensurepip  # noqa: F401
+    except ImportError:
+        missing.append("python3-venv")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        missing.append("python3-dev")  # torch.compile on the CPU compiles against it
+    if compiler_version(os.environ.get("CXX", "g++")) < (11,):
+        missing.append("g++")
+    gtest = ("/usr/include/gtest/gtest.h", "/usr/local/include/gtest/gtest.h")
+    if not any(Path(path).exists() for path in gtest):
+        missing.append("libgtest-dev")
+    if missing:
+        sudo = "" if os.geteuid() == 0 else "sudo "
+        fail(
+            f"missing: {', '.join(missing)}. Install with\n\n"
+            f"    {sudo}apt-get update && {sudo}apt-get install -y {' '.join(missing)}\n\n"
+            "and run make again. (g++ must be 11 or newer.)"
+        )
+
+
+def gpu_capabilities() -> list[str]:
+    """Ask the driver for the compute capabilities of this machine's GPUs, such as ['9.0']; [] without a GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    capabilities = set()
+    for ordinal in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGet(ctypes.byref(device), ordinal)
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        capabilities.add(f"{major.value}.{minor.value}")
+    return sorted(capabilities)
+
+
+def architectures_of(capabilities: list[str]) -> str:
+    """Return CMake's architectures for exactly these GPUs: 9.0 needs the features of 90a, others their own number."""
+    names = [capability.replace(".", "") for capability in capabilities]
+    return ";".join(f"{name}a-real" if name == "90" else f"{name}-real" for name in names)
+
+
+# --------------------------------------------------------------------------------------------------------- environment
+
+
+class Environment:
+    """The virtual environment for one torch version."""
+
+    def __init__(self, torch_version: str) -> None:
+        self.torch_version = torch_version
+        self.folder = ROOT / f".venv-{torch_version}"
+        self.bin = self.folder / "bin"
+        self.python = self.bin / "python"
+
+    def pip(self, *arguments: str | Path) -> None:
+        """Run pip, quietly but for errors."""
+        run(self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+
+    def ensure(self) -> None:
+        """Make the environment and fill it, unless its stamp says that this was done with the same requirements."""
+        wanted = f"torch=={self.torch_version}"
+        stamp = self.folder / "halfstep.stamp"
+        contents = hashlib.sha256(f"{wanted}\n{REQUIREMENTS.read_text()}{ROOT}".encode()).hexdigest()
+        if not (stamp.exists() and stamp.read_text() == contents):
+            say(f"making {self.folder.name}: downloading {wanted} and tools from PyPI")
+            say("  (torch alone is 0.5 GB, its CUDA libraries 2 GB more; 1 to 2 minutes on a fast line, 5 GB on disk)")
+            start = time.monotonic()
+            if not self.python.exists():
+                run(sys.executable, "-m", "venv", "--clear", self.folder)
+            self.pip(wanted, "-r", REQUIREMENTS)
+            purelib = subprocess.check_output(
+                [self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
+            ).strip()
+            Path(purelib, "halfstep-dev.pth").write_text(f"{ROOT / 'python_shim'}\n")
+            stamp.write_text(contents)
+            say(f"  done in {time.monotonic() - start:.0f} s")
+        link = ROOT / ".venv"
+        if not link.exists() or link.is_symlink():
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.folder.name)
+
+    def query(self, code: str) -> str:
+        """Return what a line of Python prints there."""
+        return subprocess.check_output([self.python, "-c", code], text=True).strip()
+
+    def site_packages(self) -> Path:
+        """Return the folder that holds torch."""
+        return Path(self.query("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
+
+
+def find_nvcc(environment: Environment) -> tuple[Path, list[str]]:
+    """Return nvcc and the CMake options it needs: the system's, or PyPI's at the version of torch's own CUDA."""
+    system = shutil.which("nvcc") or next(iter(sorted(Path("/usr/local").glob("cuda*/bin/nvcc"))), None)
+    if system is not None and not os.environ.get("HALFSTEP_NVCC_FROM_PYPI"):
+        return Path(system), []
+    toolkit = environment.site_packages() / "nvidia" / "cu13"
+    if not (toolkit / "bin" / "nvcc").exists():
+        version = environment.query(
+            "import importlib.metadata as m, re;"
+            "print(next(re.search(r'==([0-9.]+)', r)[1] for r in m.requires('torch') if r.startswith('cuda-toolkit')))"
+        )
+        say(f"no nvcc on this machine: installing cuda-toolkit {version} (compiler and headers) from PyPI")
+        environment.pip(f"cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={version}")
+    return toolkit / "bin" / "nvcc", [f"-DCMAKE_CUDA_FLAGS=-L{toolkit / 'lib'}"]
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+
+
+def compile_jobs() -> int:
+    """Return how many compilers to run: one a core, but 2 GB of memory each."""
+    with open("/proc/meminfo") as meminfo:
+        available = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable")) // 2**20
+    return max(1, min(len(os.sched_getaffinity(0)), available // 2))
+
+
+def build(environment: Environment, cuda: bool, architectures: str) -> Path:
+    """Configure, compile and install into the Python package; return the build folder."""
+    folder = ROOT / "build" / f"{environment.torch_version}-{'cuda' if cuda else 'cpu'}"
+    options = [
+        f"-DHALFSTEP_TORCH_ROOT={environment.site_packages() / 'torch'}",
+        f"-DHALFSTEP_CUDA={'ON' if cuda else 'OFF'}",
+        f"-DCMAKE_MAKE_PROGRAM={environment.bin / 'ninja'}",
+    ]
+    if cuda:
+        nvcc, extra = find_nvcc(environment)
+        options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", *extra]
+    stamp = folder / "halfstep.configured"
+    configured = "\n".join(options)
+    if not (stamp.exists() and stamp.read_text() == configured):
+        say(f"configuring {folder.relative_to(ROOT)}" + (f" for GPU architectures {architectures}" if cuda else ""))
+        shutil.rmtree(folder, ignore_errors=True)
+        run(environment.bin / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *options, stdout=subprocess.DEVNULL)
+        stamp.write_text(configured)
+        say("compiling (about 2 minutes on 2 cores" + ("; with CUDA 3)" if cuda else ")"))
+    run(environment.bin / "cmake", "--build", folder, "-j", str(compile_jobs()))
+    run(
+        environment.bin / "cmake", "--install", folder, "--prefix", ROOT / "python_shim" / "halfstep",
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    latest = ROOT / "build" / "latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(folder.name)
+    return folder
+
+
+def main() -> None:
+    """Do all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch", default="2.11.0", help="torch version (default: %(default)s)")
+    parser.add_argument("--cuda", default="auto", choices=("auto", "on", "off"), type=str.lower)
+    parser.add_argument("--architectures", default="", help="CMake's CUDA architectures (default: this machine's GPUs)")
+    arguments = parser.parse_args()
+
+    check_system()
+    capabilities = gpu_capabilities()
+    cuda = arguments.cuda == "on" or (arguments.cuda == "auto" and bool(capabilities))
+    if cuda and not capabilities and not arguments.architectures:
+        fail("--cuda on: there is no GPU here to ask for its architecture; pass CUDA_ARCHITECTURES=90a-real or the like")
+    environment = Environment(arguments.torch)
+    environment.ensure()
+    build(environment, cuda, arguments.architectures or architectures_of(capabilities))
+
+
+if __name__ == "__main__":
+    main()

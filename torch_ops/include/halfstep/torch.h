@@ -1,0 +1,6 @@
+// The C++ API of halfstep for LibTorch programs. Include this and link halfstep::torch; the namespace is halfstep.
+#pragma once
+
+#include "halfstep/torch/gradients.h"
+#include "halfstep/torch/scaling.h"
+#include "halfstep/torch/scopes.h"

@@ -1,0 +1,124 @@
+// The loss scaler for C++ programs, and the state it shares with Python and TorchScript.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <torch/custom_class.h>
+
+#include "halfstep/export.h"
+#include "halfstep/scaling.h"
+
+namespace torch::optim {
+class Optimizer;
+}
+namespace torch::serialize {
+class InputArchive;
+class OutputArchive;
+}  // namespace torch::serialize
+
+namespace halfstep {
+
+// torch.ops.halfstep.update_scale_ as a C++ function (contract: halfstep/scaling.h). All tensors on one device:
+//   scale float32, growth_tracker int32, hysteresis_left int32: one element each
+//   counters int64 [8], history float64 [1024, 4]: contiguous, optional
+//   found, norm: float32, one element each
+HALFSTEP_API void update_scale_(const at::Tensor& scale, const at::Tensor& growth_tracker,
+                                const std::optional<at::Tensor>& hysteresis_left,
+                                const std::optional<at::Tensor>& counters, const std::optional<at::Tensor>& history,
+                                at::TensorList found, at::TensorList norm, const ScaleRule& rule);
+
+// 1 if any of the one-element float32 flags is not 0, else 0: a new float32 scalar on their device.
+HALFSTEP_API at::Tensor combine_found(at::TensorList found);
+
+// torch.classes.halfstep.GradScaler: the scaler's state and arithmetic, without an optimizer, so that a TorchScript
+// module can hold one and `torch.jit.save` keeps it. All state lives on the device of the first scaled tensor.
+class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
+ public:
+  explicit GradScalerState(const ScaleRule& rule);
+
+  at::Tensor scale(const at::Tensor& outputs);
+  // Checks, and with `write` unscales, the gradients; they may lie on several devices. Returns the flag, float32 0 or 1
+  // on the scale's device. Throws if scale() was never called.
+  at::Tensor check(at::TensorList grads, bool write);
+  // Applies the rule to all flags since the last update. Throws if there are none.
+  void update();
+  void set_scale(double scale);  // throws unless finite and > 0
+
+  double get_scale() const;    // waits for the device
+  at::Tensor found() const;    // of all checks since the last update
+  at::Tensor counters();       // int64 [8], see halfstep::Counter; the live state, not a copy
+  at::Tensor history();        // float64 [1024, 4], see halfstep::HistoryColumn; likewise
+  const ScaleRule& rule() const { return rule_; }
+
+  using Snapshot = std::unordered_map<std::string, at::Tensor>;
+  Snapshot snapshot() const;  // CPU copies of rule and state; waits for the device
+  static c10::intrusive_ptr<GradScalerState> restore(const Snapshot& snapshot);
+
+ private:
+  void ensure_state(at::Device device);
+
+  ScaleRule rule_;
+  at::Tensor scale_, growth_tracker_, hysteresis_left_, counters_, history_;
+  std::vector<at::Tensor> found_, norm_;  // since the last update
+};
+
+// Loss scaling around a torch::optim optimizer, with the protocol of torch.amp.GradScaler:
+//
+//   halfstep::GradScaler scaler;
+//   optimizer.zero_grad();
+//   { halfstep::AutocastScope autocast(device); loss = ...; }
+//   scaler.scale(loss).backward();
+//   scaler.step(optimizer);      // unscales, and skips the step if a gradient is infinite or NaN
+//   scaler.update();
+//
+// unscale_(optimizer) before step, once, gives the true gradients for clipping. step reads one flag on the host.
+// Misuse (unscale_ twice, step twice, no gradients, nothing scaled yet, gradients resized or replaced by nothing
+// between unscale_ and step) throws c10::Error and changes neither parameters nor optimizer nor scaler. Gradients of
+// float16 are refused, as torch.amp does, unless allow_fp16_gradients. Not thread-safe; one per training loop.
+struct GradScalerOptions {
+  ScaleRule rule{};  // or scale_rule("megatron") and the like
+  bool enabled = true;
+  bool allow_fp16_gradients = false;
+};
+
+class HALFSTEP_API GradScaler {
+ public:
+  explicit GradScaler(const GradScalerOptions& options = {});
+
+  at::Tensor scale(const at::Tensor& loss);
+  void unscale_(torch::optim::Optimizer& optimizer);
+  bool step(torch::optim::Optimizer& optimizer);  // true: applied, false: skipped
+  void update();
+  void update(double new_scale);
+
+  double get_scale() const;  // 1 when disabled; waits for the device
+  bool is_enabled() const { return options_.enabled; }
+  const c10::intrusive_ptr<GradScalerState>& state() const { return state_; }
+
+  // Everything a resumed run needs. load throws, and changes nothing, if an entry is missing or out of range.
+  void save(torch::serialize::OutputArchive& archive) const;
+  void load(torch::serialize::InputArchive& archive);
+
+ private:
+  enum class Stage { kReady, kUnscaled, kStepped };
+  struct Checked {
+    at::Tensor parameter;
+    int64_t gradient_elements;  // -1: it had none
+  };
+  struct PerOptimizer {
+    Stage stage = Stage::kReady;
+    at::Tensor found;
+    std::vector<Checked> checked;
+  };
+
+  GradScalerOptions options_;
+  c10::intrusive_ptr<GradScalerState> state_;
+  std::unordered_map<const torch::optim::Optimizer*, PerOptimizer> optimizers_;
+};
+
+}  // namespace halfstep

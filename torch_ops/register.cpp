@@ -1,0 +1,52 @@
+// The only registration of the namespace `halfstep`, when the library is loaded.
+#include <optional>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+
+#include "registration.h"
+
+namespace halfstep::torch_ops {
+
+void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, c10::toString(op.operator_name()),
+                              ": got CUDA tensors, but this halfstep was built without CUDA. Build it on a machine "
+                              "with a GPU (make), or with HALFSTEP_CUDA=ON pip install --no-build-isolation .");
+}
+
+namespace {
+
+struct Registration {
+  torch::Library definitions = MAKE_TORCH_LIBRARY(halfstep);
+  torch::Library cpu = MAKE_TORCH_LIBRARY_IMPL(halfstep, CPU);
+  torch::Library cuda = MAKE_TORCH_LIBRARY_IMPL(halfstep, CUDA);
+  torch::Library meta = MAKE_TORCH_LIBRARY_IMPL(halfstep, Meta);
+
+  Registration() {
+    definitions.def("version() -> str", [] { return std::string(HALFSTEP_VERSION); });
+    define_gradients(definitions);
+    define_scaling(definitions);
+    define_grad_scaler(definitions);
+    implement_gradients_cpu(cpu);
+    implement_scaling_cpu(cpu);
+    implement_gradients_cuda(cuda);
+    implement_scaling_cuda(cuda);
+    implement_gradients_meta(meta);
+    implement_scaling_meta(meta);
+  }
+};
+
+// A second copy of the library in one process must not register again: torch would end the process. It stays idle.
+std::optional<Registration> register_once() {
+  if (c10::Dispatcher::singleton().findSchema({"halfstep::version", ""}).has_value()) {
+    TORCH_WARN("halfstep: this process has loaded a halfstep library already; the second copy (version ",
+               HALFSTEP_VERSION, ") registers nothing and the first one stays in use");
+    return std::nullopt;
+  }
+  return std::make_optional<Registration>();
+}
+
+const std::optional<Registration> registration = register_once();
+
+}  // namespace
+}  // namespace halfstep::torch_ops
