@@ -13,7 +13,7 @@ CUDA_ARCHITECTURES ?=
 BIN := .venv-$(TORCH)/bin
 CXX_FILES := $(shell git ls-files -- '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null | grep -v golden_trajectories)
 
-.PHONY: help setup demo test test-cpp test-python bench format check-format lint clean
+.PHONY: help setup tools demo test test-cpp test-python bench format check-format lint clean
 
 help:
 	@echo "make demo    train a small network in mixed precision and compare it with fp32"
@@ -23,6 +23,9 @@ help:
 
 setup:
 	@$(PYTHON) tools/bootstrap.py --torch $(TORCH) --cuda $(HALFSTEP_CUDA) --architectures "$(CUDA_ARCHITECTURES)"
+
+tools:
+	@$(PYTHON) tools/bootstrap.py --torch $(TORCH) --only-tools
 
 demo: setup
 	@$(BIN)/python examples/digits.py
@@ -38,11 +41,12 @@ test-python: setup
 bench: setup
 	@$(BIN)/python bench/gradients.py
 
-format: setup
+format: tools
 	@$(BIN)/clang-format -i $(CXX_FILES)
-	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --fix .
 
-check-format: setup
+check-format: tools
 	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

@@ -24,14 +24,11 @@ constexpr std::array<NamedRule, 6> kPresets{{
      {.init_scale = 0x1p32, .growth_interval = 1000, .min_scale = 1.0, .hysteresis = 2, .refill = Refill::kOnGrowth}},
     // deepspeed/runtime/fp16/loss_scaler.py: DynamicLossScaler as ZeRO uses it. Its window starts one step late.
     {"deepspeed",
-     {.growth_interval = 1000,
-      .min_scale = 1.0,
-      .hysteresis = 2,
-      .refill = Refill::kOnGrowth,
-      .growth_delay = 1}},
+     {.growth_interval = 1000, .min_scale = 1.0, .hysteresis = 2, .refill = Refill::kOnGrowth, .growth_delay = 1}},
     // apex csrc/update_scale_hysteresis.cu, with the hysteresis its users (Megatron) give it
     {"apex", {.hysteresis = 2, .refill = Refill::kOnCleanStep}},
-    // python/paddle/amp/grad_scaler.py, paddle/phi/kernels/impl/amp_kernel_impl.h; hysteresis is decr_every_n_nan_or_inf
+    // python/paddle/amp/grad_scaler.py, paddle/phi/kernels/impl/amp_kernel_impl.h; hysteresis is
+    // decr_every_n_nan_or_inf
     {"paddle", {.min_scale = 1.0, .refill = Refill::kOnCleanStepAndBackoff}},
 }};
 
@@ -64,28 +61,36 @@ Refill refill_from_name(std::string_view name) {
   HS_UNREACHABLE("refill_from_name");
 }
 
-std::string_view name_of(Refill refill) { return kRefillNames.at(static_cast<std::size_t>(refill)); }
+std::string_view name_of(Refill refill) {
+  return kRefillNames.at(static_cast<std::size_t>(refill));
+}
 
-void validate(const ScaleRule& rule) {
+void validate_update(const ScaleRule& rule) {
   constexpr double kMaxFloat = DTypeTraits<DType::kFloat32>::max;
   constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
   // Comparisons are written so that NaN fails them.
-  HS_CHECK(rule.init_scale > 0.0 && rule.init_scale <= kMaxFloat, "scale rule: init_scale is ", rule.init_scale,
-           ", expected a finite number > 0 within float32");
   HS_CHECK(rule.growth_factor > 1.0 && std::isfinite(rule.growth_factor), "scale rule: growth_factor is ",
            rule.growth_factor, ", expected a finite number > 1");
   HS_CHECK(rule.backoff_factor > 0.0 && rule.backoff_factor < 1.0, "scale rule: backoff_factor is ",
            rule.backoff_factor, ", expected a number between 0 and 1");
   HS_CHECK(rule.growth_interval >= 1 && rule.growth_interval <= kMaxInt, "scale rule: growth_interval is ",
            rule.growth_interval, ", expected 1 to ", kMaxInt);
-  HS_CHECK(rule.min_scale >= 0.0 && rule.min_scale <= rule.init_scale, "scale rule: min_scale is ", rule.min_scale,
-           ", expected 0 to init_scale (", rule.init_scale, ")");
-  HS_CHECK(rule.max_scale >= rule.init_scale && rule.max_scale <= kMaxFloat, "scale rule: max_scale is ",
-           rule.max_scale, ", expected init_scale (", rule.init_scale, ") to ", kMaxFloat);
+  HS_CHECK(rule.min_scale >= 0.0 && rule.min_scale <= kMaxFloat, "scale rule: min_scale is ", rule.min_scale,
+           ", expected 0 to ", kMaxFloat);
+  HS_CHECK(rule.max_scale >= rule.min_scale && rule.max_scale > 0.0 && rule.max_scale <= kMaxFloat,
+           "scale rule: max_scale is ", rule.max_scale, ", expected a number > 0 from min_scale (", rule.min_scale,
+           ") to ", kMaxFloat);
   HS_CHECK(rule.hysteresis >= 1 && rule.hysteresis <= kMaxInt, "scale rule: hysteresis is ", rule.hysteresis,
            ", expected 1 to ", kMaxInt);
   HS_CHECK(rule.growth_delay >= 0 && rule.growth_delay <= kMaxInt, "scale rule: growth_delay is ", rule.growth_delay,
            ", expected 0 to ", kMaxInt);
+}
+
+void validate(const ScaleRule& rule) {
+  validate_update(rule);
+  HS_CHECK(rule.init_scale > 0.0 && rule.init_scale >= rule.min_scale && rule.init_scale <= rule.max_scale,
+           "scale rule: init_scale is ", rule.init_scale, ", expected a number > 0 from min_scale (", rule.min_scale,
+           ") to max_scale (", rule.max_scale, ")");
 }
 
 }  // namespace halfstep

@@ -11,12 +11,11 @@ import time
 import warnings
 
 import torch
+from halfstep import MixedPrecisionManager
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
-
-from halfstep import MixedPrecisionManager
 
 
 class SimpleNet(nn.Module):
@@ -96,7 +95,10 @@ def print_scale_path(scaler) -> None:
         if last:
             first = history[start].step
             skipped = sum(r.skipped for r in history[start : i + 1])
-            print(f"  steps {first:4d} to {record.step:4d}   {record.scale:>10,.0f}" + f"   skipped {skipped}" * bool(skipped))
+            print(
+                f"  steps {first:4d} to {record.step:4d}   {record.scale:>10,.0f}"
+                + f"   skipped {skipped}" * bool(skipped)
+            )
             start = i + 1
 
 
@@ -120,8 +122,9 @@ def main() -> None:
     mixed, manager, scaler = train(arguments.policy, arguments, device)
 
     print(f"\nepoch   float32 loss  accuracy   {arguments.policy} loss  accuracy")
-    for epoch, ((loss, accuracy), (mixed_loss, mixed_accuracy)) in enumerate(zip(plain, mixed, strict=True), 1):
-        print(f"{epoch:5d}   {loss:12.4f}  {accuracy:8.1%}   {mixed_loss:{len(arguments.policy) + 5}.4f}  {mixed_accuracy:8.1%}")
+    width = len(arguments.policy) + 5
+    for epoch, (a, b) in enumerate(zip(plain, mixed, strict=True), 1):
+        print(f"{epoch:5d}   {a[0]:12.4f}  {a[1]:8.1%}   {b[0]:{width}.4f}  {b[1]:8.1%}")
     print_scale_path(scaler)
 
     statistics = manager.get_comprehensive_stats()

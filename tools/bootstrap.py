@@ -55,7 +55,7 @@ def compiler_version(name: str) -> tuple[int, ...]:
 def check_system() -> None:
     """End with one line that installs whatever is missing."""
     missing = []
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (this file runs with whatever python3 is)
         fail(f"python3 is {sys.version.split()[0]}, expected 3.10 or newer; choose one with PYTHON=python3.12 make ...")
     try:
         import ensurepip  # noqa: F401
@@ -212,14 +212,20 @@ def main() -> None:
     parser.add_argument("--torch", default="2.11.0", help="torch version (default: %(default)s)")
     parser.add_argument("--cuda", default="auto", choices=("auto", "on", "off"), type=str.lower)
     parser.add_argument("--architectures", default="", help="CMake's CUDA architectures (default: this machine's GPUs)")
+    parser.add_argument("--only-tools", action="store_true", help="make the environment, build nothing")
     arguments = parser.parse_args()
 
     check_system()
+    environment = Environment(arguments.torch)
+    if arguments.only_tools:
+        environment.ensure()
+        return
     capabilities = gpu_capabilities()
     cuda = arguments.cuda == "on" or (arguments.cuda == "auto" and bool(capabilities))
     if cuda and not capabilities and not arguments.architectures:
-        fail("--cuda on: there is no GPU here to ask for its architecture; pass CUDA_ARCHITECTURES=90a-real or the like")
-    environment = Environment(arguments.torch)
+        fail(
+            "--cuda on: there is no GPU here to ask for its architecture; pass CUDA_ARCHITECTURES=90a-real or the like"
+        )
     environment.ensure()
     build(environment, cuda, arguments.architectures or architectures_of(capabilities))
 

@@ -34,8 +34,9 @@ void check_argument(const at::Tensor& tensor, std::string_view op, std::string_v
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", argument, " has dtype ", tensor.scalar_type(),
                    ", expected ", dtype);
   TORCH_CHECK(tensor.device() == device, op, ": ", argument, " is on ", tensor.device(), ", expected ", device);
-  TORCH_CHECK_VALUE(tensor.numel() == numel, op, ": ", argument, " has ", tensor.numel(), " elements, expected ",
-                    numel);
+  // Symbolic: torch.compile with dynamic shapes comes through here too.
+  TORCH_CHECK_VALUE(tensor.sym_numel() == numel, op, ": ", argument, " has ", tensor.sym_numel(),
+                    " elements, expected ", numel);
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided && tensor.is_contiguous(), op, ": ", argument,
                     " must be a contiguous strided tensor");
 }

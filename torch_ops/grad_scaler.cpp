@@ -29,7 +29,9 @@ constexpr const char* kStateKeys[] = {"rule", "scale", "growth_tracker", "hyster
 GradScaler::GradScaler(const GradScalerOptions& options)
     : options_(options), state_(c10::make_intrusive<GradScalerState>(options.rule)) {}
 
-at::Tensor GradScaler::scale(const at::Tensor& loss) { return options_.enabled ? state_->scale(loss) : loss; }
+at::Tensor GradScaler::scale(const at::Tensor& loss) {
+  return options_.enabled ? state_->scale(loss) : loss;
+}
 
 void GradScaler::unscale_(torch::optim::Optimizer& optimizer) {
   if (!options_.enabled) return;
@@ -101,7 +103,9 @@ void GradScaler::update(double new_scale) {
   optimizers_.clear();
 }
 
-double GradScaler::get_scale() const { return options_.enabled ? state_->get_scale() : 1.0; }
+double GradScaler::get_scale() const {
+  return options_.enabled ? state_->get_scale() : 1.0;
+}
 
 void GradScaler::save(torch::serialize::OutputArchive& archive) const {
   for (const auto& [key, tensor] : state_->snapshot()) archive.write("halfstep." + key, tensor);

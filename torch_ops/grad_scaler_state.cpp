@@ -149,7 +149,9 @@ void GradScalerState::set_scale(double scale) {
   norm_.clear();
 }
 
-double GradScalerState::get_scale() const { return scale_.defined() ? scale_.item<double>() : rule_.init_scale; }
+double GradScalerState::get_scale() const {
+  return scale_.defined() ? scale_.item<double>() : rule_.init_scale;
+}
 
 at::Tensor GradScalerState::found() const {
   TORCH_CHECK(!found_.empty(), "GradScaler: no gradients were checked since the last update()");
@@ -169,7 +171,9 @@ at::Tensor GradScalerState::history() {
 GradScalerState::Snapshot GradScalerState::snapshot() const {
   Snapshot snapshot{{"rule", pack(rule_)}};
   if (scale_.defined()) {
-    const auto cpu = [](const at::Tensor& tensor) { return tensor.to(at::kCPU, /*non_blocking=*/false, /*copy=*/true); };
+    const auto cpu = [](const at::Tensor& tensor) {
+      return tensor.to(at::kCPU, /*non_blocking=*/false, /*copy=*/true);
+    };
     snapshot["scale"] = cpu(scale_);
     snapshot["growth_tracker"] = cpu(growth_tracker_);
     snapshot["hysteresis_left"] = cpu(hysteresis_left_);

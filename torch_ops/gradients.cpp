@@ -40,7 +40,9 @@ void check(const Arguments& a) {
   }
 }
 
-void run_meta(const Arguments& a) { check(a); }
+void run_meta(const Arguments& a) {
+  check(a);
+}
 
 template <class Launch>
 void run(const Arguments& a, Launch launch) {
@@ -102,9 +104,13 @@ void define_gradients(torch::Library& library) {
       "bool scale_is_inverse=False) -> ()");
 }
 
-void implement_gradients_cpu(torch::Library& library) { implement<run_cpu>(library); }
+void implement_gradients_cpu(torch::Library& library) {
+  implement<run_cpu>(library);
+}
 
-void implement_gradients_meta(torch::Library& library) { implement<run_meta>(library); }
+void implement_gradients_meta(torch::Library& library) {
+  implement<run_meta>(library);
+}
 
 void implement_gradients_cuda(torch::Library& library) {
 #ifdef HALFSTEP_CUDA

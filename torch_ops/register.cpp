@@ -21,6 +21,9 @@ struct Registration {
   torch::Library cpu = MAKE_TORCH_LIBRARY_IMPL(halfstep, CPU);
   torch::Library cuda = MAKE_TORCH_LIBRARY_IMPL(halfstep, CUDA);
   torch::Library meta = MAKE_TORCH_LIBRARY_IMPL(halfstep, Meta);
+  // A sparse gradient in the list dispatches here: the same kernels, whose checks say what to pass instead.
+  torch::Library sparse_cpu = MAKE_TORCH_LIBRARY_IMPL(halfstep, SparseCPU);
+  torch::Library sparse_cuda = MAKE_TORCH_LIBRARY_IMPL(halfstep, SparseCUDA);
 
   Registration() {
     definitions.def("version() -> str", [] { return std::string(HALFSTEP_VERSION); });
@@ -31,6 +34,8 @@ struct Registration {
     implement_scaling_cpu(cpu);
     implement_gradients_cuda(cuda);
     implement_scaling_cuda(cuda);
+    implement_gradients_cpu(sparse_cpu);
+    implement_gradients_cuda(sparse_cuda);
     implement_gradients_meta(meta);
     implement_scaling_meta(meta);
   }

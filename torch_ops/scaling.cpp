@@ -54,9 +54,9 @@ Refill parse_refill(std::string_view refill, std::string_view op) {
   }
 }
 
-void check_rule(const ScaleRule& rule, std::string_view op) {
+void check_rule(const ScaleRule& rule, std::string_view op, void (*check)(const ScaleRule&)) {
   try {
-    validate(rule);
+    check(rule);
   } catch (const InvalidArgument& error) {
     TORCH_CHECK_VALUE(false, op, ": ", error.what());
   }
@@ -76,9 +76,7 @@ void check(const Arguments& a) {
   TORCH_CHECK_VALUE(a.rule.hysteresis == 1 || a.hysteresis_left, op, ": hysteresis is ", a.rule.hysteresis,
                     ", expected hysteresis_left with it");
   TORCH_CHECK_VALUE(!a.history || a.counters, op, ": got history without counters");
-  ScaleRule rule = a.rule;
-  rule.init_scale = rule.max_scale;  // not used by an update: whatever lies in its range
-  check_rule(rule, op);
+  check_rule(a.rule, op, validate_update);
 }
 
 // The core takes a bounded number of flags and norms; beyond it torch combines them into one.
@@ -108,10 +106,13 @@ void update_scale(const Arguments& a, Launch launch) {
 }
 
 void update_scale_cpu(const Arguments& a) {
-  update_scale(a, [&](const ScaleState& state, const ScaleInputs& inputs) { cpu::update_scale(state, a.rule, inputs); });
+  update_scale(a,
+               [&](const ScaleState& state, const ScaleInputs& inputs) { cpu::update_scale(state, a.rule, inputs); });
 }
 
-void update_scale_meta(const Arguments& a) { check(a); }
+void update_scale_meta(const Arguments& a) {
+  check(a);
+}
 
 at::Tensor new_flag(at::TensorList found) {
   TORCH_CHECK_VALUE(!found.empty(), "combine_found: found is an empty list, expected at least one flag");
@@ -126,7 +127,9 @@ at::Tensor combine_found_cpu(at::TensorList found) {
   return result;
 }
 
-at::Tensor combine_found_meta(at::TensorList found) { return new_flag(found); }
+at::Tensor combine_found_meta(at::TensorList found) {
+  return new_flag(found);
+}
 
 #ifdef HALFSTEP_CUDA
 void update_scale_cuda(const Arguments& a) {
@@ -154,18 +157,21 @@ void update_scale_op(const at::Tensor& scale, const at::Tensor& growth_tracker, 
                      double min_scale, double max_scale, std::int64_t hysteresis, std::string_view refill,
                      std::int64_t growth_delay) {
   const Refill refill_value = parse_refill(refill, "update_scale_");
-  const ScaleRule rule{ScaleRule{}.init_scale, growth_factor, backoff_factor, growth_interval, min_scale,
-                       max_scale,              hysteresis,    refill_value,   growth_delay};
+  const ScaleRule rule{
+      ScaleRule{}.init_scale, growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis,
+      refill_value,           growth_delay};
   backend({scale, growth_tracker, hysteresis_left, counters, history, found, norm, rule});
 }
 
-using Preset = std::tuple<double, double, double, std::int64_t, double, double, std::int64_t, std::string, std::int64_t>;
+using Preset =
+    std::tuple<double, double, double, std::int64_t, double, double, std::int64_t, std::string, std::int64_t>;
 
 Preset scale_preset(std::string_view name) {
   try {
     const ScaleRule rule = scale_rule(name);
-    return {rule.init_scale, rule.growth_factor, rule.backoff_factor,           rule.growth_interval, rule.min_scale,
-            rule.max_scale,  rule.hysteresis,    std::string(name_of(rule.refill)), rule.growth_delay};
+    return {rule.init_scale,  rule.growth_factor, rule.backoff_factor, rule.growth_interval,
+            rule.min_scale,   rule.max_scale,     rule.hysteresis,     std::string(name_of(rule.refill)),
+            rule.growth_delay};
   } catch (const InvalidArgument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
@@ -176,7 +182,7 @@ void check_scale_rule(double init_scale, double growth_factor, double backoff_fa
                       std::int64_t growth_delay) {
   check_rule({init_scale, growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis,
               parse_refill(refill, "GradScaler"), growth_delay},
-             "GradScaler");
+             "GradScaler", validate);
 }
 
 }  // namespace

@@ -29,7 +29,9 @@ struct Partial {
 };
 
 // The bits of |x|, and from where on they mean infinite or NaN.
-inline std::uint32_t magnitude_bits(float x) { return std::bit_cast<std::uint32_t>(x) & 0x7fffffffU; }
+inline std::uint32_t magnitude_bits(float x) {
+  return std::bit_cast<std::uint32_t>(x) & 0x7fffffffU;
+}
 inline std::uint64_t magnitude_bits(double x) {
   return std::bit_cast<std::uint64_t>(x) & 0x7fffffffffffffffULL;
 }
@@ -83,14 +85,14 @@ template <class Storage, bool write, bool with_stats>
 
 // One plain function per storage and mode, because clones cannot be templates.
 using ChunkFunction = void (*)(void* data, std::int64_t count, double multiplier, Partial& result);
-#define HS_CHUNK_FUNCTION(name, Storage, write, with_stats)                                             \
-  HS_CLONES void name(void* data, std::int64_t count, double multiplier, Partial& result) {             \
-    run_chunk<Storage, write, with_stats>(static_cast<Storage*>(data), count, multiplier, result);      \
+#define HS_CHUNK_FUNCTION(name, Storage, write, with_stats)                                        \
+  HS_CLONES void name(void* data, std::int64_t count, double multiplier, Partial& result) {        \
+    run_chunk<Storage, write, with_stats>(static_cast<Storage*>(data), count, multiplier, result); \
   }
-#define HS_CHUNK_FUNCTIONS(prefix, Storage)                                        \
-  HS_CHUNK_FUNCTION(prefix##_check, Storage, /*write=*/false, /*with_stats=*/false)        \
-  HS_CHUNK_FUNCTION(prefix##_check_stats, Storage, /*write=*/false, /*with_stats=*/true)   \
-  HS_CHUNK_FUNCTION(prefix##_unscale, Storage, /*write=*/true, /*with_stats=*/false)       \
+#define HS_CHUNK_FUNCTIONS(prefix, Storage)                                              \
+  HS_CHUNK_FUNCTION(prefix##_check, Storage, /*write=*/false, /*with_stats=*/false)      \
+  HS_CHUNK_FUNCTION(prefix##_check_stats, Storage, /*write=*/false, /*with_stats=*/true) \
+  HS_CHUNK_FUNCTION(prefix##_unscale, Storage, /*write=*/true, /*with_stats=*/false)     \
   HS_CHUNK_FUNCTION(prefix##_unscale_stats, Storage, /*write=*/true, /*with_stats=*/true)
 HS_CHUNK_FUNCTIONS(float32, float)
 HS_CHUNK_FUNCTIONS(float64, double)

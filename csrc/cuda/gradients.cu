@@ -40,12 +40,22 @@ struct TensorTable {
 constexpr int kSmallTable = 128;  // most models; a large parameter block costs launch time
 constexpr int kLargeTable = 1024;
 
-std::int64_t chunks_of(std::int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+std::int64_t chunks_of(std::int64_t numel) {
+  return (numel + kChunk - 1) / kChunk;
+}
 
-__device__ float widen_device(float x) { return x; }
-__device__ double widen_device(double x) { return x; }
-__device__ float widen_device(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ float widen_device(BFloat16 x) { return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16); }
+__device__ float widen_device(float x) {
+  return x;
+}
+__device__ double widen_device(double x) {
+  return x;
+}
+__device__ float widen_device(Half x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+__device__ float widen_device(BFloat16 x) {
+  return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16);
+}
 
 template <class Storage, class Compute>
 __device__ Storage narrow_device(Compute x) {
@@ -147,8 +157,7 @@ __device__ Value reduce_block(Value value, Combine combine, Value neutral) {
   value = reduce_warp(value, combine);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
   __syncthreads();
-  if (threadIdx.x < kWarp)
-    value = reduce_warp(threadIdx.x < kThreads / kWarp ? warps[threadIdx.x] : neutral, combine);
+  if (threadIdx.x < kWarp) value = reduce_warp(threadIdx.x < kThreads / kWarp ? warps[threadIdx.x] : neutral, combine);
   __syncthreads();  // the next call for the same type reuses `warps`
   return value;
 }

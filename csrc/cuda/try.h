@@ -5,12 +5,12 @@
 
 #include "halfstep/status.h"
 
-#define HS_CUDA_TRY(call)                                                                                     \
-  do {                                                                                                        \
-    const cudaError_t hs_cuda_status = (call);                                                                \
-    if (hs_cuda_status != cudaSuccess) [[unlikely]] {                                                         \
-      (void)cudaGetLastError(); /* the error is reported here; leave a clean state where it is not sticky */ \
-      throw ::halfstep::CudaError(::halfstep::detail::concatenate(                                            \
+#define HS_CUDA_TRY(call)                                                                                            \
+  do {                                                                                                               \
+    const cudaError_t hs_cuda_status = (call);                                                                       \
+    if (hs_cuda_status != cudaSuccess) [[unlikely]] {                                                                \
+      (void)cudaGetLastError(); /* the error is reported here; leave a clean state where it is not sticky */         \
+      throw ::halfstep::CudaError(::halfstep::detail::concatenate(                                                   \
           "CUDA error: ", cudaGetErrorString(hs_cuda_status), " from ", #call, " (", __FILE__, ":", __LINE__, ")")); \
-    }                                                                                                         \
+    }                                                                                                                \
   } while (false)

@@ -13,7 +13,7 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m halfstep", description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--cmake-prefix", action="store_true", help="folders for -DCMAKE_PREFIX_PATH: halfstep's and torch's")
+    which.add_argument("--cmake-prefix", action="store_true", help="for -DCMAKE_PREFIX_PATH")
     which.add_argument("--build-info", action="store_true", help="versions, CUDA architectures, compilers")
     arguments = parser.parse_args()
     try:

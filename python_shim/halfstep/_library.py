@@ -55,7 +55,7 @@ def find_folder(torch_version: str) -> Path:
 
 
 def _loaded_version() -> str | None:
-    """The version of a halfstep library that this process has loaded already, by whomever."""
+    """Return the version of a halfstep library that this process has loaded already, by whomever."""
     import torch
 
     try:

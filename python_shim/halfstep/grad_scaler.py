@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         by_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
         names: dict[torch.device, list[str]] = defaultdict(list)
-        meshes: dict[torch.device, set[Any]] = {}
+        meshes: dict[torch.device, dict[Any, None]] = {}
         elements: list[int | None] = []
         with torch.no_grad():
             for name, parameter in _named_parameters(optimizer):
@@ -208,7 +209,7 @@ class GradScaler(torch.amp.GradScaler):
                     raise ValueError("Attempting to unscale FP16 gradients.")
                 mesh, grad = _local_shard(grad)
                 if mesh is not None:
-                    meshes.setdefault(grad.device, set()).add(mesh)
+                    meshes.setdefault(grad.device, {})[mesh] = None
                 if grad.is_sparse:
                     if grad.dtype is torch.float16:  # duplicate indices can overflow only when they are summed
                         grad = parameter.grad = grad.coalesce()
@@ -314,7 +315,7 @@ class GradScaler(torch.amp.GradScaler):
                 )
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
-        """Apply the scale rule to what the steps since the last update() have found, or set the scale.
+        """Apply the scale rule to what was found since the last update, or set the scale.
 
         new_scale: a finite number > 0, or a 1-element tensor (whose value is not checked: that would wait for the
         device).
@@ -466,7 +467,7 @@ class GradScaler(torch.amp.GradScaler):
         return state
 
 
-def _named_parameters(optimizer: torch.optim.Optimizer):
+def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield (name, parameter) of an optimizer: the name it was given, else its place."""
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names")
@@ -482,9 +483,12 @@ def _local_shard(grad: torch.Tensor) -> tuple[Any, torch.Tensor]:
     return grad.device_mesh, grad._local_tensor
 
 
-def _reduce_over_meshes(found: torch.Tensor, meshes: set[Any]) -> None:
-    """Make the flag the largest of all ranks that hold shards, so that all skip or none does."""
-    for mesh in sorted(meshes, key=hash):
+def _reduce_over_meshes(found: torch.Tensor, meshes: Iterable[Any]) -> None:
+    """Make the flag the largest of all ranks that hold shards, so that all skip or none does.
+
+    The meshes come in the order of the parameters, which is the same on all ranks.
+    """
+    for mesh in meshes:
         for dimension in range(mesh.ndim):
             torch.distributed.all_reduce(
                 found, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(mesh_dim=dimension)
@@ -503,8 +507,6 @@ def _check_keys(where: str, mapping: Any, required: tuple[str, ...], optional: t
     if missing or foreign:
         raise ValueError(
             f"GradScaler.load_state_dict: state_dict{where} has "
-            + " and ".join(
-                f"{what} keys {keys}" for what, keys in (("missing", missing), ("unknown", foreign)) if keys
-            )
+            + " and ".join(f"{what} keys {keys}" for what, keys in (("missing", missing), ("unknown", foreign)) if keys)
             + f"; expected {', '.join(required + optional)}"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,7 +57,9 @@ class PyTorchManager:
             raise TypeError(f"optimizer is {type(optimizer).__name__}, expected torch.optim.Optimizer")
         device_types = {parameter.device.type for parameter in model.parameters()}
         if not device_types <= {"cpu", "cuda"} or len(device_types) > 1:
-            raise ValueError(f"the model's parameters are on {sorted(device_types)}, expected all on cpu or all on cuda")
+            raise ValueError(
+                f"the model's parameters are on {sorted(device_types)}, expected all on cpu or all on cuda"
+            )
         scaler_device = next(iter(device_types), self.device_type)
         scaler = self._make_scaler(scaler_device)
         self._device_type = scaler_device
@@ -94,19 +95,16 @@ class PyTorchManager:
 
     def apply_config(self, config: MixedPrecisionConfig, changed: set[str]) -> None:
         """Put a checked new configuration into force, on the running scaler too."""
-        previous, self.config = self.config, config
         scaler = self._scaler
+        fixed = ("precision_policy", "numerical_stability_check")
+        if scaler is not None and any(getattr(config, name) != getattr(self.config, name) for name in fixed):
+            raise ValueError(
+                f"{' and '.join(fixed)} decide what the scaler is; after setup_pytorch_training they cannot change. "
+                "Make a new MixedPrecisionManager."
+            )
+        self.config = config
         if scaler is None:
             return
-        if "precision_policy" in changed or "numerical_stability_check" in changed:
-            if config.precision_policy != previous.precision_policy or (
-                config.numerical_stability_check != previous.numerical_stability_check
-            ):
-                self.config = previous
-                raise ValueError(
-                    "precision_policy and numerical_stability_check decide what the scaler is; after "
-                    "setup_pytorch_training they cannot change. Make a new MixedPrecisionManager."
-                )
         if self._scales:
             scaler.set_growth_factor(config.loss_scale_growth_factor)
             scaler.set_backoff_factor(config.loss_scale_backoff_factor)
@@ -177,5 +175,3 @@ def _warn_of_emulated_float16() -> None:
             "mixed_bfloat16 is the better policy here.",
             stacklevel=4,
         )
-
-

@@ -78,8 +78,8 @@ TYPED_TEST(HalfTypes, NarrowingAWidenedValueGivesItBack) {
 
 // Between each two neighbours: their midpoint goes to the even one, and what lies beside it to the nearer.
 TYPED_TEST(HalfTypes, NarrowingRoundsToNearestEven) {
-  const auto infinity = static_cast<std::uint16_t>(((1 << Format<TypeParam>::exponent_bits) - 1)
-                                                   << Format<TypeParam>::mantissa_bits);
+  const auto infinity =
+      static_cast<std::uint16_t>(((1 << Format<TypeParam>::exponent_bits) - 1) << Format<TypeParam>::mantissa_bits);
   for (std::uint16_t low = 0; low < infinity - 1; ++low) {
     const auto high = static_cast<std::uint16_t>(low + 1);
     const auto middle = static_cast<float>((reference<TypeParam>(low) + reference<TypeParam>(high)) / 2);

@@ -103,7 +103,9 @@ TEST_F(GradientsCuda, OneBadElementIsFoundWhereverItIs) {
           EXPECT_EQ(result.found, 1.0F);
           EXPECT_EQ(std::isnan(result.norm), std::isnan(bad));
           EXPECT_EQ(std::isinf(result.norm), std::isinf(bad));
-          if (with_stats) EXPECT_EQ(result.stats[kGradientStats + kNonFinite], 1.0F);
+          if (with_stats) {
+            EXPECT_EQ(result.stats[kGradientStats + kNonFinite], 1.0F);
+          }
         }
       }
     }

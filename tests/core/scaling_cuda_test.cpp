@@ -42,11 +42,10 @@ TEST_F(ScalingCuda, FollowsEveryGoldenTrajectoryWithTheCpusStateBitForBit) {
 
 TEST_F(ScalingCuda, CombinesFlags) {
   const DeviceArray<float> flags({0.0F, 0.0F, 2.0F, NAN, -1.0F}, stream_);
-  const std::vector<std::pair<std::vector<const float*>, float>> cases{
-      {{flags.get(), flags.get() + 1}, 0.0F},
-      {{flags.get(), flags.get() + 2}, 1.0F},
-      {{flags.get() + 3}, 1.0F},
-      {{flags.get() + 2, flags.get() + 2}, 1.0F}};
+  const std::vector<std::pair<std::vector<const float*>, float>> cases{{{flags.get(), flags.get() + 1}, 0.0F},
+                                                                       {{flags.get(), flags.get() + 2}, 1.0F},
+                                                                       {{flags.get() + 3}, 1.0F},
+                                                                       {{flags.get() + 2, flags.get() + 2}, 1.0F}};
   for (const auto& [found, expected] : cases) {
     cuda::combine_found(found, flags.get() + 4, {stream_});
     EXPECT_EQ(flags.read(stream_)[4], expected);

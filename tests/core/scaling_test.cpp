@@ -80,8 +80,10 @@ TEST(ScaleRule, ValidationNamesTheParameter) {
   for (const double bad : {0.0, 1.0, nan}) names("backoff_factor", [&](ScaleRule& rule) { rule.backoff_factor = bad; });
   for (const std::int64_t bad : {std::int64_t{0}, std::int64_t{-1}, std::int64_t{1} << 31})
     names("growth_interval", [&](ScaleRule& rule) { rule.growth_interval = bad; });
-  for (const double bad : {-1.0, nan, 1e6}) names("min_scale", [&](ScaleRule& rule) { rule.min_scale = bad; });
-  for (const double bad : {1.0, nan, infinity}) names("max_scale", [&](ScaleRule& rule) { rule.max_scale = bad; });
+  for (const double bad : {-1.0, nan, infinity}) names("min_scale", [&](ScaleRule& rule) { rule.min_scale = bad; });
+  for (const double bad : {0.0, nan, infinity}) names("max_scale", [&](ScaleRule& rule) { rule.max_scale = bad; });
+  names("from min_scale (1e+06)", [](ScaleRule& rule) { rule.min_scale = 1e6; });
+  names("to max_scale (1)", [](ScaleRule& rule) { rule.max_scale = 1.0; });
   names("hysteresis", [](ScaleRule& rule) { rule.hysteresis = 0; });
   names("growth_delay", [](ScaleRule& rule) { rule.growth_delay = -1; });
 }
@@ -111,12 +113,12 @@ TEST(ScaleRule, AnyFlagCountsOnceAndNanIsFound) {
 TEST(ScaleRule, CountersTellWhatHappened) {
   const ScaleRule rule{.init_scale = 4.0, .growth_interval = 2, .min_scale = 2.0};
   ScaleMemory memory(rule);
-  update(memory, rule, {1.0F}, {INFINITY});      // 4 -> 2
-  update(memory, rule, {1.0F}, {NAN});           // stuck at 2
-  update(memory, rule, {1.0F}, {NAN, 1.0F});     // stuck
+  update(memory, rule, {1.0F}, {INFINITY});   // 4 -> 2
+  update(memory, rule, {1.0F}, {NAN});        // stuck at 2
+  update(memory, rule, {1.0F}, {NAN, 1.0F});  // stuck
   update(memory, rule, {0.0F}, {3.0F, 4.0F});
-  update(memory, rule, {0.0F}, {5.0F});          // 2 -> 4
-  update(memory, rule, {1.0F});                  // 4 -> 2, no norm known
+  update(memory, rule, {0.0F}, {5.0F});  // 2 -> 4
+  update(memory, rule, {1.0F});          // 4 -> 2, no norm known
   const auto& counters = memory.counters;
   EXPECT_EQ(counters[kSteps], 6);
   EXPECT_EQ(counters[kSkipped], 4);

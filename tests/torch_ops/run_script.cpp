@@ -2,8 +2,8 @@
 //
 //   halfstep_run_script MODEL.pt INPUTS.pt OUTPUTS.pt
 //
-// INPUTS.pt holds a list of tensors (torch.save), the arguments of forward; its result, a tensor or a tuple of them, is
-// written to OUTPUTS.pt as torch.save would.
+// INPUTS.pt (torch.save) holds the list of forward's arguments, tensors and lists of them; its result, a tensor or a
+// tuple of them, is written to OUTPUTS.pt as torch.save would.
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -30,7 +30,16 @@ int main(int argc, char** argv) try {
   }
   torch::jit::Module model = torch::jit::load(argv[1]);
   std::vector<torch::IValue> inputs;
-  for (const torch::IValue& input : torch::pickle_load(read_file(argv[2])).toListRef()) inputs.push_back(input);
+  const torch::IValue saved = torch::pickle_load(read_file(argv[2]));
+  for (const torch::IValue& input : saved.toListRef()) {
+    if (!input.isList()) {
+      inputs.push_back(input);
+      continue;
+    }
+    c10::List<torch::Tensor> tensors;  // the file does not say what its lists hold
+    for (const torch::IValue& element : input.toListRef()) tensors.push_back(element.toTensor());
+    inputs.emplace_back(tensors);
+  }
   const torch::IValue result = model.forward(inputs);
   const std::vector<char> bytes = torch::pickle_save(result);
   std::ofstream(argv[3], std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));

@@ -9,8 +9,12 @@
 namespace halfstep {
 namespace {
 
-bool enabled() { return at::autocast::is_autocast_enabled(at::kCPU); }
-at::ScalarType product_type(const at::Tensor& a) { return at::mm(a, a).scalar_type(); }
+bool enabled() {
+  return at::autocast::is_autocast_enabled(at::kCPU);
+}
+at::ScalarType product_type(const at::Tensor& a) {
+  return at::mm(a, a).scalar_type();
+}
 
 TEST(AutocastScope, CastsInsideAndRestoresOutside) {
   const at::Tensor a = at::rand({4, 4});

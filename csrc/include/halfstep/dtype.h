@@ -89,8 +89,12 @@ inline std::size_t size_of(DType dtype) {
 // Conversions, branch-free so that compilers vectorise them. The float16 ones follow the method of the FP16 library
 // (Maratyszcza): let the float32 adder do the rounding of subnormals. They use no float32 subnormal as an operand, so
 // they also hold where the processor flushes those to zero.
-[[gnu::always_inline]] inline float widen(float x) { return x; }
-[[gnu::always_inline]] inline double widen(double x) { return x; }
+[[gnu::always_inline]] inline float widen(float x) {
+  return x;
+}
+[[gnu::always_inline]] inline double widen(double x) {
+  return x;
+}
 [[gnu::always_inline]] inline float widen(BFloat16 x) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }

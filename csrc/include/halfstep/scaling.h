@@ -47,8 +47,10 @@ HALFSTEP_API ScaleRule scale_rule(std::string_view preset);
 HALFSTEP_API Refill refill_from_name(std::string_view name);  // throws InvalidArgument
 HALFSTEP_API std::string_view name_of(Refill refill);
 
-// Throws InvalidArgument that names the first parameter outside its range.
+// Throw InvalidArgument that names the first parameter outside its range: of all, or of all but init_scale, which an
+// update does not use.
 HALFSTEP_API void validate(const ScaleRule& rule);
+HALFSTEP_API void validate_update(const ScaleRule& rule);
 
 // The counters, in the order in which they lie in memory.
 enum Counter : int {

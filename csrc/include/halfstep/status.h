@@ -41,12 +41,12 @@ std::string concatenate(const Parts&... parts) {
 }  // namespace detail
 }  // namespace halfstep
 
-#define HS_CHECK(condition, ...)                                                    \
-  do {                                                                              \
-    if (!(condition)) [[unlikely]]                                                  \
+#define HS_CHECK(condition, ...)                                                       \
+  do {                                                                                 \
+    if (!(condition)) [[unlikely]]                                                     \
       throw ::halfstep::InvalidArgument(::halfstep::detail::concatenate(__VA_ARGS__)); \
   } while (false)
 
-#define HS_UNREACHABLE(...)                                                                             \
-  throw ::halfstep::InternalError(::halfstep::detail::concatenate("halfstep internal error: ", __VA_ARGS__, \
-                                                                  " (", __FILE__, ":", __LINE__, ")"))
+#define HS_UNREACHABLE(...)        \
+  throw ::halfstep::InternalError( \
+      ::halfstep::detail::concatenate("halfstep internal error: ", __VA_ARGS__, " (", __FILE__, ":", __LINE__, ")"))

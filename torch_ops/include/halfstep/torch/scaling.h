@@ -49,10 +49,10 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
   void update();
   void set_scale(double scale);  // throws unless finite and > 0
 
-  double get_scale() const;    // waits for the device
-  at::Tensor found() const;    // of all checks since the last update
-  at::Tensor counters();       // int64 [8], see halfstep::Counter; the live state, not a copy
-  at::Tensor history();        // float64 [1024, 4], see halfstep::HistoryColumn; likewise
+  double get_scale() const;  // waits for the device
+  at::Tensor found() const;  // of all checks since the last update
+  at::Tensor counters();     // int64 [8], see halfstep::Counter; the live state, not a copy
+  at::Tensor history();      // float64 [1024, 4], see halfstep::HistoryColumn; likewise
   const ScaleRule& rule() const { return rule_; }
 
   using Snapshot = std::unordered_map<std::string, at::Tensor>;

@@ -1,0 +1,38 @@
+"""What all tests share: the rule for GPU tests, devices, and the build folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    required = os.environ.get("HALFSTEP_REQUIRE_CUDA") == "1"
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            if required:
+                pytest.exit("HALFSTEP_REQUIRE_CUDA=1, but torch sees no GPU", returncode=1)
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def build_folder() -> Path:
+    """The CMake build folder that holds the C++ test programs; `make test` names it."""
+    return ROOT / os.environ.get("HALFSTEP_BUILD", "build/latest")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
