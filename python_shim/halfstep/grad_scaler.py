@@ -90,17 +90,18 @@ class GradScaler(torch.amp.GradScaler):
             not isinstance(max_consecutive_skips, int) or max_consecutive_skips < 1
         ):
             raise ValueError(f"max_consecutive_skips is {max_consecutive_skips!r}, expected None or an integer >= 1")
-        _ops.check_scale_rule(
-            init_scale,
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-            min_scale,
-            max_scale,
-            hysteresis,
-            refill,
-            growth_delay,
-        )
+        if self._enabled:
+            _ops.check_scale_rule(
+                init_scale,
+                growth_factor,
+                backoff_factor,
+                growth_interval,
+                min_scale,
+                max_scale,
+                hysteresis,
+                refill,
+                growth_delay,
+            )
         self._min_scale = min_scale
         self._max_scale = max_scale
         self._hysteresis = hysteresis
@@ -280,7 +281,9 @@ class GradScaler(torch.amp.GradScaler):
         """
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"GradScaler.step: max_norm is {max_norm!r}, expected a number > 0")
-        state = self._per_optimizer_states[id(optimizer)] if self._enabled else {"stage": OptState.READY}
+        # Not [...]: that would leave a record of a step that then raises.
+        state = self._per_optimizer_states.get(id(optimizer)) if self._enabled else None
+        state = state or {"stage": OptState.READY}
         if state["stage"] is OptState.UNSCALED:
             self._check_unchanged(optimizer, state)
             self._combine_devices(optimizer)

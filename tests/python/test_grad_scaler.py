@@ -202,6 +202,15 @@ def test_torchs_errors_word_for_word(name: str) -> None:
     assert str(got.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("action", ["step", "unscale_"])
+def test_a_refused_call_leaves_no_trace(action: str) -> None:
+    _, optimizer = one_parameter()
+    scaler = GradScaler("cpu")
+    with pytest.raises(AssertionError, match="_scale is None"):
+        getattr(scaler, action)(optimizer)
+    pickle.dumps(scaler)  # refused in the middle of an iteration
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the warning is for machines without a GPU")
 def test_torchs_warning_without_cuda() -> None:
     with pytest.warns(UserWarning, match="CUDA is not available.  Disabling"):
