@@ -77,6 +77,14 @@ def check_system() -> None:
         )
 
 
+def compiler_runs(name: str | Path) -> bool:
+    """Return whether a compiler answers; a wrapper whose toolkit is gone does not."""
+    try:
+        return subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
 def gpu_capabilities() -> list[str]:
     """Ask the driver for the compute capabilities of this machine's GPUs, such as ['9.0']; [] without a GPU."""
     try:
@@ -152,9 +160,10 @@ class Environment:
 
 def find_nvcc(environment: Environment) -> tuple[Path, list[str]]:
     """Return nvcc and the CMake options it needs: the system's, or PyPI's at the version of torch's own CUDA."""
-    system = shutil.which("nvcc") or next(iter(sorted(Path("/usr/local").glob("cuda*/bin/nvcc"))), None)
-    if system is not None and not os.environ.get("HALFSTEP_NVCC_FROM_PYPI"):
-        return Path(system), []
+    candidates = [shutil.which("nvcc"), *sorted(Path("/usr/local").glob("cuda*/bin/nvcc"))]
+    for candidate in candidates:
+        if candidate is not None and compiler_runs(candidate):
+            return Path(candidate), []
     toolkit = environment.site_packages() / "nvidia" / "cu13"
     if not (toolkit / "bin" / "nvcc").exists():
         version = environment.query(
