@@ -43,6 +43,17 @@ def wants_cuda() -> bool:
     return choice == "ON" or (choice == "" and shutil.which("nvcc") is not None)
 
 
+def cmake(*arguments: str | Path) -> None:
+    """Run the cmake of this Python's environment, which need not be activated. Its failure ends the build."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    program = shutil.which("cmake", path=path)
+    if program is None:
+        sys.exit("halfstep: no cmake found: pip install 'cmake>=3.26' ninja")
+    # Not an exception: setuptools swallows those in editable installs and installs a package without its library.
+    if subprocess.run([program, *arguments], env={**os.environ, "PATH": path}, check=False).returncode != 0:
+        sys.exit(f"halfstep: failed: cmake {' '.join(map(str, arguments))}")
+
+
 class BuildWithCMake(build_py):
     """build_py that first builds the library and installs it into the package."""
 
@@ -63,13 +74,13 @@ class BuildWithCMake(build_py):
             "-DHALFSTEP_TESTS=OFF",
             *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
         ]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        cmake("-G", "Ninja", "-S", ROOT, "-B", build, *options)
+        cmake("--build", build)
         super().run()
         if not self.editable_mode:
             for stale in package.glob("torch-*"):  # builds for other torches that lie in the source tree
                 shutil.rmtree(stale)
-        subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
+        cmake("--install", build, "--prefix", package)
 
 
 class PlatformWheel(bdist_wheel):

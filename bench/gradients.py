@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 
-import halfstep._library
+import halfstep
 import torch
 from timing import copy_bandwidth, machine, measure
 
-halfstep._library.load()
+halfstep.load_library()
 ops = torch.ops.halfstep
 
 

@@ -10,7 +10,8 @@
 #   halfstep_c10_cuda       c10_cuda and cudart (if present)
 #   halfstep_cudart         cudart alone (if present)
 #
-# and HALFSTEP_TORCH_VERSION (2.11.0), HALFSTEP_TORCH_MINOR (2.11), HALFSTEP_CUDA_MAJOR (13).
+# and HALFSTEP_TORCH_VERSION (2.11.0), HALFSTEP_TORCH_MINOR (2.11), and where cudart lies as seen from the folder that
+# holds torch, HALFSTEP_CUDART_FROM_SITE (nvidia/cu13/lib).
 
 function(_halfstep_import name)
   if(NOT TARGET ${name})
@@ -22,6 +23,8 @@ macro(halfstep_find_torch)
   if(NOT HALFSTEP_TORCH_ROOT)
     set(_halfstep_hints ${TORCH_INSTALL_PREFIX})
     list(APPEND _halfstep_hints "${CMAKE_CURRENT_LIST_DIR}/../../../torch") # site-packages/halfstep/torch-X.Y/cmake
+    file(GLOB _halfstep_venv "${CMAKE_CURRENT_LIST_DIR}/.venv/lib/python3*/site-packages/torch") # after make
+    list(APPEND _halfstep_hints ${_halfstep_venv})
     foreach(_path IN LISTS Torch_DIR Torch_ROOT CMAKE_PREFIX_PATH)
       list(APPEND _halfstep_hints ${_path} ${_path}/../.. ${_path}/../../.. ${_path}/Torch/../../..)
     endforeach()
@@ -53,13 +56,16 @@ macro(halfstep_find_torch)
     "${HALFSTEP_TORCH_ROOT}/../nvidia/cu*/lib/libcudart.so.*" "${HALFSTEP_TORCH_ROOT}/lib/libcudart*.so*")
   if(EXISTS "${HALFSTEP_TORCH_ROOT}/lib/libc10_cuda.so" AND HALFSTEP_CUDART)
     list(GET HALFSTEP_CUDART 0 HALFSTEP_CUDART)
-    string(REGEX MATCH "[0-9]+$" HALFSTEP_CUDA_MAJOR "${HALFSTEP_CUDART}")
     get_filename_component(_halfstep_cuda_lib "${HALFSTEP_CUDART}" DIRECTORY)
+    file(RELATIVE_PATH HALFSTEP_CUDART_FROM_SITE "${HALFSTEP_TORCH_ROOT}/.." "${_halfstep_cuda_lib}")
     _halfstep_import(halfstep_cudart)
     set_target_properties(halfstep_cudart PROPERTIES INTERFACE_LINK_LIBRARIES "${HALFSTEP_CUDART}")
-    if(CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES)
+    # Headers: nvcc's own toolkit; nvcc from PyPI has none to tell, its headers lie beside torch's libcudart.
+    find_path(HALFSTEP_CUDA_INCLUDE cuda_runtime.h
+      HINTS ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} "${_halfstep_cuda_lib}/../include" NO_DEFAULT_PATH)
+    if(HALFSTEP_CUDA_INCLUDE)
       set_target_properties(halfstep_cudart PROPERTIES
-        INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}")
+        INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${HALFSTEP_CUDA_INCLUDE}")
     endif()
     _halfstep_import(halfstep_c10_cuda)
     set_target_properties(halfstep_c10_cuda PROPERTIES

@@ -88,8 +88,9 @@ void validate_update(const ScaleRule& rule) {
 
 void validate(const ScaleRule& rule) {
   validate_update(rule);
-  HS_CHECK(rule.init_scale > 0.0 && rule.init_scale >= rule.min_scale && rule.init_scale <= rule.max_scale,
-           "scale rule: init_scale is ", rule.init_scale, ", expected a number > 0 from min_scale (", rule.min_scale,
+  HS_CHECK(static_cast<float>(rule.init_scale) > 0.0F && rule.init_scale >= rule.min_scale &&
+               rule.init_scale <= rule.max_scale,
+           "scale rule: init_scale is ", rule.init_scale, ", expected a float32 > 0 from min_scale (", rule.min_scale,
            ") to max_scale (", rule.max_scale, ")");
 }
 

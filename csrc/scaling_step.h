@@ -59,20 +59,20 @@ HALFSTEP_HOST_DEVICE inline void scale_step(const ScaleState& state, const Scale
   if (found) {
     tracker = -static_cast<std::int32_t>(rule.growth_delay);
     if (credit > 0) --credit;  // stays at 0 once spent, so that it cannot wrap
-    if (credit == 0) {
+    if (credit <= 0) {
       const auto lowered = static_cast<float>(scale * rule.backoff_factor);
       const auto floor = static_cast<float>(rule.min_scale);
       stuck = scale <= floor;
-      scale = lowered < floor ? floor : lowered;
+      if (!stuck) scale = lowered < floor ? floor : lowered;
       if (rule.refill == Refill::kOnCleanStepAndBackoff) credit = hysteresis;
     }
   } else {
     if (rule.refill != Refill::kOnGrowth) credit = hysteresis;
-    if (++tracker == rule.growth_interval) {
+    if (++tracker >= rule.growth_interval) {
       tracker = 0;
       const auto grown = static_cast<float>(scale * rule.growth_factor);
       const auto ceiling = static_cast<float>(rule.max_scale);
-      if (std::isfinite(grown)) scale = grown < ceiling ? grown : ceiling;
+      if (std::isfinite(grown) && scale < ceiling) scale = grown < ceiling ? grown : ceiling;
       if (rule.refill == Refill::kOnGrowth) credit = hysteresis;
     }
   }
@@ -84,7 +84,7 @@ HALFSTEP_HOST_DEVICE inline void scale_step(const ScaleState& state, const Scale
 
   std::int64_t* const counters = state.counters;
   const double norm = combined_norm(inputs);
-  const std::int64_t row = counters[kSteps]++ % kHistoryRows;
+  const std::int64_t step = ++counters[kSteps];
   counters[kConsecutiveSkipped] = found ? counters[kConsecutiveSkipped] + 1 : 0;
   if (found) {
     counters[kSkipped] += 1;
@@ -96,8 +96,9 @@ HALFSTEP_HOST_DEVICE inline void scale_step(const ScaleState& state, const Scale
   counters[kBackoffs] += scale < before;
   if (!state.history) return;
 
-  double* const record = state.history + row * kHistoryColumns;
-  record[kHistoryStep] = static_cast<double>(counters[kSteps]);
+  // Unsigned, so that no counter, however it came to be negative, leads outside the ring.
+  double* const record = state.history + (static_cast<std::uint64_t>(step) - 1) % kHistoryRows * kHistoryColumns;
+  record[kHistoryStep] = static_cast<double>(step);
   record[kHistoryScale] = before;
   record[kHistoryFound] = found ? 1.0 : 0.0;
   record[kHistoryNorm] = norm;

@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,12 @@ def compiler_version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.strip().split("."))
 
 
+def system_python() -> str:
+    """Return the stem of the running Python's Debian packages: python3, or python3.12 beside another python3."""
+    number = f"python3.{sys.version_info.minor}"
+    return "python3" if Path("/usr/bin/python3").resolve().name == number else number
+
+
 def check_system() -> None:
     """End with one line that installs whatever is missing."""
     missing = []
@@ -60,9 +67,9 @@ def check_system() -> None:
     try:
         import ensurepip  # noqa: F401
     except ImportError:
-        missing.append("python3-venv")
+        missing.append(f"{system_python()}-venv")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        missing.append("python3-dev")  # torch.compile on the CPU compiles against it
+        missing.append(f"{system_python()}-dev")  # torch.compile on the CPU compiles against it
     if compiler_version(os.environ.get("CXX", "g++")) < (11,):
         missing.append("g++")
     gtest = ("/usr/include/gtest/gtest.h", "/usr/local/include/gtest/gtest.h")
@@ -77,12 +84,14 @@ def check_system() -> None:
         )
 
 
-def compiler_runs(name: str | Path) -> bool:
-    """Return whether a compiler answers; a wrapper whose toolkit is gone does not."""
+def nvcc_major(nvcc: str | Path) -> str:
+    """Return the CUDA major of an nvcc, or "" if it does not run: a wrapper whose toolkit is gone, for one."""
     try:
-        return subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    release = re.search(r"release (\d+)\.", text)
+    return release[1] if release else ""
 
 
 def gpu_capabilities() -> list[str]:
@@ -101,7 +110,12 @@ def gpu_capabilities() -> list[str]:
         cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
         capabilities.add(f"{major.value}.{minor.value}")
-    return sorted(capabilities)
+    too_old = {capability for capability in capabilities if float(capability) < 7.5}  # CUDA 13 builds none for them
+    if too_old:
+        say(
+            f"no CUDA kernels for GPUs of compute capability {', '.join(sorted(too_old))}: torch supports 7.5 and newer"
+        )
+    return sorted(capabilities - too_old)
 
 
 def architectures_of(capabilities: list[str]) -> str:
@@ -153,24 +167,33 @@ class Environment:
         """Return what a line of Python prints there."""
         return subprocess.check_output([self.python, "-c", code], text=True).strip()
 
+    def cuda_major(self) -> str:
+        """Return the major of the CUDA that torch was built with, or "" for a CPU build."""
+        version = (self.site_packages() / "torch" / "version.py").read_text()
+        cuda = re.search(r"^cuda\b.*= '(\d+)\.", version, re.MULTILINE)
+        return cuda[1] if cuda else ""
+
     def site_packages(self) -> Path:
         """Return the folder that holds torch."""
         return Path(self.query("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
 
 
 def find_nvcc(environment: Environment) -> tuple[Path, list[str]]:
-    """Return nvcc and the CMake options it needs: the system's, or PyPI's at the version of torch's own CUDA."""
+    """Return nvcc and the CMake options it needs: the system's if it is of torch's CUDA, else PyPI's."""
+    major = environment.cuda_major()
+    if not major:
+        fail(f"torch {environment.torch_version} here is a CPU build: use HALFSTEP_CUDA=off")
     candidates = [shutil.which("nvcc"), *sorted(Path("/usr/local").glob("cuda*/bin/nvcc"))]
     for candidate in candidates:
-        if candidate is not None and compiler_runs(candidate):
+        if candidate is not None and nvcc_major(candidate) == major:
             return Path(candidate), []
-    toolkit = environment.site_packages() / "nvidia" / "cu13"
+    toolkit = environment.site_packages() / "nvidia" / f"cu{major}"
     if not (toolkit / "bin" / "nvcc").exists():
         version = environment.query(
             "import importlib.metadata as m, re;"
             "print(next(re.search(r'==([0-9.]+)', r)[1] for r in m.requires('torch') if r.startswith('cuda-toolkit')))"
         )
-        say(f"no nvcc on this machine: installing cuda-toolkit {version} (compiler and headers) from PyPI")
+        say(f"no nvcc {major} on this machine: installing cuda-toolkit {version} (compiler and headers) from PyPI")
         environment.pip(f"cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={version}")
     return toolkit / "bin" / "nvcc", [f"-DCMAKE_CUDA_FLAGS=-L{toolkit / 'lib'}"]
 

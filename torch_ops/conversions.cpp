@@ -1,5 +1,6 @@
 #include "conversions.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
@@ -41,7 +42,7 @@ void check_argument(const at::Tensor& tensor, std::string_view op, std::string_v
                     " must be a contiguous strided tensor");
 }
 
-void check_gradient_list(at::TensorList grads, std::string_view op, at::Device device) {
+void check_gradient_list(at::TensorList grads, std::string_view op, at::Device device, bool written) {
   for (std::size_t i = 0; i < grads.size(); ++i) {
     const at::Tensor& grad = grads[i];
     TORCH_CHECK_VALUE(grad.defined(), op, ": grads[", i, "] is undefined, expected a tensor");
@@ -51,6 +52,8 @@ void check_gradient_list(at::TensorList grads, std::string_view op, at::Device d
                      ", expected Float, Double, Half or BFloat16");
     TORCH_CHECK(grad.device() == device, op, ": grads[", i, "] is on ", grad.device(), ", expected ", device,
                 ", the device of the other arguments");
+    TORCH_CHECK_VALUE(!written || at::has_internal_overlap(grad) != at::MemOverlap::Yes, op, ": grads[", i,
+                      "] is expanded, several of its elements share memory; clone() it before it is written");
   }
 }
 

@@ -24,8 +24,9 @@ class TorchExecutor final : public Executor {
 void check_argument(const at::Tensor& tensor, std::string_view op, std::string_view argument, at::ScalarType dtype,
                     at::Device device, std::int64_t numel = 1);
 
-// Throws unless every gradient is a strided floating-point tensor of a known dtype on `device`.
-void check_gradient_list(at::TensorList grads, std::string_view op, at::Device device);
+// Throws unless every gradient is a strided floating-point tensor of a known dtype on `device`, and, if it will be
+// written, no two of its elements share memory.
+void check_gradient_list(at::TensorList grads, std::string_view op, at::Device device, bool written);
 
 // Dense views of gradients. What is dense in any order of dimensions is viewed in place; what has gaps or overlaps is
 // copied, and write_back() carries a written copy home.

@@ -1,7 +1,8 @@
 // The scaler's state, and torch.classes.halfstep.GradScaler. Contract: halfstep/torch/scaling.h.
+#include <algorithm>
 #include <cmath>
-#include <map>
 #include <string_view>
+#include <utility>
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -26,8 +27,14 @@ at::Tensor scalar(double value, at::ScalarType dtype, at::Device device) {
   return at::full({}, value, at::TensorOptions().dtype(dtype).device(device));
 }
 
+// A copy that is awaited only where the host reads the result next.
+at::Tensor moved(const at::Tensor& tensor, at::Device device) {
+  return tensor.to(device, /*non_blocking=*/!device.is_cpu());
+}
+
 // The rule as one CPU tensor, in this order. A snapshot of another length is refused.
 constexpr int kRuleEntries = 9;
+constexpr std::size_t kSnapshotEntries = 6;
 at::Tensor pack(const ScaleRule& rule) {
   const at::Tensor packed = at::zeros({kRuleEntries}, at::kDouble);
   double* const p = packed.data_ptr<double>();
@@ -93,26 +100,26 @@ void GradScalerState::ensure_state(at::Device device) {
 
 at::Tensor GradScalerState::scale(const at::Tensor& outputs) {
   ensure_state(outputs.device());
-  return outputs.mul(scale_.to(outputs.device(), /*non_blocking=*/true));
+  return outputs.mul(moved(scale_, outputs.device()));
 }
 
 at::Tensor GradScalerState::check(at::TensorList grads, bool write) {
   TORCH_CHECK(scale_.defined(), "GradScaler: ", write ? "unscale_" : "check_",
               " was called before scale(); scale the loss first");
   const at::NoGradGuard no_grad;
-  std::map<c10::DeviceIndex, std::vector<at::Tensor>> by_device;
-  at::DeviceType type = scale_.device().type();
+  std::vector<std::pair<at::Device, std::vector<at::Tensor>>> by_device;
   for (const at::Tensor& grad : grads) {
-    type = grad.device().type();
-    by_device[grad.device().index()].push_back(grad);
+    auto same = std::find_if(by_device.begin(), by_device.end(),
+                             [&](const auto& entry) { return entry.first == grad.device(); });
+    if (same == by_device.end()) same = by_device.insert(by_device.end(), {grad.device(), {}});
+    same->second.push_back(grad);
   }
-  if (by_device.empty()) by_device[scale_.device().index()] = {};
+  if (by_device.empty()) by_device.push_back({scale_.device(), {}});
 
   std::vector<at::Tensor> found;
   std::vector<at::Tensor> norm;
-  for (const auto& [index, list] : by_device) {
-    const at::Device device(type, index);
-    const at::Tensor scale = scale_.to(device, /*non_blocking=*/true);
+  for (const auto& [device, list] : by_device) {
+    const at::Tensor scale = moved(scale_, device);
     const at::Tensor flag = scalar(0.0, at::kFloat, device);
     const at::Tensor length = scalar(0.0, at::kFloat, device);
     if (write) {
@@ -120,8 +127,8 @@ at::Tensor GradScalerState::check(at::TensorList grads, bool write) {
     } else {
       check_gradients_(list, scale, flag, length);
     }
-    found.push_back(flag.to(scale_.device(), /*non_blocking=*/true));
-    norm.push_back(length.to(scale_.device(), /*non_blocking=*/true));
+    found.push_back(moved(flag, scale_.device()));
+    norm.push_back(moved(length, scale_.device()));
   }
   found_.insert(found_.end(), found.begin(), found.end());
   norm_.insert(norm_.end(), norm.begin(), norm.end());
@@ -136,14 +143,13 @@ void GradScalerState::update() {
 }
 
 void GradScalerState::set_scale(double scale) {
-  TORCH_CHECK_VALUE(scale > 0.0 && scale <= DTypeTraits<DType::kFloat32>::max, "GradScaler: scale is ", scale,
-                    ", expected a finite number > 0 within float32");
+  TORCH_CHECK_VALUE(static_cast<float>(scale) > 0.0F && scale >= rule_.min_scale && scale <= rule_.max_scale,
+                    "GradScaler: scale is ", scale, ", expected a float32 > 0 from min_scale (", rule_.min_scale,
+                    ") to max_scale (", rule_.max_scale, ")");
   if (scale_.defined()) {
     scale_.fill_(scale);
   } else {
-    ScaleRule rule = rule_;
-    rule.init_scale = scale;
-    rule_ = validated(rule);
+    rule_.init_scale = scale;
   }
   found_.clear();
   norm_.clear();
@@ -185,7 +191,9 @@ GradScalerState::Snapshot GradScalerState::snapshot() const {
 
 c10::intrusive_ptr<GradScalerState> GradScalerState::restore(const Snapshot& snapshot) {
   auto state = c10::make_intrusive<GradScalerState>(unpack(entry(snapshot, "rule", at::kDouble, kRuleEntries)));
-  if (snapshot.contains("scale")) {
+  if (snapshot.size() > 1) {  // a scaler that was never used has no more than its rule
+    TORCH_CHECK_VALUE(snapshot.size() == kSnapshotEntries, "GradScaler: the state has ", snapshot.size(),
+                      " entries, expected ", kSnapshotEntries);
     state->scale_ = entry(snapshot, "scale", at::kFloat, 1);
     const auto scale = state->scale_.item<float>();
     TORCH_CHECK_VALUE(scale >= 0.0F && std::isfinite(scale), "GradScaler: state entry 'scale' is ", scale,
@@ -193,6 +201,10 @@ c10::intrusive_ptr<GradScalerState> GradScalerState::restore(const Snapshot& sna
     state->growth_tracker_ = entry(snapshot, "growth_tracker", at::kInt, 1);
     state->hysteresis_left_ = entry(snapshot, "hysteresis_left", at::kInt, 1);
     state->counters_ = entry(snapshot, "counters", at::kLong, kCounters);
+    for (int i = 0; i < kCounters; ++i) {
+      const auto count = state->counters_.const_data_ptr<std::int64_t>()[i];
+      TORCH_CHECK_VALUE(count >= 0, "GradScaler: state entry 'counters' holds ", count, ", expected counts >= 0");
+    }
     state->history_ = entry(snapshot, "history", at::kDouble, kHistoryRows * kHistoryColumns);
   }
   return state;

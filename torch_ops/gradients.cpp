@@ -30,7 +30,7 @@ struct Arguments {
 void check(const Arguments& a) {
   const char* const op = a.write ? "unscale_" : "check_gradients_";
   const at::Device device = a.scale.device();
-  check_gradient_list(a.grads, op, device);
+  check_gradient_list(a.grads, op, device, a.write);
   check_argument(a.scale, op, "scale", at::kFloat, device);
   check_argument(a.found, op, "found", at::kFloat, device);
   if (a.norm) check_argument(*a.norm, op, "norm", at::kFloat, device);
@@ -46,7 +46,6 @@ void run_meta(const Arguments& a) {
 
 template <class Launch>
 void run(const Arguments& a, Launch launch) {
-  check(a);
   const GradientViews gradients(a.grads);
   const CheckOutputs out{a.found.data_ptr<float>(), data_or_null<float>(a.norm), data_or_null<float>(a.stats)};
   launch(gradients.views(), UnscaleFactor{a.scale.const_data_ptr<float>(), a.scale_is_inverse}, out);
@@ -54,9 +53,13 @@ void run(const Arguments& a, Launch launch) {
     gradients.write_back();
     for (const at::Tensor& grad : a.grads) bump_version(grad);
   }
+  bump_version(a.found);
+  if (a.norm) bump_version(*a.norm);
+  if (a.stats) bump_version(*a.stats);
 }
 
 void run_cpu(const Arguments& a) {
+  check(a);
   run(a, [&](TensorList grads, UnscaleFactor factor, const CheckOutputs& out) {
     (a.write ? cpu::unscale : cpu::check_gradients)(grads, factor, out, TorchExecutor());
   });
@@ -64,6 +67,7 @@ void run_cpu(const Arguments& a) {
 
 #ifdef HALFSTEP_CUDA
 void run_cuda(const Arguments& a) {
+  check(a);  // before the guard, whose own error for a scale on the CPU names no argument
   const c10::cuda::CUDAGuard guard(a.scale.device());
   run(a, [&](TensorList grads, UnscaleFactor factor, const CheckOutputs& out) {
     const auto bytes = static_cast<std::int64_t>(cuda::gradients_workspace_bytes(grads));

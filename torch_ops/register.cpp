@@ -11,7 +11,7 @@ namespace halfstep::torch_ops {
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, c10::toString(op.operator_name()),
                               ": got CUDA tensors, but this halfstep was built without CUDA. Build it on a machine "
-                              "with a GPU (make), or with HALFSTEP_CUDA=ON pip install --no-build-isolation .");
+                              "with a GPU (make setup), or with HALFSTEP_CUDA=ON pip install --no-build-isolation .");
 }
 
 namespace {

@@ -92,7 +92,6 @@ std::vector<at::Tensor> folded_norm(at::TensorList norm) {
 
 template <class Launch>
 void update_scale(const Arguments& a, Launch launch) {
-  check(a);
   const auto found_tensors = folded_found(a.found);
   const auto norm_tensors = folded_norm(a.norm);
   const auto found = pointers(found_tensors);
@@ -103,9 +102,13 @@ void update_scale(const Arguments& a, Launch launch) {
          ScaleInputs{found, norm});
   bump_version(a.scale);
   bump_version(a.growth_tracker);
+  for (const OptionalTensor* tensor : {&a.hysteresis_left, &a.counters, &a.history}) {
+    if (*tensor) bump_version(**tensor);
+  }
 }
 
 void update_scale_cpu(const Arguments& a) {
+  check(a);
   update_scale(a,
                [&](const ScaleState& state, const ScaleInputs& inputs) { cpu::update_scale(state, a.rule, inputs); });
 }
@@ -133,6 +136,7 @@ at::Tensor combine_found_meta(at::TensorList found) {
 
 #ifdef HALFSTEP_CUDA
 void update_scale_cuda(const Arguments& a) {
+  check(a);
   const c10::cuda::CUDAGuard guard(a.scale.device());
   const CudaStream stream{c10::cuda::getCurrentCUDAStream().stream()};
   update_scale(a, [&](const ScaleState& state, const ScaleInputs& inputs) {
@@ -141,9 +145,8 @@ void update_scale_cuda(const Arguments& a) {
 }
 
 at::Tensor combine_found_cuda(at::TensorList found) {
-  TORCH_CHECK_VALUE(!found.empty(), "combine_found: found is an empty list, expected at least one flag");
-  const c10::cuda::CUDAGuard guard(found[0].device());
   const at::Tensor result = new_flag(found);
+  const c10::cuda::CUDAGuard guard(result.device());
   const auto folded = folded_found(found);
   cuda::combine_found(pointers(folded), result.data_ptr<float>(), {c10::cuda::getCurrentCUDAStream().stream()});
   return result;

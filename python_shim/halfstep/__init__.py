@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from halfstep._version import __version__
 
 if TYPE_CHECKING:
-    from halfstep._library import build_info
+    from halfstep._library import build_info, load_library
     from halfstep.autocast import AutocastContext
     from halfstep.config import MixedPrecisionConfig
     from halfstep.errors import LibraryMismatchError, ScaleCollapsed
@@ -30,6 +30,7 @@ _HOME_OF = {
     "MixedPrecisionStatistics": "halfstep.statistics",
     "ScaleCollapsed": "halfstep.errors",
     "build_info": "halfstep._library",
+    "load_library": "halfstep._library",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ScaleCollapsed",
     "__version__",
     "build_info",
+    "load_library",
 ]
 
 

@@ -15,8 +15,8 @@ from halfstep.errors import LibraryMismatchError
 
 _PACKAGE = Path(__file__).resolve().parent
 _HOW_TO_BUILD = (
-    "Build it: `make` in halfstep's folder, or `pip install --no-build-isolation .` there with the Python that has "
-    "this torch."
+    "Build it: `make setup` in halfstep's folder, or `pip install --no-build-isolation .` there with the Python that "
+    "has this torch."
 )
 
 
@@ -65,8 +65,12 @@ def _loaded_version() -> str | None:
 
 
 @functools.cache
-def load() -> None:
-    """Load the library for the running torch, once. An equal library that is loaded already stays in use."""
+def load_library() -> None:
+    """Load the library for the running torch: torch.ops.halfstep and torch.classes.halfstep are there afterwards.
+
+    Classes such as GradScaler do it by themselves. A library of the same version that is loaded already stays in use;
+    LibraryMismatchError if there is none for this torch, or one of another version is loaded.
+    """
     import torch
 
     loaded = _loaded_version()

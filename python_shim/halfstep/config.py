@@ -15,11 +15,11 @@ class MixedPrecisionConfig:
     """Settings of a run. Every field is checked when it is set; a bad value raises and changes nothing.
 
     precision_policy: "mixed_float16", "mixed_bfloat16" or "float32".
-    loss_scale: initial loss scale, > 0. Used by mixed_float16.
+    loss_scale: initial loss scale, > 0 and within float32. Used by mixed_float16.
     loss_scale_growth_factor: > 1, after loss_scale_growth_interval steps without an overflow.
     loss_scale_backoff_factor: between 0 and 1, on an overflow.
     loss_scale_growth_interval: steps, >= 1.
-    enable_autocast: False turns autocast_context() into a context that does nothing.
+    enable_autocast: False makes autocast_context() a context with autocast off.
     autocast_device_type: "cuda" or "cpu", for contexts opened before a model is known. Where there is no GPU, "cuda"
         means the CPU. After setup_pytorch_training the model's device decides.
     gradient_clipping_threshold: largest L2 norm of the gradients of one optimizer, > 0; math.inf for none. A manager
@@ -77,18 +77,26 @@ def check_number(expected: str, accept):
 
 
 def _check_count(name: str, value: Any) -> None:
+    expected = f"an integer from 1 to {_LARGEST_INT}"
     if not isinstance(value, int) or isinstance(value, bool):
-        _fail(name, value, "an integer >= 1", TypeError)
-    if value < 1:
-        _fail(name, value, "an integer >= 1")
+        _fail(name, value, expected, TypeError)
+    if not 1 <= value <= _LARGEST_INT:
+        _fail(name, value, expected)
 
 
-def _check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
+    """Check that the value is True or False."""
     if not isinstance(value, bool):
         _fail(name, value, "True or False", TypeError)
 
 
-check_scale = check_number("a finite number > 0", lambda value: 0 < value < math.inf)
+# The smallest and the largest positive float32: a scale that rounds to 0 or infinity is none.
+_SMALLEST, _LARGEST = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127
+_LARGEST_INT = 2**31 - 1
+
+check_scale = check_number(
+    f"a number > 0 within float32 ({_SMALLEST:.2g} to {_LARGEST:.2g})", lambda value: _SMALLEST <= value <= _LARGEST
+)
 
 _CHECKS = {
     "precision_policy": check_choice(*POLICIES),
@@ -96,8 +104,8 @@ _CHECKS = {
     "loss_scale_growth_factor": check_number("a finite number > 1", lambda value: 1 < value < math.inf),
     "loss_scale_backoff_factor": check_number("a number between 0 and 1", lambda value: 0 < value < 1),
     "loss_scale_growth_interval": _check_count,
-    "enable_autocast": _check_bool,
+    "enable_autocast": check_bool,
     "autocast_device_type": check_choice(*DEVICE_TYPES),
     "gradient_clipping_threshold": check_number("a number > 0 (math.inf: no clipping)", lambda value: value > 0),
-    "numerical_stability_check": _check_bool,
+    "numerical_stability_check": check_bool,
 }

@@ -7,7 +7,6 @@ library) and in the additions that the class names.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import warnings
 from collections import defaultdict
@@ -21,7 +20,7 @@ from halfstep import _library
 from halfstep.config import check_scale
 from halfstep.errors import ScaleCollapsed
 
-_library.load()
+_library.load_library()
 _ops = torch.ops.halfstep
 
 # Layout of the ops' tensors: csrc/include/halfstep/scaling.h and gradients.h.
@@ -229,17 +228,16 @@ class GradScaler(torch.amp.GradScaler):
                 if self._max_consecutive_skips is not None:
                     table = torch.empty((len(grads), len(GRADIENT_STATISTICS)), dtype=torch.float32, device=device)
                     statistics.append((names[device], table))
-                local_scale = scale.to(device, non_blocking=True)
+                local_scale = _moved(scale, device)
                 if unscale:
                     _ops.unscale_(grads, local_scale, flag, norm, table, scale_is_inverse=True)
                 else:
                     _ops.check_gradients_(grads, local_scale, flag, norm, table)
                 founds[device] = flag
+                norms.append(norm)
                 if device in meshes:
                     _reduce_over_meshes(flag, meshes[device])
-                else:
-                    norms.append(norm)  # a shard's norm is not the gradient's
-        state.update(norms=norms, elements=elements, statistics=statistics)
+        state.update(norms=norms, sharded=bool(meshes), elements=elements, statistics=statistics)
         return founds
 
     def _unscale_grads_(
@@ -262,7 +260,7 @@ class GradScaler(torch.amp.GradScaler):
         founds = state["found_inf_per_device"]
         if len(founds) > 1:
             device = self._scale.device
-            combined = _ops.combine_found([found.to(device, non_blocking=True) for found in founds.values()])
+            combined = _ops.combine_found([_moved(found, device) for found in founds.values()])
             state["found_inf_per_device"] = {device: combined}
 
     def _maybe_opt_step(
@@ -320,28 +318,31 @@ class GradScaler(torch.amp.GradScaler):
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Apply the scale rule to what was found since the last update, or set the scale.
 
-        new_scale: a finite number > 0, or a 1-element tensor (whose value is not checked: that would wait for the
-        device).
+        new_scale: a number > 0 within float32 and the scaler's bounds, or a 1-element tensor (whose value is not
+        checked: that would wait for the device).
         """
         if not self._enabled:
             return
         if new_scale is not None:
             if not isinstance(new_scale, torch.Tensor):
                 check_scale("new_scale", new_scale)
+                if not self._min_scale <= new_scale <= self._max_scale:
+                    raise ValueError(
+                        f"new_scale is {new_scale!r}, expected min_scale ({self._min_scale:g}) to max_scale "
+                        f"({self._max_scale:g})"
+                    )
                 new_scale = float(new_scale)
             super().update(new_scale)
             return
 
         scale, tracker = self._check_scale_growth_tracker("update")
         states = list(self._per_optimizer_states.values())
-        founds = [
-            found.to(scale.device, non_blocking=True)
-            for state in states
-            for found in state["found_inf_per_device"].values()
-        ]
+        founds = [_moved(found, scale.device) for state in states for found in state["found_inf_per_device"].values()]
         if not founds:
             raise AssertionError("No inf checks were recorded prior to update.")
-        norms = [norm.to(scale.device, non_blocking=True) for state in states for norm in state.get("norms", ())]
+        norms = [_moved(norm, scale.device) for state in states for norm in state.get("norms", ())]
+        if any(state.get("sharded") for state in states):
+            norms = []  # the norm of one rank's shards is not the gradients'
         _ops.update_scale_(
             scale,
             tracker,
@@ -440,13 +441,19 @@ class GradScaler(torch.amp.GradScaler):
             }
         _check_keys("['halfstep']", own, _OWN_KEYS)
         _check_keys("['halfstep']['counters']", own["counters"], COUNTERS)
-        numbers = {**{key: state_dict[key] for key in _TORCH_KEYS}, **own["counters"]}
-        numbers["hysteresis_left"] = own["hysteresis_left"]
-        for key, value in numbers.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"GradScaler.load_state_dict: {key!r} is {value!r}, expected a finite number")
-        if state_dict["scale"] < 0:
-            raise ValueError(f"GradScaler.load_state_dict: 'scale' is {state_dict['scale']!r}, expected >= 0")
+        _check_number("scale", state_dict["scale"], float, 0.0, _MAX_FLOAT32)
+        for key in ("growth_factor", "backoff_factor"):
+            _check_number(key, state_dict[key], float, 0.0, _MAX_FLOAT32)
+        for key in ("growth_interval", "_growth_tracker"):
+            _check_number(key, state_dict[key], int, -(2**31), 2**31 - 1)
+        for key in ("min_scale", "max_scale"):
+            _check_number(key, own[key], float, 0.0, _MAX_FLOAT32)
+        for key in ("hysteresis", "growth_delay", "hysteresis_left"):
+            _check_number(key, own[key], int, -(2**31), 2**31 - 1)
+        if not isinstance(own["refill"], str):
+            raise TypeError(f"GradScaler.load_state_dict: 'refill' is {own['refill']!r}, expected a str")
+        for key in COUNTERS:
+            _check_number(key, own["counters"][key], int, 0, 2**63 - 1)
         _ops.check_scale_rule(
             own["max_scale"],  # a saved scale may lie outside the bounds: a user may have set it there
             state_dict["growth_factor"],
@@ -498,8 +505,20 @@ def _reduce_over_meshes(found: torch.Tensor, meshes: Iterable[Any]) -> None:
             )
 
 
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the tensor on `device`; a copy to the CPU, which the host reads next, is awaited."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def _elements_in_words(elements: int | None) -> str:
     return "none" if elements is None else f"{elements} elements"
+
+
+def _check_number(key: str, value: Any, kind: type, low: float, high: float) -> None:
+    kinds = (int,) if kind is int else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:  # NaN fails the last
+        name = "an integer" if kind is int else "a number"
+        raise ValueError(f"GradScaler.load_state_dict: {key!r} is {value!r}, expected {name} from {low:g} to {high:g}")
 
 
 def _check_keys(where: str, mapping: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-from halfstep.config import MixedPrecisionConfig, check_choice
+from halfstep.config import MixedPrecisionConfig, check_bool, check_choice
 from halfstep.statistics import MixedPrecisionStatistics
 
 FRAMEWORKS = ("auto", "pytorch")
@@ -45,6 +45,8 @@ class MixedPrecisionManager:
         config: MixedPrecisionConfig | None = None,
     ) -> None:
         check_choice(*FRAMEWORKS)("framework", framework)
+        check_bool("enable_loss_scaling", enable_loss_scaling)
+        check_bool("enable_monitoring", enable_monitoring)
         if config is None:
             settings = _config_of(precision_policy, initial_loss_scale)
         else:

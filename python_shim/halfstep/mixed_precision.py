@@ -1,4 +1,4 @@
-"""The names of the user's document in one place: halfstep.mixed_precision."""
+"""All classes for mixed precision in one place; `modules.engine.mixed_precision` is another name for it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from halfstep.autocast import AutocastContext
-from halfstep.config import MixedPrecisionConfig, check_number
+from halfstep.config import MixedPrecisionConfig, check_number, check_scale
 from halfstep.grad_scaler import GradScaler
 from halfstep.statistics import MixedPrecisionStatistics
 
@@ -68,9 +68,16 @@ class PyTorchManager:
             _warn_of_emulated_float16()
         return scaler
 
+    def _kind(self, config: MixedPrecisionConfig) -> str:
+        """Return what the scaler is for: to "scale" the loss, to "check" gradients without a scale, or for nothing."""
+        if config.precision_policy == "mixed_float16" and self._loss_scaling:
+            return "scale"
+        return "check" if config.precision_policy != "float32" and config.numerical_stability_check else "nothing"
+
     def _make_scaler(self, device_type: str) -> GradScaler:
         config = self.config
-        if config.precision_policy == "mixed_float16" and self._loss_scaling:
+        kind = self._kind(config)
+        if kind == "scale":
             scaler = GradScaler(
                 device_type,
                 init_scale=config.loss_scale,
@@ -78,14 +85,16 @@ class PyTorchManager:
                 backoff_factor=config.loss_scale_backoff_factor,
                 growth_interval=config.loss_scale_growth_interval,
             )
-        elif config.precision_policy != "float32" and config.numerical_stability_check:
-            # No scale is needed or wanted: multiply by 1, but still skip steps with infinite or NaN gradients.
+        elif kind == "check":  # multiply by 1, but still skip steps with infinite or NaN gradients
             scaler = GradScaler(device_type, init_scale=1.0, min_scale=1.0, max_scale=1.0)
         else:
             scaler = GradScaler(device_type, enabled=False)
-        if self._clip and config.gradient_clipping_threshold != float("inf"):
-            scaler._max_norm = config.gradient_clipping_threshold
+        self._set_clipping(scaler)
         return scaler
+
+    def _set_clipping(self, scaler: GradScaler) -> None:
+        threshold = self.config.gradient_clipping_threshold
+        scaler._max_norm = threshold if self._clip and threshold != float("inf") else None
 
     def autocast_context(self) -> AutocastContext:
         """Return a new context manager for the forward pass."""
@@ -96,13 +105,13 @@ class PyTorchManager:
     def apply_config(self, config: MixedPrecisionConfig, changed: set[str]) -> None:
         """Put a checked new configuration into force, on the running scaler too."""
         scaler = self._scaler
-        fixed = ("precision_policy", "numerical_stability_check")
-        if scaler is not None and any(getattr(config, name) != getattr(self.config, name) for name in fixed):
+        if scaler is not None and self._kind(config) != self._kind(self.config):
             raise ValueError(
-                f"{' and '.join(fixed)} decide what the scaler is; after setup_pytorch_training they cannot change. "
-                "Make a new MixedPrecisionManager."
+                "precision_policy and numerical_stability_check decide whether the scaler scales, checks or does "
+                "nothing; after setup_pytorch_training that cannot change. Make a new MixedPrecisionManager."
             )
         self.config = config
+        self._clip |= "gradient_clipping_threshold" in changed
         if scaler is None:
             return
         if self._scales:
@@ -111,13 +120,11 @@ class PyTorchManager:
             scaler.set_growth_interval(config.loss_scale_growth_interval)
             if "loss_scale" in changed:
                 self._set_scale(config.loss_scale)
-        if "gradient_clipping_threshold" in changed:
-            threshold = config.gradient_clipping_threshold
-            scaler._max_norm = None if threshold == float("inf") else threshold
+        self._set_clipping(scaler)
 
     @property
     def _scales(self) -> bool:
-        return self.config.precision_policy == "mixed_float16" and self._loss_scaling
+        return self._kind(self.config) == "scale"
 
     def _set_scale(self, scale: float) -> None:
         scaler = self._scaler
@@ -131,13 +138,15 @@ class PyTorchManager:
         check_number("a finite number > 0", lambda value: 0 < value < float("inf"))("factor", factor)
         if not self._scales:
             return
+        scale = (self.config.loss_scale if self._scaler is None else self._scaler.get_scale()) * factor
+        try:
+            check_scale("the loss scale", scale)
+        except ValueError as error:
+            raise ValueError(f"factor is {factor!r}: {error}") from None
         if self._scaler is None:
-            self.config.loss_scale = self.config.loss_scale * factor
-            return
-        scale = self._scaler.get_scale() * factor
-        if not 0 < scale <= torch.finfo(torch.float32).max:
-            raise ValueError(f"factor is {factor!r}, which would make the loss scale {scale!r}, outside float32")
-        self._set_scale(scale)
+            self.config.loss_scale = scale
+        else:
+            self._set_scale(scale)
 
     def statistics(self) -> MixedPrecisionStatistics:
         """Return what was measured so far (waits for the device)."""

@@ -73,7 +73,7 @@ TEST(ScaleRule, ValidationNamesTheParameter) {
     }
   };
   EXPECT_NO_THROW(validate(ScaleRule{}));
-  for (const double bad : {0.0, -1.0, nan, infinity, 1e39})
+  for (const double bad : {0.0, -1.0, nan, infinity, 1e39, 1e-60})
     names("init_scale", [&](ScaleRule& rule) { rule.init_scale = bad; });
   for (const double bad : {1.0, -2.0, nan, infinity})
     names("growth_factor", [&](ScaleRule& rule) { rule.growth_factor = bad; });
@@ -143,6 +143,51 @@ TEST(ScaleRule, TheHistoryIsARing) {
   for (int i = 0; i < kHistoryRows + 3; ++i) update(memory, rule, {0.0F}, {static_cast<float>(i)});
   EXPECT_EQ(memory.history[2 * kHistoryColumns + kHistoryStep], kHistoryRows + 3.0);
   EXPECT_EQ(memory.history[3 * kHistoryColumns + kHistoryStep], 4.0);
+}
+
+// A user may set the scale outside the bounds: growth must not lower it, nor an overflow raise it.
+TEST(ScaleRule, AScaleOutsideTheBoundsIsNotPulledIn) {
+  const ScaleRule rule{.init_scale = 8.0, .growth_interval = 1, .min_scale = 4.0, .max_scale = 16.0};
+  ScaleMemory memory(rule);
+  memory.scale = 64.0F;
+  update(memory, rule, {0.0F});
+  EXPECT_EQ(memory.scale, 64.0F);
+  update(memory, rule, {1.0F});
+  EXPECT_EQ(memory.scale, 32.0F);
+  memory.scale = 1.0F;
+  update(memory, rule, {1.0F});
+  EXPECT_EQ(memory.scale, 1.0F);
+  EXPECT_EQ(memory.counters[kGrowths], 0);
+  EXPECT_EQ(memory.counters[kBackoffs], 1);
+  EXPECT_EQ(memory.counters[kAtFloor], 1);
+}
+
+TEST(ScaleRule, AnIntervalLoweredBelowTheTrackerGrowsAtTheNextCleanStep) {
+  ScaleRule rule{.init_scale = 8.0, .growth_interval = 100};
+  ScaleMemory memory(rule);
+  for (int i = 0; i < 5; ++i) update(memory, rule, {0.0F});
+  rule.growth_interval = 3;
+  update(memory, rule, {0.0F});
+  EXPECT_EQ(memory.scale, 16.0F);
+  EXPECT_EQ(memory.growth_tracker, 0);
+}
+
+TEST(ScaleRule, ForeignStateStaysInsideItsMemory) {
+  const ScaleRule rule{.init_scale = 8.0};
+  ScaleMemory memory(rule);
+  memory.counters[kSteps] = -5;
+  std::vector<double> guarded(memory.history.size() + 64 * kHistoryColumns, 7.0);
+  ScaleState state = memory.state();
+  state.history = guarded.data() + 32 * kHistoryColumns;
+  memory.hysteresis_left = -1;  // spent, so every overflow backs off
+  const float flag = 1.0F;
+  const float* const found[] = {&flag};
+  cpu::update_scale(state, rule, {found, {}});
+  EXPECT_EQ(memory.scale, 4.0F);
+  for (std::size_t i = 0; i < 32 * kHistoryColumns; ++i) {
+    ASSERT_EQ(guarded[i], 7.0);
+    ASSERT_EQ(guarded[guarded.size() - 1 - i], 7.0);
+  }
 }
 
 TEST(ScaleRule, LongRunsOfOverflowsDoNotWrapTheCredit) {

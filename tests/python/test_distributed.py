@@ -20,13 +20,17 @@ rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
-optimizer = torch.optim.Adam([weight], lr=1.0, fused=sys.argv[3] == "fused")
+plain = torch.nn.Parameter(torch.zeros(2))
+fused = sys.argv[3] == "fused"
+parameters = [weight] if fused else [weight, plain]  # torch's fused Adam takes no mixture
+optimizer = torch.optim.Adam(parameters, lr=1.0, fused=fused, foreach=False)
 scaler = GradScaler("cpu", init_scale=8.0)
 for bad_rank in (None, 1, 0):
     optimizer.zero_grad()
     scaler.scale(torch.zeros(()))
     grad = torch.full((4, 3), 8.0)
     weight.grad = distribute_tensor(grad, mesh, [Shard(0)])
+    plain.grad = torch.zeros(2)
     if rank == bad_rank:
         weight.grad._local_tensor[0, 0] = math.inf
     scaler.step(optimizer)

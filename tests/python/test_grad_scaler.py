@@ -238,7 +238,7 @@ def test_bad_settings_are_named(settings: dict, message: str) -> None:
         GradScaler("cpu", **settings)
 
 
-@pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf, -3])
+@pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf, -3, 1e-60, 1e39])
 def test_a_bad_new_scale_changes_nothing(bad: float) -> None:
     parameter, optimizer = one_parameter()
     scaler = GradScaler("cpu")
@@ -306,6 +306,30 @@ def test_a_gradient_replaced_by_one_of_the_same_size_is_the_users_right() -> Non
     assert parameter.tolist() == [0.5] * 3
 
 
+@pytest.mark.parametrize("bad", [1.0, 64.0])
+def test_a_new_scale_outside_the_bounds_is_refused(bad: float) -> None:
+    scaler = GradScaler("cpu", init_scale=8.0, min_scale=4.0, max_scale=16.0)
+    scaler.scale(torch.ones(()))
+    with pytest.raises(ValueError, match=r"new_scale is .*, expected min_scale \(4\) to max_scale \(16\)"):
+        scaler.update(bad)
+    assert scaler.get_scale() == 8.0
+
+
+@pytest.mark.cuda
+def test_the_scale_may_live_on_the_cpu_and_gradients_on_the_gpu() -> None:
+    # Copies to the CPU must be awaited before the host reads them.
+    parameter = nn.Parameter(torch.ones(1 << 22, device="cuda"))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = GradScaler("cpu")
+    for i in range(20):
+        scaler.scale(torch.ones(()))
+        parameter.grad = torch.full_like(parameter, math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.counters()["skipped"] == i + 1
+    assert parameter[0].item() == 1.0
+
+
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -363,6 +387,12 @@ def test_all_state_survives(way: str, used_before: bool) -> None:
 BAD_STATES = {
     "missing keys": (lambda s: s.pop("growth_factor"), ValueError, "missing keys"),
     "foreign keys": (lambda s: s.update(lr=1.0), ValueError, r"unknown keys \['lr'\]"),
+    "huge scale": (lambda s: s.update(scale=1e300), ValueError, "'scale' is 1e.300"),
+    "huge tracker": (lambda s: s.update(_growth_tracker=2**40), ValueError, "'_growth_tracker' is"),
+    "bool scale": (lambda s: s.update(scale=True), ValueError, "'scale' is True"),
+    "huge credit": (lambda s: s["halfstep"].update(hysteresis_left=2**40), ValueError, "'hysteresis_left' is"),
+    "negative counter": (lambda s: s["halfstep"]["counters"].update(steps=-5), ValueError, "'steps' is -5"),
+    "fractional counter": (lambda s: s["halfstep"]["counters"].update(steps=2.5), ValueError, "'steps' is 2.5"),
     "nan scale": (lambda s: s.update(scale=math.nan), ValueError, "'scale' is nan"),
     "negative scale": (lambda s: s.update(scale=-2.0), ValueError, "'scale' is -2.0"),
     "text scale": (lambda s: s.update(scale="big"), ValueError, "'scale' is 'big'"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import halfstep._library
+import halfstep
 import pytest
 import torch
 
-halfstep._library.load()
+halfstep.load_library()
 ops = torch.ops.halfstep
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -129,8 +129,11 @@ def test_any_strides_are_read_and_written(device: torch.device) -> None:
 
 def test_writing_an_overlapping_gradient_is_refused(device: torch.device) -> None:
     grad = torch.ones(1, 4, device=device).expand(3, 4)
-    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
-        ops.unscale_([grad], scalar(2.0, device), scalar(0.0, device))
+    first, found = torch.full((2,), math.inf, device=device), scalar(0.0, device)
+    with pytest.raises(ValueError, match=r"unscale_: grads\[1\] is expanded"):
+        ops.unscale_([first, grad], scalar(2.0, device), found)
+    assert first.tolist() == [math.inf] * 2
+    assert found.item() == 0.0
 
 
 def test_empty_lists_and_empty_tensors(device: torch.device) -> None:
@@ -271,6 +274,8 @@ def test_bad_arguments_are_named_and_nothing_is_written(op: str, case: str) -> N
 def test_mixed_devices_are_refused() -> None:
     grads = [torch.ones(2, device="cuda"), torch.ones(2)]
     cuda = torch.device("cuda")
+    with pytest.raises(RuntimeError, match=r"unscale_: grads\[0\] is on cuda:0, expected cpu"):
+        ops.unscale_(grads, torch.tensor(2.0), torch.tensor(0.0))
     with pytest.raises(RuntimeError, match=r"grads\[1\] is on cpu, expected cuda:0"):
         ops.unscale_(grads, scalar(2.0, cuda), scalar(0.0, cuda))
     assert grads[0].tolist() == [1.0, 1.0]

@@ -15,6 +15,7 @@ import torch
 from halfstep import LibraryMismatchError, _library
 
 ROOT = Path(__file__).resolve().parents[2]
+halfstep.load_library()
 LIBRARY = _library.find_folder(torch.__version__) / "lib" / "libhalfstep_torch.so"
 
 
@@ -44,7 +45,7 @@ def test_versions_are_the_librarys_own() -> None:
 
 def test_no_library_at_all(package: Path) -> None:
     with pytest.raises(
-        LibraryMismatchError, match=r"for no torch at all, but this is torch 2\.11\.0\. Build it: `make`"
+        LibraryMismatchError, match=r"for no torch at all, but this is torch 2\.11\.0\. Build it: `make setup`"
     ):
         _library.find_folder("2.11.0+cpu".removesuffix("+cpu"))
 
@@ -101,7 +102,7 @@ def test_a_loaded_library_of_another_version_is_an_error() -> None:
         f"import torch; torch.ops.load_library({str(LIBRARY)!r})\n"
         "import halfstep._version; halfstep._version.__version__ = '9.9.9'\n"
         "import halfstep._library; halfstep._library.__version__ = '9.9.9'\n"
-        "try:\n    halfstep._library.load()\n"
+        "try:\n    halfstep._library.load_library()\n"
         "except halfstep._library.LibraryMismatchError as error:\n    print(error)"
     )
     assert f"has loaded the library of halfstep {torch.ops.halfstep.version()} already, but this is halfstep 9.9.9" in (

@@ -134,6 +134,15 @@ def test_without_a_config_nothing_is_clipped() -> None:
     assert math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters())) > 2.0
 
 
+def test_a_threshold_set_before_the_setup_clips() -> None:
+    model, optimizer = parts()
+    manager = MixedPrecisionManager(initial_loss_scale=2**8)
+    manager.update_config(gradient_clipping_threshold=0.5)
+    _, _, scaler = manager.setup_pytorch_training(model, optimizer)
+    one_step(manager, model, optimizer, scaler, factor=30.0)
+    assert math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters())) == pytest.approx(0.5, rel=1e-3)
+
+
 def test_update_config_reaches_the_running_scaler() -> None:
     model, optimizer = parts()
     manager = MixedPrecisionManager()
@@ -154,6 +163,8 @@ def test_update_config_reaches_the_running_scaler() -> None:
 def test_adjust_loss_scale() -> None:
     model, optimizer = parts()
     manager = MixedPrecisionManager()
+    with pytest.raises(ValueError, match="^factor is 1e"):
+        manager.adjust_loss_scale(factor=1e308)
     manager.adjust_loss_scale(factor=0.5)
     _, _, scaler = manager.setup_pytorch_training(model, optimizer)
     assert scaler.get_scale() == 2**14
@@ -168,6 +179,7 @@ def test_adjust_loss_scale() -> None:
         (math.nan, ValueError),
         ("x", TypeError),
         (1e38, ValueError),
+        (1e-100, ValueError),
     ):
         with pytest.raises(error, match="factor is"):
             manager.adjust_loss_scale(factor=bad)
@@ -209,7 +221,10 @@ BAD_CONFIG = [
     ("loss_scale", -1.0, ValueError),
     ("loss_scale", math.nan, ValueError),
     ("loss_scale", math.inf, ValueError),
+    ("loss_scale", 1e39, ValueError),
+    ("loss_scale", 1e-60, ValueError),
     ("loss_scale", "high", TypeError),
+    ("loss_scale_growth_interval", 2**40, ValueError),
     ("loss_scale_growth_factor", 1.0, ValueError),
     ("loss_scale_backoff_factor", 1.0, ValueError),
     ("loss_scale_growth_interval", 0, ValueError),
@@ -247,6 +262,8 @@ def test_bad_arguments_of_the_manager_are_named() -> None:
         MixedPrecisionManager(initial_loss_scale=-1)
     with pytest.raises(ValueError, match="^initial_loss_scale is nan, expected"):
         MixedPrecisionManager(initial_loss_scale=math.nan)
+    with pytest.raises(TypeError, match="enable_loss_scaling is 'no', expected True or False"):
+        MixedPrecisionManager(enable_loss_scaling="no")
     with pytest.raises(TypeError, match="config is dict, expected MixedPrecisionConfig"):
         MixedPrecisionManager(config={})
     with pytest.raises(AttributeError, match="has no field 'loss_scalee'"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import halfstep._library
+import halfstep
 import peers
 import pytest
 import torch
@@ -13,7 +13,7 @@ from halfstep.grad_scaler import COUNTERS, HISTORY_SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-halfstep._library.load()
+halfstep.load_library()
 ops = torch.ops.halfstep
 
 RULE_NAMES = ("growth_factor", "backoff_factor", "growth_interval", "min_scale", "max_scale")

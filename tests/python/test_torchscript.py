@@ -7,11 +7,11 @@ import subprocess
 import warnings
 from pathlib import Path
 
-import halfstep._library
+import halfstep
 import pytest
 import torch
 
-halfstep._library.load()
+halfstep.load_library()
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.jit")
 
 
@@ -113,6 +113,16 @@ def test_a_saved_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(loaded.scaler.counters(), module.scaler.counters())
 
 
+@pytest.mark.cuda
+def test_gradients_of_several_devices() -> None:
+    scaler = torch.classes.halfstep.GradScaler(init_scale=8.0)
+    scaler.scale(torch.ones((), device="cuda"))
+    grads = [torch.full((2,), 8.0, device="cuda"), torch.full((2,), 16.0), torch.full((1,), 24.0, device="cuda")]
+    assert scaler.unscale_(grads).item() == 0.0
+    assert [grad[0].item() for grad in grads] == [1.0, 2.0, 3.0]
+    assert scaler.check_([torch.tensor([math.inf]), torch.ones(1, device="cuda")]).item() == 1.0
+
+
 def test_the_class_checks_its_arguments() -> None:
     make = torch.classes.halfstep.GradScaler
     with pytest.raises((ValueError, RuntimeError), match="init_scale is -1"):
@@ -124,7 +134,7 @@ def test_the_class_checks_its_arguments() -> None:
         scaler.unscale_([torch.ones(2)])
     with pytest.raises(RuntimeError, match="without a check of gradients"):
         scaler.update()
-    for bad in (-1.0, 0.0, math.nan):
+    for bad in (-1.0, 0.0, math.nan, 1e-60, 1e39):
         with pytest.raises((ValueError, RuntimeError), match="scale is"):
             scaler.set_scale(bad)
     assert scaler.get_scale() == 65536.0

@@ -8,7 +8,7 @@
 //   norm    the L2 norm of all u of the list, 0 for an empty one. Squares are summed in float32 (float64 for float64
 //           gradients) over short runs and in float64 across them, in a fixed order: the same input gives the same
 //           bits in every run, on the CPU whatever the number of threads and the instruction set. It is NaN or
-//           infinite when some u is.
+//           infinite when some u is, and infinite too when the square of a finite float32 u overflows (|u| > 1.8e19).
 //   stats   one row of kGradientStats float32 per tensor, may be null.
 //
 // float32, float64, float16 and bfloat16 may be mixed in one list. No limit on elements (64-bit sizes) or tensors.

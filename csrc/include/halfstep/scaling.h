@@ -6,13 +6,15 @@
 //               if hysteresis_left <= 0:  scale = max(scale * backoff_factor, min_scale)
 //                                         (refill kOnCleanStepAndBackoff: hysteresis_left = hysteresis)
 //   not found:  growth_tracker += 1
-//               if growth_tracker == growth_interval:
+//               if growth_tracker >= growth_interval:
 //                   grown = scale * growth_factor;  if finite(grown): scale = min(grown, max_scale)
 //                   growth_tracker = 0              (refill kOnGrowth: hysteresis_left = hysteresis)
 //               (refill kOnCleanStep, kOnCleanStepAndBackoff: hysteresis_left = hysteresis)
 //
 // The product is taken in float64 and rounded once to float32, as torch's _amp_update_scale_ does: with the preset
-// "torch" scale and growth_tracker are equal to torch's bit for bit. The scale never becomes infinite.
+// "torch" scale and growth_tracker are equal to torch's bit for bit (but for >=: an interval lowered below the tracker
+// stops torch's growth until the next overflow). The scale never becomes infinite. A scale that a user has set outside
+// the bounds is not pulled in: growth never lowers it, an overflow never raises it.
 #pragma once
 
 #include <cstdint>

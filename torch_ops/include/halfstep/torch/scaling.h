@@ -47,7 +47,7 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
   at::Tensor check(at::TensorList grads, bool write);
   // Applies the rule to all flags since the last update. Throws if there are none.
   void update();
-  void set_scale(double scale);  // throws unless finite and > 0
+  void set_scale(double scale);  // throws unless a float32 > 0 within the rule's bounds
 
   double get_scale() const;  // waits for the device
   at::Tensor found() const;  // of all checks since the last update
