@@ -65,7 +65,7 @@ macro(halfstep_find_torch)
       HINTS ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} "${_halfstep_cuda_lib}/../include" NO_DEFAULT_PATH)
     if(HALFSTEP_CUDA_INCLUDE)
       set_target_properties(halfstep_cudart PROPERTIES
-        INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${HALFSTEP_CUDA_INCLUDE}")
+        INTERFACE_INCLUDE_DIRECTORIES "${HALFSTEP_CUDA_INCLUDE}")
     endif()
     _halfstep_import(halfstep_c10_cuda)
     set_target_properties(halfstep_c10_cuda PROPERTIES
