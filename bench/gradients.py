@@ -23,7 +23,7 @@ def tensors(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.dev
 
 
 def workloads(millions: int) -> list[tuple[str, list[tuple[int, ...]]]]:
-    layers = max(1, millions * 1_000_000 // (4096 * 4096))
+    layers = -(-millions * 1_000_000 // (4096 * 4096))
     return [
         (f"{layers} x 4096 x 4096", [(4096, 4096)] * layers),
         ("1000 x 100 x 100", [(100, 100)] * 1000),

@@ -57,15 +57,18 @@ void check_gradient_list(at::TensorList grads, std::string_view op, at::Device d
   }
 }
 
-GradientViews::GradientViews(at::TensorList grads) {
+GradientViews::GradientViews(at::TensorList grads, bool written) {
   views_.reserve(grads.size());
   for (const at::Tensor& grad : grads) {
-    at::Tensor dense = grad;
-    if (!grad.is_non_overlapping_and_dense() || grad.is_neg()) {
-      dense = grad.resolve_neg().contiguous();
-      copies_.emplace_back(grad, dense);
+    const bool in_place = grad.is_non_overlapping_and_dense() && !grad.is_neg();
+    if (!in_place) copies_.emplace_back(grad, grad.resolve_neg().contiguous());
+    const at::Tensor& dense = in_place ? grad : copies_.back().second;
+    void* data = nullptr;
+    if (dense.numel() > 0) {
+      // Reading through the const pointer leaves a copy-on-write tensor shared.
+      data = written ? dense.mutable_data_ptr() : const_cast<void*>(dense.const_data_ptr());
     }
-    views_.push_back({dense.numel() == 0 ? nullptr : dense.data_ptr(), dense.numel(), *to_dtype(grad.scalar_type())});
+    views_.push_back({data, dense.numel(), *to_dtype(grad.scalar_type())});
   }
 }
 

@@ -28,11 +28,11 @@ void check_argument(const at::Tensor& tensor, std::string_view op, std::string_v
 // written, no two of its elements share memory.
 void check_gradient_list(at::TensorList grads, std::string_view op, at::Device device, bool written);
 
-// Dense views of gradients. What is dense in any order of dimensions is viewed in place; what has gaps or overlaps is
-// copied, and write_back() carries a written copy home.
+// Dense views of gradients, to read or (`written`) to write. What is dense in any order of dimensions is viewed in
+// place; what has gaps or overlaps is copied, and write_back() carries a written copy home.
 class GradientViews {
  public:
-  explicit GradientViews(at::TensorList grads);
+  GradientViews(at::TensorList grads, bool written);
   TensorList views() const { return views_; }
   void write_back() const;
 

@@ -46,7 +46,7 @@ void run_meta(const Arguments& a) {
 
 template <class Launch>
 void run(const Arguments& a, Launch launch) {
-  const GradientViews gradients(a.grads);
+  const GradientViews gradients(a.grads, a.write);
   const CheckOutputs out{a.found.data_ptr<float>(), data_or_null<float>(a.norm), data_or_null<float>(a.stats)};
   launch(gradients.views(), UnscaleFactor{a.scale.const_data_ptr<float>(), a.scale_is_inverse}, out);
   if (a.write) {
