@@ -69,10 +69,10 @@ void validate_update(const ScaleRule& rule) {
   constexpr double kMaxFloat = DTypeTraits<DType::kFloat32>::max;
   constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
   // Comparisons are written so that NaN fails them.
-  HS_CHECK(rule.growth_factor > 1.0 && std::isfinite(rule.growth_factor), "scale rule: growth_factor is ",
-           rule.growth_factor, ", expected a finite number > 1");
-  HS_CHECK(rule.backoff_factor > 0.0 && rule.backoff_factor < 1.0, "scale rule: backoff_factor is ",
-           rule.backoff_factor, ", expected a number between 0 and 1");
+  HS_CHECK(rule.growth_factor >= 1.0 && std::isfinite(rule.growth_factor), "scale rule: growth_factor is ",
+           rule.growth_factor, ", expected a finite number >= 1");
+  HS_CHECK(rule.backoff_factor > 0.0 && rule.backoff_factor <= 1.0, "scale rule: backoff_factor is ",
+           rule.backoff_factor, ", expected a number > 0 and <= 1");
   HS_CHECK(rule.growth_interval >= 1 && rule.growth_interval <= kMaxInt, "scale rule: growth_interval is ",
            rule.growth_interval, ", expected 1 to ", kMaxInt);
   HS_CHECK(rule.min_scale >= 0.0 && rule.min_scale <= kMaxFloat, "scale rule: min_scale is ", rule.min_scale,
@@ -88,6 +88,9 @@ void validate_update(const ScaleRule& rule) {
 
 void validate(const ScaleRule& rule) {
   validate_update(rule);
+  HS_CHECK(rule.growth_factor > 1.0, "scale rule: growth_factor is ", rule.growth_factor, ", expected a number > 1");
+  HS_CHECK(rule.backoff_factor < 1.0, "scale rule: backoff_factor is ", rule.backoff_factor,
+           ", expected a number between 0 and 1");
   HS_CHECK(static_cast<float>(rule.init_scale) > 0.0F && rule.init_scale >= rule.min_scale &&
                rule.init_scale <= rule.max_scale,
            "scale rule: init_scale is ", rule.init_scale, ", expected a float32 > 0 from min_scale (", rule.min_scale,

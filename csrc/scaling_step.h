@@ -68,7 +68,9 @@ HALFSTEP_HOST_DEVICE inline void scale_step(const ScaleState& state, const Scale
     }
   } else {
     if (rule.refill != Refill::kOnGrowth) credit = hysteresis;
-    if (++tracker >= rule.growth_interval) {
+    if (std::int64_t{tracker} + 1 < rule.growth_interval) {
+      ++tracker;
+    } else {
       tracker = 0;
       const auto grown = static_cast<float>(scale * rule.growth_factor);
       const auto ceiling = static_cast<float>(rule.max_scale);

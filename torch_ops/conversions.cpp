@@ -60,8 +60,8 @@ void check_gradient_list(at::TensorList grads, std::string_view op, at::Device d
 GradientViews::GradientViews(at::TensorList grads, bool written) {
   views_.reserve(grads.size());
   for (const at::Tensor& grad : grads) {
-    const bool in_place = grad.is_non_overlapping_and_dense() && !grad.is_neg();
-    if (!in_place) copies_.emplace_back(grad, grad.resolve_neg().contiguous());
+    const bool in_place = grad.is_non_overlapping_and_dense();
+    if (!in_place) copies_.emplace_back(grad, grad.contiguous());
     const at::Tensor& dense = in_place ? grad : copies_.back().second;
     void* data = nullptr;
     if (dense.numel() > 0) {

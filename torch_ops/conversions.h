@@ -25,7 +25,7 @@ void check_argument(const at::Tensor& tensor, std::string_view op, std::string_v
                     at::Device device, std::int64_t numel = 1);
 
 // Throws unless every gradient is a strided floating-point tensor of a known dtype on `device`, and, if it will be
-// written, no two of its elements share memory.
+// written, is not expanded (elements along a stride of 0 share memory).
 void check_gradient_list(at::TensorList grads, std::string_view op, at::Device device, bool written);
 
 // Dense views of gradients, to read or (`written`) to write. What is dense in any order of dimensions is viewed in

@@ -7,6 +7,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
+#include "conversions.h"
 #include "halfstep/torch/gradients.h"
 #include "halfstep/torch/scaling.h"
 #include "registration.h"
@@ -82,13 +83,11 @@ at::Tensor entry(const GradScalerState::Snapshot& snapshot, const std::string& k
 GradScalerState::GradScalerState(const ScaleRule& rule) : rule_(validated(rule)) {}
 
 void GradScalerState::ensure_state(at::Device device) {
-  if (scale_.defined() && scale_.device() == device) return;
   if (scale_.defined()) {
-    // Restored state waits on the CPU for the first scaled tensor to name the device; after that it stays.
-    if (scale_.device().is_cpu() && found_.empty()) {
-      for (at::Tensor* tensor : {&scale_, &growth_tracker_, &hysteresis_left_, &counters_, &history_})
-        *tensor = tensor->to(device);
-    }
+    if (!restored_) return;
+    for (at::Tensor* tensor : {&scale_, &growth_tracker_, &hysteresis_left_, &counters_, &history_})
+      *tensor = tensor->to(device);
+    restored_ = false;
     return;
   }
   scale_ = scalar(rule_.init_scale, at::kFloat, device);
@@ -114,6 +113,8 @@ at::Tensor GradScalerState::check(at::TensorList grads, bool write) {
     if (same == by_device.end()) same = by_device.insert(by_device.end(), {grad.device(), {}});
     same->second.push_back(grad);
   }
+  for (const auto& [device, list] : by_device)  // all of them, before the first is written
+    torch_ops::check_gradient_list(list, "GradScaler", device, write);
   if (by_device.empty()) by_device.push_back({scale_.device(), {}});
 
   std::vector<at::Tensor> found;
@@ -194,6 +195,7 @@ c10::intrusive_ptr<GradScalerState> GradScalerState::restore(const Snapshot& sna
   if (snapshot.size() > 1) {  // a scaler that was never used has no more than its rule
     TORCH_CHECK_VALUE(snapshot.size() == kSnapshotEntries, "GradScaler: the state has ", snapshot.size(),
                       " entries, expected ", kSnapshotEntries);
+    state->restored_ = true;
     state->scale_ = entry(snapshot, "scale", at::kFloat, 1);
     const auto scale = state->scale_.item<float>();
     TORCH_CHECK_VALUE(scale >= 0.0F && std::isfinite(scale), "GradScaler: state entry 'scale' is ", scale,

@@ -43,9 +43,12 @@ struct Registration {
 
 // A second copy of the library in one process must not register again: torch would end the process. It stays idle.
 std::optional<Registration> register_once() {
-  if (c10::Dispatcher::singleton().findSchema({"halfstep::version", ""}).has_value()) {
-    TORCH_WARN("halfstep: this process has loaded a halfstep library already; the second copy (version ",
-               HALFSTEP_VERSION, ") registers nothing and the first one stays in use");
+  if (const auto first = c10::Dispatcher::singleton().findSchema({"halfstep::version", ""})) {
+    torch::jit::Stack stack;
+    first->callBoxed(&stack);
+    TORCH_WARN("halfstep: this process has loaded a halfstep library already, version ", stack[0].toStringRef(),
+               "; the second copy (version ", HALFSTEP_VERSION,
+               ") registers nothing and the first one stays in use. Load only one.");
     return std::nullopt;
   }
   return std::make_optional<Registration>();

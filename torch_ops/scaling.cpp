@@ -182,10 +182,10 @@ Preset scale_preset(std::string_view name) {
 
 void check_scale_rule(double init_scale, double growth_factor, double backoff_factor, std::int64_t growth_interval,
                       double min_scale, double max_scale, std::int64_t hysteresis, std::string_view refill,
-                      std::int64_t growth_delay) {
+                      std::int64_t growth_delay, bool update_only) {
   check_rule({init_scale, growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis,
               parse_refill(refill, "GradScaler"), growth_delay},
-             "GradScaler", validate);
+             "GradScaler", update_only ? validate_update : validate);
 }
 
 }  // namespace
@@ -203,7 +203,8 @@ void define_scaling(torch::Library& library) {
       &scale_preset);
   library.def(
       "check_scale_rule(float init_scale, float growth_factor, float backoff_factor, int growth_interval, "
-      "float min_scale, float max_scale, int hysteresis, str refill, int growth_delay) -> ()",
+      "float min_scale, float max_scale, int hysteresis, str refill, int growth_delay, *, bool update_only=False) -> "
+      "()",
       &check_scale_rule);
 }
 

@@ -150,7 +150,7 @@ __device__ Value reduce_warp(Value value, Combine combine) {
   return value;
 }
 
-// The block's result, valid in thread 0. Called once per kernel.
+// The block's result, valid in thread 0.
 template <class Value, class Combine>
 __device__ Value reduce_block(Value value, Combine combine, Value neutral) {
   __shared__ Value warps[kThreads / kWarp];

@@ -70,7 +70,11 @@ def check_number(expected: str, accept):
     def check(name: str, value: Any) -> None:
         if not _is_number(value):
             _fail(name, value, expected, TypeError)
-        if math.isnan(value) or not accept(value):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond float64
+            number = math.inf
+        if math.isnan(number) or not accept(number):
             _fail(name, value, expected)
 
     return check

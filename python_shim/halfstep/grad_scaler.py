@@ -6,19 +6,29 @@ library) and in the additions that the class names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from halfstep import _library
+from halfstep.checkpoints import check_keys, check_number, integral
 from halfstep.config import check_scale
 from halfstep.errors import ScaleCollapsed
+from halfstep.gradients import (
+    check_gradient,
+    count_in_words,
+    element_count,
+    local_shard,
+    moved,
+    named_parameters,
+    reduce_over_meshes,
+)
 
 _library.load_library()
 _ops = torch.ops.halfstep
@@ -28,7 +38,6 @@ COUNTERS = ("steps", "skipped", "consecutive_skipped", "growths", "backoffs", "a
 HISTORY_SHAPE = (1024, 4)
 GRADIENT_STATISTICS = ("non_finite", "max_magnitude", "sum_of_squares", "zeros", "below_half", "elements")
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TORCH_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 _OWN_KEY = "halfstep"
 _OWN_KEYS = ("min_scale", "max_scale", "hysteresis", "refill", "growth_delay", "hysteresis_left", "counters")
@@ -116,6 +125,7 @@ class GradScaler(torch.amp.GradScaler):
         self._counters: torch.Tensor | None = None
         self._history: torch.Tensor | None = None
         self._warned_of_autocast = False
+        self._unscaled_while_disabled: set[int] = set()
         self.host_syncs = 0  # steps that waited for the device to learn whether to skip
 
     @classmethod
@@ -145,6 +155,38 @@ class GradScaler(torch.amp.GradScaler):
         self._hysteresis_left = torch.full((), self._init_hysteresis_left, dtype=torch.int32, device=dev)
         self._counters = torch.tensor(self._init_counters, dtype=torch.int64).to(dev)
         self._history = torch.zeros(HISTORY_SHAPE, dtype=torch.float64, device=dev)
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Set the growth factor, >= 1 (1: the scale never grows)."""
+        self._check_rule(growth_factor=new_factor)
+        super().set_growth_factor(new_factor)
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Set the backoff factor, > 0 and <= 1 (1: the scale never backs off)."""
+        self._check_rule(backoff_factor=new_factor)
+        super().set_backoff_factor(new_factor)
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Set the growth interval, an integer >= 1."""
+        new_interval = integral(new_interval)
+        self._check_rule(growth_interval=new_interval)
+        super().set_growth_interval(new_interval)
+
+    def _check_rule(self, **changes: Any) -> None:
+        """Raise unless an update could run with these parameters in place of the scaler's own."""
+        if self._enabled:
+            rule = {
+                "growth_factor": self._growth_factor,
+                "backoff_factor": self._backoff_factor,
+                "growth_interval": self._growth_interval,
+                "min_scale": self._min_scale,
+                "max_scale": self._max_scale,
+                "hysteresis": self._hysteresis,
+                "refill": self._refill,
+                "growth_delay": self._growth_delay,
+                **changes,
+            }
+            _ops.check_scale_rule(rule.pop("init_scale", self._init_scale), **rule, update_only=True)
 
     def counters(self) -> dict[str, int]:
         """Return how many updates there were, and of which kind (waits for the device).
@@ -190,24 +232,15 @@ class GradScaler(torch.amp.GradScaler):
 
         With `unscale`, `scale` is the inverse of the loss scale and the gradients are replaced by the unscaled ones.
         """
+        named = [(name, parameter) for name, parameter in named_parameters(optimizer) if parameter.grad is not None]
+        for name, parameter in named:  # all of them, before anything is written
+            check_gradient(name, parameter.grad, allow_fp16=allow_fp16, written=unscale)
         by_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
         names: dict[torch.device, list[str]] = defaultdict(list)
         meshes: dict[torch.device, dict[Any, None]] = {}
-        elements: list[int | None] = []
         with torch.no_grad():
-            for name, parameter in _named_parameters(optimizer):
-                grad = parameter.grad
-                elements.append(None if grad is None else grad.numel())
-                if grad is None:
-                    continue
-                if grad.dtype not in _FLOATING:
-                    raise TypeError(
-                        f"GradScaler: the gradient of {name} has dtype {grad.dtype}, expected one of "
-                        + ", ".join(map(str, _FLOATING))
-                    )
-                if grad.dtype is torch.float16 and not allow_fp16:
-                    raise ValueError("Attempting to unscale FP16 gradients.")
-                mesh, grad = _local_shard(grad)
+            for name, parameter in named:
+                mesh, grad = local_shard(parameter.grad)
                 if mesh is not None:
                     meshes.setdefault(grad.device, {})[mesh] = None
                 if grad.is_sparse:
@@ -216,6 +249,7 @@ class GradScaler(torch.amp.GradScaler):
                     grad = grad._values()
                 by_device[grad.device].append(grad)
                 names[grad.device].append(name)
+            counts = [element_count(parameter) for _, parameter in named_parameters(optimizer)]
 
             state = self._per_optimizer_states[id(optimizer)]
             founds: dict[torch.device, torch.Tensor] = {}
@@ -228,7 +262,7 @@ class GradScaler(torch.amp.GradScaler):
                 if self._max_consecutive_skips is not None:
                     table = torch.empty((len(grads), len(GRADIENT_STATISTICS)), dtype=torch.float32, device=device)
                     statistics.append((names[device], table))
-                local_scale = _moved(scale, device)
+                local_scale = moved(scale, device)
                 if unscale:
                     _ops.unscale_(grads, local_scale, flag, norm, table, scale_is_inverse=True)
                 else:
@@ -236,8 +270,8 @@ class GradScaler(torch.amp.GradScaler):
                 founds[device] = flag
                 norms.append(norm)
                 if device in meshes:
-                    _reduce_over_meshes(flag, meshes[device])
-        state.update(norms=norms, sharded=bool(meshes), elements=elements, statistics=statistics)
+                    reduce_over_meshes(flag, meshes[device])
+        state.update(norms=norms, sharded=bool(meshes), elements=counts, statistics=statistics)
         return founds
 
     def _unscale_grads_(
@@ -256,12 +290,31 @@ class GradScaler(torch.amp.GradScaler):
 
     def _combine_devices(self, optimizer: torch.optim.Optimizer) -> None:
         """Make one flag of several devices' flags. torch adds them, and its fused optimizers skip on exactly 1."""
-        state = self._per_optimizer_states[id(optimizer)]
-        founds = state["found_inf_per_device"]
+        state = self._per_optimizer_states.get(id(optimizer)) if self._enabled else None
+        founds = state["found_inf_per_device"] if state else {}
         if len(founds) > 1:
             device = self._scale.device
-            combined = _ops.combine_found([_moved(found, device) for found in founds.values()])
+            combined = _ops.combine_found([moved(found, device) for found in founds.values()])
             state["found_inf_per_device"] = {device: combined}
+
+    @contextlib.contextmanager
+    def _no_trace_of_a_refusal(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Drop the record that torch has begun for an optimizer whose gradients were then refused unread."""
+        known = id(optimizer) in self._per_optimizer_states if self._enabled else True
+        try:
+            yield
+        except BaseException:
+            if not known and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+                del self._per_optimizer_states[id(optimizer)]
+            raise
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the optimizer's gradients by the scale, once before step(). A refusal changes nothing."""
+        if not self._enabled:
+            self._unscaled_while_disabled.add(id(optimizer))  # step() must not clip by itself then
+            return
+        with self._no_trace_of_a_refusal(optimizer):
+            super().unscale_(optimizer)
 
     def _maybe_opt_step(
         self, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
@@ -284,14 +337,16 @@ class GradScaler(torch.amp.GradScaler):
         state = state or {"stage": OptState.READY}
         if state["stage"] is OptState.UNSCALED:
             self._check_unchanged(optimizer, state)
-            self._combine_devices(optimizer)
-        else:
-            max_norm = self._max_norm if max_norm is None else max_norm
+        elif max_norm is None and id(optimizer) not in self._unscaled_while_disabled:
+            max_norm = self._max_norm
+        self._unscaled_while_disabled.discard(id(optimizer))
         if max_norm is not None and "closure" not in kwargs and state["stage"] is not OptState.STEPPED:
             if self._enabled and state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_([parameter for _, parameter in _named_parameters(optimizer)], max_norm)
-        result = super().step(optimizer, *args, **kwargs)
+            torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named_parameters(optimizer)], max_norm)
+        self._combine_devices(optimizer)
+        with self._no_trace_of_a_refusal(optimizer):
+            result = super().step(optimizer, *args, **kwargs)
         # An enclosing autocast region must not go on with casts of the weights as they were.
         torch.clear_autocast_cache()
         return result
@@ -301,18 +356,18 @@ class GradScaler(torch.amp.GradScaler):
         before = state.get("elements")
         if before is None:
             return
-        named = list(_named_parameters(optimizer))
+        named = list(named_parameters(optimizer))
         if len(named) != len(before):
             raise RuntimeError(
                 f"GradScaler.step: the optimizer has {len(named)} parameters, but had {len(before)} when unscale_() "
                 "read their gradients. Add parameters before unscale_() or after step()."
             )
-        for (name, parameter), elements in zip(named, before, strict=True):
-            now = None if parameter.grad is None else parameter.grad.numel()
-            if now != elements:
+        for (name, parameter), count in zip(named, before, strict=True):
+            now = element_count(parameter)
+            if now != count:
                 raise RuntimeError(
                     f"GradScaler.step: the gradient of {name} was freed, resized or added since unscale_(): it had "
-                    f"{_elements_in_words(elements)} and has {_elements_in_words(now)}. Nothing was stepped."
+                    f"{count_in_words(count)} and has {count_in_words(now)}. Nothing was stepped."
                 )
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
@@ -337,10 +392,10 @@ class GradScaler(torch.amp.GradScaler):
 
         scale, tracker = self._check_scale_growth_tracker("update")
         states = list(self._per_optimizer_states.values())
-        founds = [_moved(found, scale.device) for state in states for found in state["found_inf_per_device"].values()]
+        founds = [moved(found, scale.device) for state in states for found in state["found_inf_per_device"].values()]
         if not founds:
             raise AssertionError("No inf checks were recorded prior to update.")
-        norms = [_moved(norm, scale.device) for state in states for norm in state.get("norms", ())]
+        norms = [moved(norm, scale.device) for state in states for norm in state.get("norms", ())]
         if any(state.get("sharded") for state in states):
             norms = []  # the norm of one rank's shards is not the gradients'
         _ops.update_scale_(
@@ -413,6 +468,7 @@ class GradScaler(torch.amp.GradScaler):
             return
         own = self._checked_own_state(state_dict)
         super().load_state_dict({key: state_dict[key] for key in _TORCH_KEYS})
+        self._growth_interval = integral(self._growth_interval)
         self._min_scale = own["min_scale"]
         self._max_scale = own["max_scale"]
         self._hysteresis = own["hysteresis"]
@@ -427,7 +483,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _checked_own_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the "halfstep" part, or this scaler's settings for a checkpoint of torch; raise if anything is off."""
-        _check_keys("", state_dict, _TORCH_KEYS, optional=(_OWN_KEY,))
+        check_keys("", state_dict, _TORCH_KEYS, optional=(_OWN_KEY,))
         own = state_dict.get(_OWN_KEY)
         if own is None:
             own = {
@@ -439,31 +495,26 @@ class GradScaler(torch.amp.GradScaler):
                 "hysteresis_left": self._hysteresis,
                 "counters": dict.fromkeys(COUNTERS, 0),
             }
-        _check_keys("['halfstep']", own, _OWN_KEYS)
-        _check_keys("['halfstep']['counters']", own["counters"], COUNTERS)
-        _check_number("scale", state_dict["scale"], float, 0.0, _MAX_FLOAT32)
+        check_keys("['halfstep']", own, _OWN_KEYS)
+        check_keys("['halfstep']['counters']", own["counters"], COUNTERS)
+        check_number("scale", state_dict["scale"], float, 0.0, _MAX_FLOAT32)
         for key in ("growth_factor", "backoff_factor"):
-            _check_number(key, state_dict[key], float, 0.0, _MAX_FLOAT32)
+            check_number(key, state_dict[key], float, 0.0, _MAX_FLOAT32)
         for key in ("growth_interval", "_growth_tracker"):
-            _check_number(key, state_dict[key], int, -(2**31), 2**31 - 1)
+            check_number(key, integral(state_dict[key]), int, -(2**31), 2**31 - 1)
         for key in ("min_scale", "max_scale"):
-            _check_number(key, own[key], float, 0.0, _MAX_FLOAT32)
+            check_number(key, own[key], float, 0.0, _MAX_FLOAT32)
         for key in ("hysteresis", "growth_delay", "hysteresis_left"):
-            _check_number(key, own[key], int, -(2**31), 2**31 - 1)
+            check_number(key, own[key], int, -(2**31), 2**31 - 1)
         if not isinstance(own["refill"], str):
             raise TypeError(f"GradScaler.load_state_dict: 'refill' is {own['refill']!r}, expected a str")
         for key in COUNTERS:
-            _check_number(key, own["counters"][key], int, 0, 2**63 - 1)
-        _ops.check_scale_rule(
-            own["max_scale"],  # a saved scale may lie outside the bounds: a user may have set it there
-            state_dict["growth_factor"],
-            state_dict["backoff_factor"],
-            state_dict["growth_interval"],
-            own["min_scale"],
-            own["max_scale"],
-            own["hysteresis"],
-            own["refill"],
-            own["growth_delay"],
+            check_number(key, own["counters"][key], int, 0, 2**63 - 1)
+        self._check_rule(
+            growth_factor=state_dict["growth_factor"],
+            backoff_factor=state_dict["backoff_factor"],
+            growth_interval=integral(state_dict["growth_interval"]),
+            **{key: own[key] for key in ("min_scale", "max_scale", "hysteresis", "refill", "growth_delay")},
         )
         return own
 
@@ -475,60 +526,3 @@ class GradScaler(torch.amp.GradScaler):
                 state["_init_hysteresis_left"] = self._hysteresis_left.tolist()
             state.update(_hysteresis_left=None, _counters=None, _history=None)
         return state
-
-
-def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield (name, parameter) of an optimizer: the name it was given, else its place."""
-    for number, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names")
-        for index, parameter in enumerate(group["params"]):
-            yield (names[index] if names else f"parameter {index} of group {number}"), parameter
-
-
-def _local_shard(grad: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Return a DTensor's mesh and this rank's shard, or (None, grad) for any other tensor."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # where it was never imported, nothing is a DTensor
-    if distributed is None or not isinstance(grad, distributed.DTensor):
-        return None, grad
-    return grad.device_mesh, grad._local_tensor
-
-
-def _reduce_over_meshes(found: torch.Tensor, meshes: Iterable[Any]) -> None:
-    """Make the flag the largest of all ranks that hold shards, so that all skip or none does.
-
-    The meshes come in the order of the parameters, which is the same on all ranks.
-    """
-    for mesh in meshes:
-        for dimension in range(mesh.ndim):
-            torch.distributed.all_reduce(
-                found, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(mesh_dim=dimension)
-            )
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the tensor on `device`; a copy to the CPU, which the host reads next, is awaited."""
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-def _elements_in_words(elements: int | None) -> str:
-    return "none" if elements is None else f"{elements} elements"
-
-
-def _check_number(key: str, value: Any, kind: type, low: float, high: float) -> None:
-    kinds = (int,) if kind is int else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:  # NaN fails the last
-        name = "an integer" if kind is int else "a number"
-        raise ValueError(f"GradScaler.load_state_dict: {key!r} is {value!r}, expected {name} from {low:g} to {high:g}")
-
-
-def _check_keys(where: str, mapping: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    if not isinstance(mapping, dict):
-        raise TypeError(f"GradScaler.load_state_dict: state_dict{where} is {type(mapping).__name__}, expected a dict")
-    missing = [key for key in required if key not in mapping]
-    foreign = [key for key in mapping if key not in required and key not in optional]
-    if missing or foreign:
-        raise ValueError(
-            f"GradScaler.load_state_dict: state_dict{where} has "
-            + " and ".join(f"{what} keys {keys}" for what, keys in (("missing", missing), ("unknown", foreign)) if keys)
-            + f"; expected {', '.join(required + optional)}"
-        )

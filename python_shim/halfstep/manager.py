@@ -23,7 +23,8 @@ class MixedPrecisionManager:
     initial_loss_scale: first scale, > 0.
     enable_monitoring: collect statistics.
     config: a MixedPrecisionConfig instead of precision_policy and initial_loss_scale. With one, gradients are clipped
-        to its gradient_clipping_threshold in scaler.step(); without one nothing is clipped.
+        to its gradient_clipping_threshold in scaler.step(); without one
+        nothing is, unless update_config() sets the threshold.
 
         manager = MixedPrecisionManager(framework="pytorch")
         model, optimizer, scaler = manager.setup_pytorch_training(model, optimizer)
@@ -68,7 +69,7 @@ class MixedPrecisionManager:
 
     @property
     def config(self) -> MixedPrecisionConfig:
-        """A copy of the settings in force; change them with update_config()."""
+        """A copy of the settings, as last set; change them with update_config()."""
         return dataclasses.replace(self._manager.config)
 
     def setup_pytorch_training(self, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:

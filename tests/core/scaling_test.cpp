@@ -172,6 +172,27 @@ TEST(ScaleRule, AnIntervalLoweredBelowTheTrackerGrowsAtTheNextCleanStep) {
   EXPECT_EQ(memory.growth_tracker, 0);
 }
 
+TEST(ScaleRule, TheLargestTrackerDoesNotOverflow) {
+  ScaleRule rule{.init_scale = 8.0};
+  rule.growth_interval = std::numeric_limits<std::int32_t>::max();
+  ScaleMemory memory(rule);
+  memory.growth_tracker = std::numeric_limits<std::int32_t>::max();
+  update(memory, rule, {0.0F});
+  EXPECT_EQ(memory.growth_tracker, 0);
+  EXPECT_EQ(memory.scale, 16.0F);
+}
+
+// torch's way to freeze a scale: factors of 1, which a new scaler may not have but an update may.
+TEST(ScaleRule, FactorsOfOneFreezeTheScale) {
+  const ScaleRule rule{.init_scale = 8.0, .growth_factor = 1.0, .backoff_factor = 1.0, .growth_interval = 1};
+  EXPECT_NO_THROW(validate_update(rule));
+  EXPECT_THROW(validate(rule), InvalidArgument);
+  ScaleMemory memory(rule);
+  update(memory, rule, {0.0F});
+  update(memory, rule, {1.0F});
+  EXPECT_EQ(memory.scale, 8.0F);
+}
+
 TEST(ScaleRule, ForeignStateStaysInsideItsMemory) {
   const ScaleRule rule{.init_scale = 8.0};
   ScaleMemory memory(rule);

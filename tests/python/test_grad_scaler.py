@@ -155,6 +155,45 @@ def test_two_devices_with_overflows_make_one_flag() -> None:
     assert scaler.get_scale() == 32768.0
 
 
+def test_two_devices_with_overflows_are_skipped_when_step_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    scaler = GradScaler("cpu")
+    flags = {torch.device("cpu"): torch.ones(()), torch.device("cpu", 0): torch.ones(())}
+    monkeypatch.setattr(scaler, "_unscale_grads_", lambda *_: dict(flags))
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer, max_norm=1.0)
+    assert parameter.tolist() == [1.0] * 3
+
+
+def test_factors_of_one_freeze_the_scale_as_in_torch() -> None:
+    parameter, optimizer = one_parameter()
+    torchs = torch.amp.GradScaler("cpu", init_scale=8.0)
+    torchs.set_growth_factor(1.0)
+    torchs.set_backoff_factor(1.0)
+    torchs.set_growth_interval(1.0)
+    scaler = GradScaler("cpu")
+    scaler.load_state_dict(torchs.state_dict())
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(parameter.sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 8.0
+
+
+def test_setters_refuse_at_once_what_an_update_could_not_use() -> None:
+    scaler = GradScaler("cpu")
+    with pytest.raises(ValueError, match="growth_factor is 0.5"):
+        scaler.set_growth_factor(0.5)
+    with pytest.raises(ValueError, match="backoff_factor is 2"):
+        scaler.set_backoff_factor(2.0)
+    with pytest.raises(ValueError, match="growth_interval is 0"):
+        scaler.set_growth_interval(0)
+    scaler.set_growth_interval(5.0)
+    assert (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()) == (2.0, 0.5, 5)
+
+
 # ------------------------------------------------------------------------------------------ errors, word for word
 
 
@@ -200,6 +239,29 @@ def test_torchs_errors_word_for_word(name: str) -> None:
     with pytest.raises(type(expected.value)) as got:
         misuse(GradScaler, name)
     assert str(got.value) == str(expected.value)
+
+
+BAD_GRADIENTS = {
+    "meta": lambda: torch.ones((), device="meta").expand(2),
+    "expanded": lambda: torch.ones(()).expand(2),
+    "csr": lambda: torch.eye(2).to_sparse_csr(),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
+@pytest.mark.parametrize("action", ["step", "unscale_"])
+def test_one_bad_gradient_leaves_all_others_scaled(kind: str, action: str) -> None:
+    bad_grad = BAD_GRADIENTS[kind]()
+    good, bad = nn.Parameter(torch.ones(2)), nn.Parameter(torch.empty_like(bad_grad, memory_format=None))
+    optimizer = torch.optim.SGD([("good", good), ("bad", bad)], lr=1.0)
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(good.sum()).backward()
+    bad.grad = bad_grad
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the gradient of bad "):
+            getattr(scaler, action)(optimizer)
+        assert good.grad.tolist() == [8.0] * 2
+    pickle.dumps(scaler)
 
 
 @pytest.mark.parametrize("action", ["step", "unscale_"])

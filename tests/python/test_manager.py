@@ -126,6 +126,22 @@ def test_a_config_sets_everything_and_clips() -> None:
         MixedPrecisionManager(precision_policy="float32", config=config)
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+def test_an_explicit_unscale_leaves_clipping_to_the_loop(policy: str) -> None:
+    model, optimizer = parts()
+    manager = MixedPrecisionManager(config=MixedPrecisionConfig(policy, loss_scale=2**8))
+    _, _, scaler = manager.setup_pytorch_training(model, optimizer)
+    for explicit in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(8, 4)).square().mean() * 30.0).backward()
+        if explicit:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        assert (norm > 2.0) == explicit
+
+
 def test_without_a_config_nothing_is_clipped() -> None:
     model, optimizer = parts()
     manager = MixedPrecisionManager()
@@ -223,6 +239,7 @@ BAD_CONFIG = [
     ("loss_scale", math.inf, ValueError),
     ("loss_scale", 1e39, ValueError),
     ("loss_scale", 1e-60, ValueError),
+    ("loss_scale", 10**400, ValueError),
     ("loss_scale", "high", TypeError),
     ("loss_scale_growth_interval", 2**40, ValueError),
     ("loss_scale_growth_factor", 1.0, ValueError),

@@ -63,11 +63,16 @@ def test_the_installed_wheel_trains(installed: Path, tmp_path: Path) -> None:
     assert printed == [str(installed / "halfstep" / "__init__.py"), "1"]
 
 
-def test_a_cmake_project_uses_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
-    """tests/consumer names the ops only as text: its linker must still keep the library."""
-    environment = {"PYTHONPATH": str(installed)}
+@pytest.mark.parametrize("layout", ["wheel", "make"])
+def test_a_cmake_project_uses_it(installed: Path, tmp_path: Path, layout: str) -> None:
+    """tests/consumer names the ops only as text: its linker must still keep the library.
+
+    The library of `make` lies far from torch, and with CUDA it needs more of it: the program must find all of that.
+    """
+    folder = installed if layout == "wheel" else ROOT / "python_shim"
+    environment = {"PYTHONPATH": str(folder)}
     prefix = run(sys.executable, "-m", "halfstep", "--cmake-prefix", env=environment).strip()
-    assert str(installed) in prefix
+    assert str(folder) in prefix
     # No CUDA toolkit may be needed: hide this machine's.
     hidden = {"PATH": f"{BIN}:/usr/bin:/bin", "CUDA_PATH": "", "CUDACXX": ""}
     options = (f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed", "-G", "Ninja")

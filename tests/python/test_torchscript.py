@@ -113,6 +113,26 @@ def test_a_saved_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(loaded.scaler.counters(), module.scaler.counters())
 
 
+def test_the_state_stays_on_its_first_device() -> None:
+    scaler = torch.classes.halfstep.GradScaler(init_scale=64.0)
+    scaler.scale(torch.ones(()))
+    counters = scaler.counters()
+    scaler.scale(torch.ones((), device="meta"))
+    assert scaler.get_scale() == 64.0
+    scaler.check_([torch.ones(2)])
+    scaler.update()
+    assert counters[0].item() == 1, "the live state, not a copy"
+
+
+def test_one_bad_gradient_leaves_all_others_scaled() -> None:
+    scaler = torch.classes.halfstep.GradScaler(init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    good = torch.full((2,), 8.0)
+    with pytest.raises((TypeError, RuntimeError), match=r"GradScaler: grads\[0\] has dtype ComplexFloat"):
+        scaler.unscale_([good, torch.ones(2, dtype=torch.complex64, device="meta")])
+    assert good.tolist() == [8.0] * 2
+
+
 @pytest.mark.cuda
 def test_gradients_of_several_devices() -> None:
     scaler = torch.classes.halfstep.GradScaler(init_scale=8.0)

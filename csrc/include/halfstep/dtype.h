@@ -1,4 +1,4 @@
-// The element types of the core, as records: generic code reads only DTypeTraits.
+// The element types of the core: their ranges, sizes and conversions.
 //
 //   float32   s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
 //   float16   s eeeee mmmmmmmmmm
@@ -9,7 +9,6 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <string_view>
 
 #include "halfstep/export.h"
 #include "halfstep/status.h"
@@ -35,40 +34,24 @@ struct DTypeTraits;
 
 template <>
 struct DTypeTraits<DType::kFloat32> {
-  using Storage = float;
-  using Compute = float;
-  static constexpr std::string_view name = "float32";
-  static constexpr int mantissa_bits = 23;
   static constexpr double max = 0x1.fffffep+127;
   static constexpr double min_normal = 0x1p-126;
 };
 
 template <>
 struct DTypeTraits<DType::kFloat64> {
-  using Storage = double;
-  using Compute = double;
-  static constexpr std::string_view name = "float64";
-  static constexpr int mantissa_bits = 52;
   static constexpr double max = 0x1.fffffffffffffp+1023;
   static constexpr double min_normal = 0x1p-1022;
 };
 
 template <>
 struct DTypeTraits<DType::kFloat16> {
-  using Storage = Half;
-  using Compute = float;
-  static constexpr std::string_view name = "float16";
-  static constexpr int mantissa_bits = 10;
   static constexpr double max = 65504.0;
   static constexpr double min_normal = 0x1p-14;
 };
 
 template <>
 struct DTypeTraits<DType::kBFloat16> {
-  using Storage = BFloat16;
-  using Compute = float;
-  static constexpr std::string_view name = "bfloat16";
-  static constexpr int mantissa_bits = 7;
   static constexpr double max = 0x1.fep+127;
   static constexpr double min_normal = 0x1p-126;
 };

@@ -14,6 +14,9 @@
 // float32, float64, float16 and bfloat16 may be mixed in one list. No limit on elements (64-bit sizes) or tensors.
 // check_gradients never writes a gradient; unscale replaces every g by u (rounded to its dtype, and a u that becomes
 // infinite there is found), also when something was found: torch's contract.
+//
+// The functions of the namespaces cpu and cuda are the core's own; programs that link libhalfstep_torch call the ops in
+// halfstep/torch/.
 #pragma once
 
 #include <cstddef>

@@ -15,6 +15,9 @@
 // "torch" scale and growth_tracker are equal to torch's bit for bit (but for >=: an interval lowered below the tracker
 // stops torch's growth until the next overflow). The scale never becomes infinite. A scale that a user has set outside
 // the bounds is not pulled in: growth never lowers it, an overflow never raises it.
+//
+// The functions of the namespaces cpu and cuda are the core's own; programs that link libhalfstep_torch call the ops in
+// halfstep/torch/.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +52,8 @@ HALFSTEP_API ScaleRule scale_rule(std::string_view preset);
 HALFSTEP_API Refill refill_from_name(std::string_view name);  // throws InvalidArgument
 HALFSTEP_API std::string_view name_of(Refill refill);
 
-// Throw InvalidArgument that names the first parameter outside its range: of all, or of all but init_scale, which an
-// update does not use.
+// Throw InvalidArgument that names the first parameter outside its range: for a new scaler, or for an update, which
+// does not use init_scale and may have a growth or backoff factor of 1 (torch's way to freeze a scale).
 HALFSTEP_API void validate(const ScaleRule& rule);
 HALFSTEP_API void validate_update(const ScaleRule& rule);
 

@@ -63,6 +63,7 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
   void ensure_state(at::Device device);
 
   ScaleRule rule_;
+  bool restored_ = false;  // state from a snapshot waits on the CPU for the first scaled tensor to name the device
   at::Tensor scale_, growth_tracker_, hysteresis_left_, counters_, history_;
   std::vector<at::Tensor> found_, norm_;  // since the last update
 };
@@ -79,7 +80,8 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
 // unscale_(optimizer) before step, once, gives the true gradients for clipping. step reads one flag on the host.
 // Misuse (unscale_ twice, step twice, no gradients, nothing scaled yet, gradients resized or replaced by nothing
 // between unscale_ and step) throws c10::Error and changes neither parameters nor optimizer nor scaler. Gradients of
-// float16 are refused, as torch.amp does, unless allow_fp16_gradients. Not thread-safe; one per training loop.
+// float16 are refused, as torch.amp does, unless allow_fp16_gradients. An optimizer is known by its address: keep it
+// alive from unscale_ to update. Not thread-safe; one per training loop.
 struct GradScalerOptions {
   ScaleRule rule{};  // or scale_rule("megatron") and the like
   bool enabled = true;
@@ -89,6 +91,10 @@ struct GradScalerOptions {
 class HALFSTEP_API GradScaler {
  public:
   explicit GradScaler(const GradScalerOptions& options = {});
+  GradScaler(const GradScaler&) = delete;  // two copies would share one scale
+  GradScaler& operator=(const GradScaler&) = delete;
+  GradScaler(GradScaler&&) = default;
+  GradScaler& operator=(GradScaler&&) = default;
 
   at::Tensor scale(const at::Tensor& loss);
   void unscale_(torch::optim::Optimizer& optimizer);
