@@ -33,7 +33,7 @@ demo: setup
 test: test-cpp test-python
 
 test-cpp: setup
-	@$(BIN)/ctest --test-dir build/latest --output-on-failure -j 2 --progress
+	@$(BIN)/ctest --test-dir build/latest --output-on-failure -j 2
 
 test-python: setup
 	@HALFSTEP_BUILD=build/latest $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -100,6 +100,7 @@ def print_scale_path(scaler) -> None:
                 + f"   skipped {skipped}" * bool(skipped)
             )
             start = i + 1
+    print(f"  next step             {scaler.get_scale():>10,.0f}")
 
 
 def main() -> None:
@@ -121,6 +122,9 @@ def main() -> None:
     plain, _, _ = train("float32", arguments, device)
     mixed, manager, scaler = train(arguments.policy, arguments, device)
 
+    print("\nThe loss scale starts too high on purpose, to show it being found: the first steps are skipped.")
+    if device.type == "cpu" and arguments.policy == "mixed_float16":
+        print("float16 on a CPU is for show: most emulate it, and mixed_bfloat16 is the policy to use there.")
     print(f"\nepoch   float32 loss  accuracy   {arguments.policy} loss  accuracy")
     width = len(arguments.policy) + 5
     for epoch, (a, b) in enumerate(zip(plain, mixed, strict=True), 1):
@@ -128,11 +132,13 @@ def main() -> None:
     print_scale_path(scaler)
 
     statistics = manager.get_comprehensive_stats()
-    notes = statistics.pop("notes")
+    del statistics["notes"]
     print("\nStatistics:")
+    unknown = [key for key, value in statistics.items() if isinstance(value, float) and math.isnan(value)]
     for key, value in statistics.items():
-        unknown = isinstance(value, float) and math.isnan(value)
-        print(f"  {key:22} {'not measured: ' + notes[key] if unknown else value}")
+        if key not in unknown:
+            print(f"  {key:22} {value}")
+    print(f"  not measured (the notes say why): {', '.join(unknown)}")
     print(f"\nDone in {time.perf_counter() - start:.0f} s.")
 
 

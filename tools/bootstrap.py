@@ -227,7 +227,12 @@ def build(environment: Environment, cuda: bool, architectures: str) -> Path:
         run(environment.bin / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *options, stdout=subprocess.DEVNULL)
         stamp.write_text(configured)
         say("compiling (about 2 minutes on 2 cores" + ("; with CUDA 3)" if cuda else ")"))
-    run(environment.bin / "cmake", "--build", folder, "-j", str(compile_jobs()))
+    # ninja's "no work to do" is no news.
+    dry_run = [str(environment.bin / "ninja"), "-C", str(folder), "-n"]
+    if "no work to do" not in subprocess.run(dry_run, capture_output=True, text=True, check=False).stdout:
+        start = time.monotonic()
+        run(environment.bin / "cmake", "--build", folder, "-j", str(compile_jobs()))
+        say(f"  compiled in {time.monotonic() - start:.0f} s")
     run(
         environment.bin / "cmake", "--install", folder, "--prefix", ROOT / "python_shim" / "halfstep",
         stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Checks of a saved scaler state, entry by entry."""
+"""Checks of a scaler's parameters and of its saved state, entry by entry."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 def integral(value: Any) -> Any:
     """Return a float without a fraction as the int that it is; torch takes such intervals."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_kinds(values: dict[str, Any], kinds: tuple[type, ...], expected: str) -> None:
+    """Raise unless every value is of one of the kinds; True and False are no numbers."""
+    for name, value in values.items():
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected {expected}")
 
 
 def check_number(key: str, value: Any, kind: type, low: float, high: float) -> None:

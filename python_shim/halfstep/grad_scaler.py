@@ -17,7 +17,7 @@ import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from halfstep import _library
-from halfstep.checkpoints import check_keys, check_number, integral
+from halfstep.checkpoints import check_keys, check_kinds, check_number, integral
 from halfstep.config import check_scale
 from halfstep.errors import ScaleCollapsed
 from halfstep.gradients import (
@@ -93,6 +93,17 @@ class GradScaler(torch.amp.GradScaler):
         allow_fp16_gradients: bool = False,
         max_consecutive_skips: int | None = None,
     ) -> None:
+        if not isinstance(device, str):
+            raise TypeError(
+                f"device is {device!r}, expected a device type such as 'cuda' or 'cpu' (init_scale comes second)"
+            )
+        numbers = {"init_scale": init_scale, "growth_factor": growth_factor, "backoff_factor": backoff_factor}
+        numbers |= {"min_scale": min_scale, "max_scale": max_scale}
+        growth_interval = integral(growth_interval)
+        integers = {"growth_interval": growth_interval, "hysteresis": hysteresis, "growth_delay": growth_delay}
+        check_kinds(numbers, (int, float), "a number")
+        check_kinds(integers, (int,), "an integer")
+        check_kinds({"refill": refill}, (str,), "a str")
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         if max_consecutive_skips is not None and (
             not isinstance(max_consecutive_skips, int) or max_consecutive_skips < 1
@@ -330,7 +341,7 @@ class GradScaler(torch.amp.GradScaler):
         max_norm: clip the L2 norm of this optimizer's unscaled gradients first.
         Returns what optimizer.step() returns, None for a skipped step. Further arguments go to optimizer.step().
         """
-        if max_norm is not None and not max_norm > 0:
+        if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
             raise ValueError(f"GradScaler.step: max_norm is {max_norm!r}, expected a number > 0")
         # Not [...]: that would leave a record of a step that then raises.
         state = self._per_optimizer_states.get(id(optimizer)) if self._enabled else None
@@ -460,13 +471,27 @@ class GradScaler(torch.amp.GradScaler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() of this class or of torch.amp.GradScaler returned.
 
-        torch's checkpoints leave bounds and hysteresis as they are and the counters at 0. A missing, foreign or
-        senseless entry raises and changes nothing.
+        torch's checkpoints leave bounds and hysteresis as they are and the counters at 0. A scaler with a fixed scale
+        (min_scale == max_scale) and one with a moving scale take only each other's counters, with a warning. A
+        missing, foreign or senseless entry raises and changes nothing.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"GradScaler.load_state_dict: state_dict is {type(state_dict).__name__}, expected a dict")
         if not self._enabled or len(state_dict) == 0:
             super().load_state_dict(state_dict)  # a no-op, or torch's error
             return
         own = self._checked_own_state(state_dict)
+        if (own["min_scale"] == own["max_scale"]) != (self._min_scale == self._max_scale) or (
+            _OWN_KEY not in state_dict and self._min_scale == self._max_scale
+        ):
+            # bfloat16's scaler stands still at 1, float16's moves: neither may turn into the other.
+            warnings.warn(
+                "GradScaler.load_state_dict: the checkpoint is of a scaler whose scale moves and this one's is fixed, "
+                "or the reverse (another precision policy?). Only its counters are taken; scale and rule stay.",
+                stacklevel=2,
+            )
+            self._load_counters(own["counters"])
+            return
         super().load_state_dict({key: state_dict[key] for key in _TORCH_KEYS})
         self._growth_interval = integral(self._growth_interval)
         self._min_scale = own["min_scale"]
@@ -475,9 +500,13 @@ class GradScaler(torch.amp.GradScaler):
         self._refill = own["refill"]
         self._growth_delay = own["growth_delay"]
         self._init_hysteresis_left = own["hysteresis_left"]
-        self._init_counters = [own["counters"][name] for name in COUNTERS]
         if self._scale is not None:
             self._hysteresis_left.fill_(self._init_hysteresis_left)
+        self._load_counters(own["counters"])
+
+    def _load_counters(self, counters: dict[str, int]) -> None:
+        self._init_counters = [counters[name] for name in COUNTERS]
+        if self._scale is not None:
             self._counters.copy_(torch.tensor(self._init_counters, dtype=torch.int64))
             self._history.zero_()
 

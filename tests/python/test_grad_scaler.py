@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 import pickle
 import warnings
@@ -12,6 +10,7 @@ import halfstep
 import pytest
 import torch
 from halfstep import GradScaler, ScaleCollapsed
+from scaler_cases import one_parameter, used_scaler
 from torch import nn
 
 
@@ -72,11 +71,6 @@ def test_is_an_instance_of_torchs_class_and_disabled_is_the_plain_loop(device: t
     assert scaler.state_dict() == {}
     assert scaler.counters()["steps"] == 0
     assert scaler.history() == []
-
-
-def one_parameter(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", size: int = 3):
-    parameter = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
-    return parameter, torch.optim.SGD([parameter], lr=1.0)
 
 
 def test_mixed_dtypes_in_one_optimizer(device: torch.device) -> None:
@@ -264,6 +258,29 @@ def test_one_bad_gradient_leaves_all_others_scaled(kind: str, action: str) -> No
     pickle.dumps(scaler)
 
 
+BAD_KINDS = [
+    ({"device": 65536.0}, "device is 65536.0, expected a device type"),
+    ({"init_scale": "big"}, "init_scale is 'big', expected a number"),
+    ({"growth_interval": 10.5}, "growth_interval is 10.5, expected an integer"),
+    ({"hysteresis": True}, "hysteresis is True, expected an integer"),
+    ({"refill": 3}, "refill is 3, expected a str"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_KINDS, ids=[case[1] for case in BAD_KINDS])
+def test_settings_of_the_wrong_kind_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        GradScaler(**{"device": "cpu", **settings})
+
+
+def test_other_arguments_of_the_wrong_kind_are_named() -> None:
+    _, optimizer = one_parameter()
+    with pytest.raises(TypeError, match="state_dict is NoneType, expected a dict"):
+        GradScaler("cpu").load_state_dict(None)
+    with pytest.raises(ValueError, match="max_norm is '1', expected a number > 0"):
+        GradScaler("cpu").step(optimizer, max_norm="1")
+
+
 @pytest.mark.parametrize("action", ["step", "unscale_"])
 def test_a_refused_call_leaves_no_trace(action: str) -> None:
     _, optimizer = one_parameter()
@@ -390,92 +407,6 @@ def test_the_scale_may_live_on_the_cpu_and_gradients_on_the_gpu() -> None:
         scaler.update()
         assert scaler.counters()["skipped"] == i + 1
     assert parameter[0].item() == 1.0
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def used_scaler(device: str = "cpu", **settings) -> GradScaler:
-    parameter, optimizer = one_parameter(device=device)
-    scaler = GradScaler(device, init_scale=256.0, growth_interval=3, **settings)
-    for i in range(5):
-        optimizer.zero_grad()
-        scaler.scale(parameter.sum() * (math.inf if i == 1 else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return scaler
-
-
-def test_checkpoints_go_both_ways_with_torch() -> None:
-    ours = used_scaler()
-    torchs = torch.amp.GradScaler("cpu")
-    torchs.load_state_dict(ours.state_dict())
-    assert {**torchs.state_dict(), "halfstep": ours.state_dict()["halfstep"]} == ours.state_dict()
-    back = GradScaler("cpu", min_scale=2.0)
-    back.load_state_dict(torchs.state_dict())
-    assert back.get_scale() == ours.get_scale()
-    assert back._get_growth_tracker() == ours._get_growth_tracker()
-    assert back.state_dict()["halfstep"]["min_scale"] == 2.0
-    assert back.counters()["steps"] == 0
-
-
-@pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy", "torch.save"])
-@pytest.mark.parametrize("used_before", [False, True])
-def test_all_state_survives(way: str, used_before: bool) -> None:
-    ours = used_scaler(hysteresis=2, refill="on_growth", min_scale=1.0, max_scale=4096.0)
-    assert ours.counters() | {"steps": 5, "skipped": 1} == ours.counters()
-    if way == "pickle":
-        back = pickle.loads(pickle.dumps(ours))
-    elif way == "deepcopy":
-        back = copy.deepcopy(ours)
-    else:
-        state = ours.state_dict()
-        if way == "torch.save":
-            file = io.BytesIO()
-            torch.save(state, file)
-            file.seek(0)
-            state = torch.load(file, weights_only=True)
-        back = used_scaler() if used_before else GradScaler("cpu")
-        back.load_state_dict(state)
-    assert back.state_dict() == ours.state_dict()
-    for scaler in (back, ours):
-        parameter, optimizer = one_parameter()
-        scaler.scale(parameter.sum() * math.inf).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert back.state_dict() == ours.state_dict()
-
-
-BAD_STATES = {
-    "missing keys": (lambda s: s.pop("growth_factor"), ValueError, "missing keys"),
-    "foreign keys": (lambda s: s.update(lr=1.0), ValueError, r"unknown keys \['lr'\]"),
-    "huge scale": (lambda s: s.update(scale=1e300), ValueError, "'scale' is 1e.300"),
-    "huge tracker": (lambda s: s.update(_growth_tracker=2**40), ValueError, "'_growth_tracker' is"),
-    "bool scale": (lambda s: s.update(scale=True), ValueError, "'scale' is True"),
-    "huge credit": (lambda s: s["halfstep"].update(hysteresis_left=2**40), ValueError, "'hysteresis_left' is"),
-    "negative counter": (lambda s: s["halfstep"]["counters"].update(steps=-5), ValueError, "'steps' is -5"),
-    "fractional counter": (lambda s: s["halfstep"]["counters"].update(steps=2.5), ValueError, "'steps' is 2.5"),
-    "nan scale": (lambda s: s.update(scale=math.nan), ValueError, "'scale' is nan"),
-    "negative scale": (lambda s: s.update(scale=-2.0), ValueError, "'scale' is -2.0"),
-    "text scale": (lambda s: s.update(scale="big"), ValueError, "'scale' is 'big'"),
-    "growth factor": (lambda s: s.update(growth_factor=0.5), ValueError, "growth_factor is 0.5"),
-    "own part": (lambda s: s.update(halfstep=3), TypeError, "halfstep.* is int, expected a dict"),
-    "own keys": (lambda s: s["halfstep"].pop("refill"), ValueError, r"missing keys \['refill'\]"),
-    "own refill": (lambda s: s["halfstep"].update(refill="x"), ValueError, "refill is 'x'"),
-    "counters": (lambda s: s["halfstep"]["counters"].pop("steps"), ValueError, r"missing keys \['steps'\]"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_STATES)
-def test_a_bad_state_dict_changes_nothing(case: str) -> None:
-    change, error, message = BAD_STATES[case]
-    scaler = used_scaler()
-    before = scaler.state_dict()
-    state = copy.deepcopy(used_scaler(hysteresis=3, min_scale=1.0).state_dict())
-    change(state)
-    with pytest.raises(error, match=message):
-        scaler.load_state_dict(state)
-    assert scaler.state_dict() == before
 
 
 # ---------------------------------------------------------------------------------------------- what it tells

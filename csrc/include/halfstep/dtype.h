@@ -72,6 +72,12 @@ inline std::size_t size_of(DType dtype) {
 // Conversions, branch-free so that compilers vectorise them. The float16 ones follow the method of the FP16 library
 // (Maratyszcza): let the float32 adder do the rounding of subnormals. They use no float32 subnormal as an operand, so
 // they also hold where the processor flushes those to zero.
+// condition ? a : b by masks: compilers leave no branch of it, which would keep them from vectorising.
+[[gnu::always_inline]] inline std::uint32_t select_bits(bool condition, std::uint32_t a, std::uint32_t b) {
+  const std::uint32_t mask = 0U - static_cast<std::uint32_t>(condition);
+  return (a & mask) | (b & ~mask);
+}
+
 [[gnu::always_inline]] inline float widen(float x) {
   return x;
 }
@@ -85,10 +91,11 @@ inline std::size_t size_of(DType dtype) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000U) << 16;
   const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffU) << 13;
   // 1. Normal, infinite or NaN: move the exponent's bias from 15 to 127; all-ones goes on to float32's all-ones.
-  const std::uint32_t rebias = magnitude >= 0x0f800000U ? (255U - 31U) << 23 : (127U - 15U) << 23;
+  const std::uint32_t rebias = select_bits(magnitude >= 0x0f800000U, (255U - 31U) << 23, (127U - 15U) << 23);
   // 2. Zero or subnormal: m * 2^-24 == (0.5 + m * 2^-24) - 0.5, exactly.
   const float subnormal = std::bit_cast<float>((magnitude >> 13) | 0x3f000000U) - 0.5F;
-  const std::uint32_t bits = magnitude < 0x00800000U ? std::bit_cast<std::uint32_t>(subnormal) : magnitude + rebias;
+  const std::uint32_t bits =
+      select_bits(magnitude < 0x00800000U, std::bit_cast<std::uint32_t>(subnormal), magnitude + rebias);
   return std::bit_cast<float>(sign | bits);
 }
 
@@ -112,7 +119,7 @@ template <>
   // the right answer, up to infinity; a NaN must not carry, so it is made quiet instead.
   const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
   const std::uint32_t nan = (bits >> 16) | 0x0040U;
-  return {static_cast<std::uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? nan : rounded)};
+  return {static_cast<std::uint16_t>(select_bits((bits & 0x7fffffffU) > 0x7f800000U, nan, rounded))};
 }
 template <>
 [[gnu::always_inline]] inline Half narrow<Half>(float x) {
@@ -124,12 +131,13 @@ template <>
   const std::uint32_t normal = (rebased + 0x0fffU + ((rebased >> 13) & 1U)) >> 13;
   // 2. Results below 2^-14: 0.5 has its last place at 2^-24, which is float16's; the addition rounds to it.
   const std::uint32_t subnormal =
-      std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude < 0x38800000U ? magnitude : 0U) + 0.5F) - 0x3f000000U;
+      std::bit_cast<std::uint32_t>(std::bit_cast<float>(select_bits(magnitude < 0x38800000U, magnitude, 0U)) + 0.5F) -
+      0x3f000000U;
   // 3. From 65520 on everything is infinite; NaN keeps its upper payload and is made quiet.
   const std::uint32_t nan = 0x7e00U | ((magnitude >> 13) & 0x03ffU);
-  std::uint32_t half = magnitude < 0x38800000U ? subnormal : normal;
-  half = magnitude >= 0x477ff000U ? 0x7c00U : half;
-  half = magnitude > 0x7f800000U ? nan : half;
+  std::uint32_t half = select_bits(magnitude < 0x38800000U, subnormal, normal);
+  half = select_bits(magnitude >= 0x477ff000U, 0x7c00U, half);
+  half = select_bits(magnitude > 0x7f800000U, nan, half);
   return {static_cast<std::uint16_t>(sign | half)};
 }
 
