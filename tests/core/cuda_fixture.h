@@ -20,9 +20,12 @@ class CudaTest : public testing::Test {
       HS_CUDA_TRY(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
       return;
     }
-    const char* const required = std::getenv("HALFSTEP_REQUIRE_CUDA");
-    if (required != nullptr && std::strcmp(required, "1") == 0) FAIL() << "HALFSTEP_REQUIRE_CUDA=1, but no GPU";
+    if (required()) FAIL() << "HALFSTEP_REQUIRE_CUDA=1, but no GPU";
     GTEST_SKIP() << "no GPU on this machine";
+  }
+  static bool required() {
+    const char* const value = std::getenv("HALFSTEP_REQUIRE_CUDA");
+    return value != nullptr && std::strcmp(value, "1") == 0;
   }
   void TearDown() override {
     if (stream_ != nullptr) HS_CUDA_TRY(cudaStreamDestroy(stream_));
