@@ -53,17 +53,17 @@ template <class Storage, bool write, bool with_stats>
 
   // Stage by stage over one block of lanes: loops this simple become vector code for every storage.
   // Inlined, or it would be compiled for no instruction set but the oldest.
-  const auto visit = [&](Storage* block) __attribute__((always_inline)) {
+  const auto visit = [&](Storage* block, int lanes) __attribute__((always_inline)) {
     Compute u[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) u[lane] = widen(block[lane]) * factor;
+    for (int lane = 0; lane < lanes; ++lane) u[lane] = widen(block[lane]) * factor;
     if constexpr (write) {
-      for (int lane = 0; lane < kLanes; ++lane) block[lane] = narrow<Storage>(u[lane]);
-      for (int lane = 0; lane < kLanes; ++lane) u[lane] = widen(block[lane]);
+      for (int lane = 0; lane < lanes; ++lane) block[lane] = narrow<Storage>(u[lane]);
+      for (int lane = 0; lane < lanes; ++lane) u[lane] = widen(block[lane]);
     }
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += u[lane] * u[lane];
-    for (int lane = 0; lane < kLanes; ++lane) non_finite[lane] += magnitude_bits(u[lane]) >= limit;
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += u[lane] * u[lane];
+    for (int lane = 0; lane < lanes; ++lane) non_finite[lane] += magnitude_bits(u[lane]) >= limit;
     if constexpr (with_stats) {
-      for (int lane = 0; lane < kLanes; ++lane) {
+      for (int lane = 0; lane < lanes; ++lane) {
         const Bits bits = magnitude_bits(u[lane]);
         largest[lane] = std::max(largest[lane], bits < limit ? bits : Bits{0});
         zeros[lane] += bits == 0;
@@ -73,15 +73,8 @@ template <class Storage, bool write, bool with_stats>
   };
 
   const std::int64_t whole = count - count % kLanes;
-  for (std::int64_t i = 0; i < whole; i += kLanes) visit(data + i);
-  if (whole < count) {
-    // The rest in a block filled up with zeros, which add nothing but to the count of zeros.
-    Storage block[kLanes] = {};
-    std::copy(data + whole, data + count, block);
-    visit(block);
-    if constexpr (write) std::copy(block, block + (count - whole), data + whole);
-    if constexpr (with_stats) result.zeros -= kLanes - (count - whole);
-  }
+  for (std::int64_t i = 0; i < whole; i += kLanes) visit(data + i, kLanes);
+  visit(data + whole, static_cast<int>(count - whole));
 
   for (int lane = 0; lane < kLanes; ++lane) {
     result.sum_of_squares += static_cast<double>(sums[lane]);

@@ -186,18 +186,26 @@ class GradScaler(torch.amp.GradScaler):
     def _check_rule(self, **changes: Any) -> None:
         """Raise unless an update could run with these parameters in place of the scaler's own."""
         if self._enabled:
-            rule = {
-                "growth_factor": self._growth_factor,
-                "backoff_factor": self._backoff_factor,
-                "growth_interval": self._growth_interval,
-                "min_scale": self._min_scale,
-                "max_scale": self._max_scale,
-                "hysteresis": self._hysteresis,
-                "refill": self._refill,
-                "growth_delay": self._growth_delay,
-                **changes,
-            }
-            _ops.check_scale_rule(rule.pop("init_scale", self._init_scale), **rule, update_only=True)
+            _ops.check_scale_rule(self._init_scale, **{**self._rule(), **changes}, update_only=True)
+
+    def _rule(self) -> dict[str, Any]:
+        """Return what an update of the scale needs, by the names of the op's parameters."""
+        return {
+            "growth_factor": self._growth_factor,
+            "backoff_factor": self._backoff_factor,
+            "growth_interval": self._growth_interval,
+            **self._own_rule(),
+        }
+
+    def _own_rule(self) -> dict[str, Any]:
+        """Return the part of the rule that torch's scaler does not have."""
+        return {
+            "min_scale": self._min_scale,
+            "max_scale": self._max_scale,
+            "hysteresis": self._hysteresis,
+            "refill": self._refill,
+            "growth_delay": self._growth_delay,
+        }
 
     def counters(self) -> dict[str, int]:
         """Return how many updates there were, and of which kind (waits for the device).
@@ -417,14 +425,7 @@ class GradScaler(torch.amp.GradScaler):
             self._history,
             founds,
             norms,
-            self._growth_factor,
-            self._backoff_factor,
-            self._growth_interval,
-            self._min_scale,
-            self._max_scale,
-            self._hysteresis,
-            self._refill,
-            self._growth_delay,
+            **self._rule(),
         )
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         if self._max_consecutive_skips is not None:
@@ -457,15 +458,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return {}
         left = self._init_hysteresis_left if self._hysteresis_left is None else self._hysteresis_left.tolist()
-        own = {
-            "min_scale": self._min_scale,
-            "max_scale": self._max_scale,
-            "hysteresis": self._hysteresis,
-            "refill": self._refill,
-            "growth_delay": self._growth_delay,
-            "hysteresis_left": left,
-            "counters": self.counters(),
-        }
+        own = {**self._own_rule(), "hysteresis_left": left, "counters": self.counters()}
         return {**super().state_dict(), _OWN_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -515,15 +508,8 @@ class GradScaler(torch.amp.GradScaler):
         check_keys("", state_dict, _TORCH_KEYS, optional=(_OWN_KEY,))
         own = state_dict.get(_OWN_KEY)
         if own is None:
-            own = {
-                "min_scale": self._min_scale,
-                "max_scale": self._max_scale,
-                "hysteresis": self._hysteresis,
-                "refill": self._refill,
-                "growth_delay": self._growth_delay,
-                "hysteresis_left": self._hysteresis,
-                "counters": dict.fromkeys(COUNTERS, 0),
-            }
+            counters = dict.fromkeys(COUNTERS, 0)
+            own = {**self._own_rule(), "hysteresis_left": self._hysteresis, "counters": counters}
         check_keys("['halfstep']", own, _OWN_KEYS)
         check_keys("['halfstep']['counters']", own["counters"], COUNTERS)
         check_number("scale", state_dict["scale"], float, 0.0, _MAX_FLOAT32)

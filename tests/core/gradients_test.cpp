@@ -70,6 +70,22 @@ TEST(CheckGradients, AgreesWithTheReferenceForAllDtypesAndSizes) {
   }
 }
 
+// A scale that collapsed to 0 makes the multiplier infinite: zeros become NaN, everything else infinite.
+TEST(CheckGradients, AScaleOfZeroCountsRealElementsOnly) {
+  for (const std::size_t size : {std::size_t{1}, std::size_t{33}, std::size_t{64}}) {
+    for (const double value : {1.0, 0.0}) {
+      GradientList list;
+      list.add(DType::kFloat32, std::vector<double>(size, value));
+      const Result result = check(list, 0.0F);
+      EXPECT_EQ(result.found, 1.0F);
+      EXPECT_EQ(std::isinf(result.norm), value == 1.0);
+      EXPECT_EQ(std::isnan(result.norm), value == 0.0);
+      EXPECT_EQ(result.stats[kNonFinite], static_cast<float>(size));
+      EXPECT_EQ(result.stats[kZeros], 0.0F);
+    }
+  }
+}
+
 TEST(CheckGradients, TheBitsDependNeitherOnThreadsNorOnTheRun) {
   GradientList list = test::mixed_list(10.0);
   const Result serial = check(list, 1024.0F);
