@@ -7,8 +7,7 @@
 // Limit: the bytes of the gradients over the memory bandwidth, twice that for unscale, which writes them too.
 #include <algorithm>
 
-#include <cuda_fp16.h>
-
+#include "convert.cuh"
 #include "halfstep/gradients.h"
 #include "try.h"
 
@@ -42,32 +41,6 @@ constexpr int kLargeTable = 1024;
 
 std::int64_t chunks_of(std::int64_t numel) {
   return (numel + kChunk - 1) / kChunk;
-}
-
-__device__ float widen_device(float x) {
-  return x;
-}
-__device__ double widen_device(double x) {
-  return x;
-}
-__device__ float widen_device(Half x) {
-  return __half2float(__ushort_as_half(x.bits));
-}
-__device__ float widen_device(BFloat16 x) {
-  return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16);
-}
-
-template <class Storage, class Compute>
-__device__ Storage narrow_device(Compute x) {
-  if constexpr (std::is_same_v<Storage, Half>) {
-    return {__half_as_ushort(__float2half_rn(x))};
-  } else if constexpr (std::is_same_v<Storage, BFloat16>) {
-    const std::uint32_t bits = __float_as_uint(x);
-    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    return {static_cast<std::uint16_t>(isnan(x) ? (bits >> 16) | 0x0040U : rounded)};
-  } else {
-    return x;
-  }
 }
 
 // What one thread has seen. Squares are summed in the type the gradient computes in.
