@@ -12,11 +12,6 @@
 namespace halfstep {
 namespace {
 
-std::string name_of(DType dtype) {
-  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16"};
-  return names[static_cast<int>(dtype)];
-}
-
 using test::GradientList;
 using test::Reference;
 
@@ -148,7 +143,7 @@ TEST_P(Planted, UnscaleWritesTheRoundedProduct) {
 
 INSTANTIATE_TEST_SUITE_P(DTypes, Planted,
                          testing::Values(DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16),
-                         [](const auto& param) { return name_of(param.param); });
+                         [](const auto& param) { return std::string(name_of(param.param)); });
 
 TEST(CheckGradients, AnOverflowMadeByUnscalingIsFound) {
   GradientList list;

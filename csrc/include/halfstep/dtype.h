@@ -69,6 +69,20 @@ inline std::size_t size_of(DType dtype) {
   HS_UNREACHABLE("dtype ", static_cast<int>(dtype));
 }
 
+inline const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+  }
+  HS_UNREACHABLE("dtype ", static_cast<int>(dtype));
+}
+
 // Conversions, branch-free so that compilers vectorise them. The float16 ones follow the method of the FP16 library
 // (Maratyszcza): let the float32 adder do the rounding of subnormals. They use no float32 subnormal as an operand, so
 // they also hold where the processor flushes those to zero.
