@@ -5,7 +5,6 @@
 #include <c10/util/Exception.h>
 
 namespace halfstep::torch_ops {
-namespace {
 
 std::optional<DType> to_dtype(at::ScalarType type) {
   switch (type) {
@@ -21,8 +20,6 @@ std::optional<DType> to_dtype(at::ScalarType type) {
       return std::nullopt;
   }
 }
-
-}  // namespace
 
 void TorchExecutor::for_each(std::int64_t count, const std::function<void(std::int64_t)>& task) const {
   at::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {

@@ -19,6 +19,9 @@ class TorchExecutor final : public Executor {
   void for_each(std::int64_t count, const std::function<void(std::int64_t)>& task) const override;
 };
 
+// The core's name for a dtype, nullopt for one that it does not compute in.
+std::optional<DType> to_dtype(at::ScalarType type);
+
 // Throws unless `tensor` is a strided `dtype` tensor on `device` with `numel` contiguous elements. `op` and `argument`
 // go into the message.
 void check_argument(const at::Tensor& tensor, std::string_view op, std::string_view argument, at::ScalarType dtype,

@@ -30,13 +30,19 @@ struct Registration {
     define_gradients(definitions);
     define_scaling(definitions);
     define_grad_scaler(definitions);
+    define_optimizer(definitions);
     implement_gradients_cpu(cpu);
+    implement_optimizer_cpu(cpu);
     implement_scaling_cpu(cpu);
     implement_gradients_cuda(cuda);
+    implement_optimizer_cuda(cuda);
     implement_scaling_cuda(cuda);
     implement_gradients_cpu(sparse_cpu);
     implement_gradients_cuda(sparse_cuda);
+    implement_optimizer_cpu(sparse_cpu);
+    implement_optimizer_cuda(sparse_cuda);
     implement_gradients_meta(meta);
+    implement_optimizer_meta(meta);
     implement_scaling_meta(meta);
   }
 };

@@ -9,13 +9,17 @@ namespace halfstep::torch_ops {
 void define_gradients(torch::Library& library);
 void define_scaling(torch::Library& library);
 void define_grad_scaler(torch::Library& library);
+void define_optimizer(torch::Library& library);
 
 // Kernels by dispatch key.
 void implement_gradients_cpu(torch::Library& library);
+void implement_optimizer_cpu(torch::Library& library);
 void implement_scaling_cpu(torch::Library& library);
 void implement_gradients_meta(torch::Library& library);
+void implement_optimizer_meta(torch::Library& library);
 void implement_scaling_meta(torch::Library& library);
 void implement_gradients_cuda(torch::Library& library);
+void implement_optimizer_cuda(torch::Library& library);
 void implement_scaling_cuda(torch::Library& library);
 
 // The CUDA kernel of every op in a build without CUDA: an error that says how to get one.

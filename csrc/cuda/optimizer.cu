@@ -86,7 +86,7 @@ __device__ Constants adam_step_constants(const OptimizerGroup& group, float step
 
 template <OptimizerKind kind>
 __global__ void prepare_kernel(Addresses table, int tensors, StepControl control) {
-  const bool skip = *control.found != 0;  // NaN too
+  const bool skip = control.found && *control.found != 0;  // NaN too
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i == 0) *table.header = {gradient_factors(control), skip, 0};
   if (i >= tensors || skip) return;
@@ -330,7 +330,6 @@ void OptimizerTable::set_groups(std::span<const OptimizerGroup> groups, CudaStre
 }
 
 void optimizer_step(OptimizerKind kind, const OptimizerTable& table, const StepControl& control, CudaStream stream) {
-  HS_CHECK(control.found, "optimizer_step: found must not be null");
   if (table.tensors() == 0) return;
   const auto cuda_stream = static_cast<cudaStream_t>(stream.handle);
   if (kind == OptimizerKind::kAdam) {

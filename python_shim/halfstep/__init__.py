@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from halfstep.errors import LibraryMismatchError, ScaleCollapsed
     from halfstep.grad_scaler import GradScaler
     from halfstep.manager import MixedPrecisionManager
+    from halfstep.optimizer import release
     from halfstep.statistics import MixedPrecisionStatistics
 
 _HOME_OF = {
@@ -31,6 +32,7 @@ _HOME_OF = {
     "ScaleCollapsed": "halfstep.errors",
     "build_info": "halfstep._library",
     "load_library": "halfstep._library",
+    "release": "halfstep.optimizer",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "build_info",
     "load_library",
+    "release",
 ]
 
 

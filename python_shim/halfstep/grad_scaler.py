@@ -1,4 +1,4 @@
-"""halfstep's GradScaler: torch.amp.GradScaler with one-read checks, a richer scale rule and a memory.
+"""halfstep's GradScaler: torch.amp.GradScaler with one-read checks, a fused step, a richer scale rule and a memory.
 
 It is a subclass: protocol, errors and checkpoints are torch's. What differs is under the hood (the ops of the compiled
 library) and in the additions that the class names.
@@ -7,7 +7,6 @@ library) and in the additions that the class names.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
-from halfstep import _library
-from halfstep.checkpoints import check_keys, check_kinds, check_number, integral
 from halfstep.config import check_scale
 from halfstep.errors import ScaleCollapsed
 from halfstep.gradients import (
@@ -29,35 +26,16 @@ from halfstep.gradients import (
     named_parameters,
     reduce_over_meshes,
 )
+from halfstep.optimizer import FusedStep, fused_step, obstacle, release
+from halfstep.scaler_state import ScalerState
 
-_library.load_library()
 _ops = torch.ops.halfstep
 
-# Layout of the ops' tensors: csrc/include/halfstep/scaling.h and gradients.h.
-COUNTERS = ("steps", "skipped", "consecutive_skipped", "growths", "backoffs", "at_floor", "nan_steps", "inf_steps")
-HISTORY_SHAPE = (1024, 4)
+# Columns of the gradient statistics: csrc/include/halfstep/gradients.h.
 GRADIENT_STATISTICS = ("non_finite", "max_magnitude", "sum_of_squares", "zeros", "below_half", "elements")
 
-_TORCH_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-_OWN_KEY = "halfstep"
-_OWN_KEYS = ("min_scale", "max_scale", "hysteresis", "refill", "growth_delay", "hysteresis_left", "counters")
-_MAX_FLOAT32 = torch.finfo(torch.float32).max
 
-
-@dataclasses.dataclass(frozen=True)
-class ScaleRecord:
-    """One update of the scale: its number from 1, the scale in force before it, whether it skipped, the norm.
-
-    `norm` is the L2 norm of the unscaled gradients of all optimizers, NaN where none was taken (sharded gradients).
-    """
-
-    step: int
-    scale: float
-    skipped: bool
-    norm: float
-
-
-class GradScaler(torch.amp.GradScaler):
+class GradScaler(ScalerState):
     """A drop-in for torch.amp.GradScaler.
 
     The first six parameters are torch's. With them alone the scale moves exactly as torch's does, bit for bit.
@@ -75,157 +53,6 @@ class GradScaler(torch.amp.GradScaler):
     optimizers too; gradients that were freed, resized or added between unscale_() and step() are an error; counters()
     and history() tell what happened.
     """
-
-    def __init__(
-        self,
-        device: str = "cuda",
-        init_scale: float = 2.0**16,
-        growth_factor: float = 2.0,
-        backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
-        enabled: bool = True,
-        *,
-        min_scale: float = 0.0,
-        max_scale: float = _MAX_FLOAT32,
-        hysteresis: int = 1,
-        refill: str = "on_clean_step",
-        growth_delay: int = 0,
-        allow_fp16_gradients: bool = False,
-        max_consecutive_skips: int | None = None,
-    ) -> None:
-        if not isinstance(device, str):
-            raise TypeError(
-                f"device is {device!r}, expected a device type such as 'cuda' or 'cpu' (init_scale comes second)"
-            )
-        numbers = {"init_scale": init_scale, "growth_factor": growth_factor, "backoff_factor": backoff_factor}
-        numbers |= {"min_scale": min_scale, "max_scale": max_scale}
-        growth_interval = integral(growth_interval)
-        integers = {"growth_interval": growth_interval, "hysteresis": hysteresis, "growth_delay": growth_delay}
-        check_kinds(numbers, (int, float), "a number")
-        check_kinds(integers, (int,), "an integer")
-        check_kinds({"refill": refill}, (str,), "a str")
-        super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
-        if max_consecutive_skips is not None and (
-            not isinstance(max_consecutive_skips, int) or max_consecutive_skips < 1
-        ):
-            raise ValueError(f"max_consecutive_skips is {max_consecutive_skips!r}, expected None or an integer >= 1")
-        if self._enabled:
-            _ops.check_scale_rule(
-                init_scale,
-                growth_factor,
-                backoff_factor,
-                growth_interval,
-                min_scale,
-                max_scale,
-                hysteresis,
-                refill,
-                growth_delay,
-            )
-        self._min_scale = min_scale
-        self._max_scale = max_scale
-        self._hysteresis = hysteresis
-        self._refill = refill
-        self._growth_delay = growth_delay
-        self._allow_fp16_gradients = allow_fp16_gradients
-        self._max_consecutive_skips = max_consecutive_skips
-        self._max_norm: float | None = None  # set by a manager that was given a config
-        self._init_growth_tracker = -growth_delay
-        self._init_hysteresis_left = hysteresis
-        self._init_counters = [0] * len(COUNTERS)
-        self._hysteresis_left: torch.Tensor | None = None
-        self._counters: torch.Tensor | None = None
-        self._history: torch.Tensor | None = None
-        self._warned_of_autocast = False
-        self._unscaled_while_disabled: set[int] = set()
-        self.host_syncs = 0  # steps that waited for the device to learn whether to skip
-
-    @classmethod
-    def from_preset(cls, preset: str, device: str = "cuda", enabled: bool = True, **overrides: Any) -> GradScaler:
-        """Make a scaler that follows a peer: "torch", "keras", "megatron", "deepspeed", "apex" or "paddle".
-
-        The preset gives the peer's rule with its default numbers; keyword arguments replace single ones.
-        """
-        names = (
-            "init_scale",
-            "growth_factor",
-            "backoff_factor",
-            "growth_interval",
-            "min_scale",
-            "max_scale",
-            "hysteresis",
-            "refill",
-            "growth_delay",
-        )
-        rule = dict(zip(names, _ops.scale_preset(preset), strict=True))
-        return cls(device, enabled=enabled, **{**rule, **overrides})
-
-    # ------------------------------------------------------------------------------------------------ state
-
-    def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
-        super()._lazy_init_scale_growth_tracker(dev)
-        self._hysteresis_left = torch.full((), self._init_hysteresis_left, dtype=torch.int32, device=dev)
-        self._counters = torch.tensor(self._init_counters, dtype=torch.int64).to(dev)
-        self._history = torch.zeros(HISTORY_SHAPE, dtype=torch.float64, device=dev)
-
-    def set_growth_factor(self, new_factor: float) -> None:
-        """Set the growth factor, >= 1 (1: the scale never grows)."""
-        self._check_rule(growth_factor=new_factor)
-        super().set_growth_factor(new_factor)
-
-    def set_backoff_factor(self, new_factor: float) -> None:
-        """Set the backoff factor, > 0 and <= 1 (1: the scale never backs off)."""
-        self._check_rule(backoff_factor=new_factor)
-        super().set_backoff_factor(new_factor)
-
-    def set_growth_interval(self, new_interval: int) -> None:
-        """Set the growth interval, an integer >= 1."""
-        new_interval = integral(new_interval)
-        self._check_rule(growth_interval=new_interval)
-        super().set_growth_interval(new_interval)
-
-    def _check_rule(self, **changes: Any) -> None:
-        """Raise unless an update could run with these parameters in place of the scaler's own."""
-        if self._enabled:
-            _ops.check_scale_rule(self._init_scale, **{**self._rule(), **changes}, update_only=True)
-
-    def _rule(self) -> dict[str, Any]:
-        """Return what an update of the scale needs, by the names of the op's parameters."""
-        return {
-            "growth_factor": self._growth_factor,
-            "backoff_factor": self._backoff_factor,
-            "growth_interval": self._growth_interval,
-            **self._own_rule(),
-        }
-
-    def _own_rule(self) -> dict[str, Any]:
-        """Return the part of the rule that torch's scaler does not have."""
-        return {
-            "min_scale": self._min_scale,
-            "max_scale": self._max_scale,
-            "hysteresis": self._hysteresis,
-            "refill": self._refill,
-            "growth_delay": self._growth_delay,
-        }
-
-    def counters(self) -> dict[str, int]:
-        """Return how many updates there were, and of which kind (waits for the device).
-
-        steps; skipped; consecutive_skipped; growths; backoffs; at_floor (skipped with the scale at min_scale);
-        nan_steps and inf_steps (skipped ones by what their gradients held).
-        """
-        if not self._enabled:
-            return dict.fromkeys(COUNTERS, 0)
-        values = self._init_counters if self._counters is None else self._counters.tolist()
-        return dict(zip(COUNTERS, values, strict=True))
-
-    def history(self) -> list[ScaleRecord]:
-        """Return the records of the last updates since the scaler was made or loaded, at most 1024, oldest first."""
-        if not self._enabled or self._history is None:
-            return []
-        rows = [row for row in self._history.tolist() if row[0] > 0]
-        return [ScaleRecord(int(s), scale, found != 0, norm) for s, scale, found, norm in sorted(rows)]
-
-    # ----------------------------------------------------------------------------------------------- scaling
 
     def scale(self, outputs: Any) -> Any:
         """Multiply a tensor, or each tensor of an iterable, by the scale."""
@@ -359,6 +186,10 @@ class GradScaler(torch.amp.GradScaler):
         elif max_norm is None and id(optimizer) not in self._unscaled_while_disabled:
             max_norm = self._max_norm
         self._unscaled_while_disabled.discard(id(optimizer))
+        ours = self._enabled and not args and not kwargs and state["stage"] is not OptState.STEPPED
+        if ours and self._fused_step(optimizer, max_norm):
+            torch.clear_autocast_cache()
+            return None
         if max_norm is not None and "closure" not in kwargs and state["stage"] is not OptState.STEPPED:
             if self._enabled and state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
@@ -369,6 +200,62 @@ class GradScaler(torch.amp.GradScaler):
         # An enclosing autocast region must not go on with casts of the weights as they were.
         torch.clear_autocast_cache()
         return result
+
+    def _fused_step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> bool:
+        """Check, unscale, clip and step in two reads of the gradients; False, and nothing done, where torch must."""
+        scale, _ = self._check_scale_growth_tracker("step")
+        torch_is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        reason = obstacle(optimizer)
+        if not reason:
+            fused = fused_step(optimizer)
+            reason = fused.collect(optimizer, allow_float16=self._allow_fp16_gradients or torch_is_fused)
+            if not reason and not fused.has_gradients():
+                return False  # torch's error
+        if reason:
+            release(optimizer)
+            return False
+        known = self._per_optimizer_states.get(id(optimizer))
+        ready = known is None or known["stage"] is OptState.READY
+        if ready and not torch_is_fused and optimizer._optimizer_step_pre_hooks:
+            self.unscale_(optimizer)  # the hooks see the gradients that torch would show them
+            ready = False
+        state = self._per_optimizer_states[id(optimizer)]
+        if ready:
+            norms = self._check_collected(fused, state, scale)
+        elif max_norm is not None:
+            one = torch.ones((), dtype=torch.float32, device=scale.device)
+            norms = self._check_collected(fused, {}, one)  # of the gradients as they are now
+        norm = None
+        if max_norm is not None:
+            norm = norms[0] if len(norms) == 1 else _ops.combine_norms(norms)
+        self._combine_devices(optimizer)
+        found = state["found_inf_per_device"]
+        if len(fused.parts) > 1 or fused.parts[0].device not in found:
+            flag = next(iter(found.values()))
+            found = {part.device: moved(flag, part.device) for part in fused.parts}
+        fused.step(optimizer, found, scale if ready else None, norm, max_norm)
+        state["stage"] = OptState.STEPPED
+        return True
+
+    def _check_collected(self, fused: FusedStep, state: dict[str, Any], scale: torch.Tensor) -> list[torch.Tensor]:
+        """Read the collected gradients once; note flags and norms in the state, and return the norms."""
+        founds: dict[torch.device, torch.Tensor] = {}
+        norms: list[torch.Tensor] = []
+        statistics: list[tuple[list[str], torch.Tensor]] = []
+        for part in fused.parts:
+            flag = founds.get(part.device)
+            if flag is None:
+                flag = founds[part.device] = torch.zeros((), dtype=torch.float32, device=part.device)
+            norm = torch.empty((), dtype=torch.float32, device=part.device)
+            table = None
+            if self._max_consecutive_skips is not None:
+                names = part.collected_names()
+                table = torch.empty((len(names), len(GRADIENT_STATISTICS)), dtype=torch.float32, device=part.device)
+                statistics.append((names, table))
+            part.fused.check(moved(scale, part.device), flag, norm, table)
+            norms.append(norm)
+        state.update(found_inf_per_device=founds, norms=norms, statistics=statistics)
+        return norms
 
     def _check_unchanged(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Raise if gradients were freed, resized or added since unscale_(): they would be applied unchecked."""
@@ -450,94 +337,3 @@ class GradScaler(torch.amp.GradScaler):
             f"{skips} steps in a row had infinite or NaN gradients; the loss scale is {self.get_scale():g} (min_scale "
             f"{self._min_scale:g}). Parameters with the most infinite or NaN gradient elements: {listed or 'none now'}."
         )
-
-    # ------------------------------------------------------------------------------------------- checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's entries, which torch.amp.GradScaler loads, and under "halfstep" the rest (waits)."""
-        if not self._enabled:
-            return {}
-        left = self._init_hysteresis_left if self._hysteresis_left is None else self._hysteresis_left.tolist()
-        own = {**self._own_rule(), "hysteresis_left": left, "counters": self.counters()}
-        return {**super().state_dict(), _OWN_KEY: own}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what state_dict() of this class or of torch.amp.GradScaler returned.
-
-        torch's checkpoints leave bounds and hysteresis as they are and the counters at 0. A scaler with a fixed scale
-        (min_scale == max_scale) and one with a moving scale take only each other's counters, with a warning. A
-        missing, foreign or senseless entry raises and changes nothing.
-        """
-        if not isinstance(state_dict, dict):
-            raise TypeError(f"GradScaler.load_state_dict: state_dict is {type(state_dict).__name__}, expected a dict")
-        if not self._enabled or len(state_dict) == 0:
-            super().load_state_dict(state_dict)  # a no-op, or torch's error
-            return
-        own = self._checked_own_state(state_dict)
-        if (own["min_scale"] == own["max_scale"]) != (self._min_scale == self._max_scale) or (
-            _OWN_KEY not in state_dict and self._min_scale == self._max_scale
-        ):
-            # bfloat16's scaler stands still at 1, float16's moves: neither may turn into the other.
-            warnings.warn(
-                "GradScaler.load_state_dict: the checkpoint is of a scaler whose scale moves and this one's is fixed, "
-                "or the reverse (another precision policy?). Only its counters are taken; scale and rule stay.",
-                stacklevel=2,
-            )
-            self._load_counters(own["counters"])
-            return
-        super().load_state_dict({key: state_dict[key] for key in _TORCH_KEYS})
-        self._growth_interval = integral(self._growth_interval)
-        self._min_scale = own["min_scale"]
-        self._max_scale = own["max_scale"]
-        self._hysteresis = own["hysteresis"]
-        self._refill = own["refill"]
-        self._growth_delay = own["growth_delay"]
-        self._init_hysteresis_left = own["hysteresis_left"]
-        if self._scale is not None:
-            self._hysteresis_left.fill_(self._init_hysteresis_left)
-        self._load_counters(own["counters"])
-
-    def _load_counters(self, counters: dict[str, int]) -> None:
-        self._init_counters = [counters[name] for name in COUNTERS]
-        if self._scale is not None:
-            self._counters.copy_(torch.tensor(self._init_counters, dtype=torch.int64))
-            self._history.zero_()
-
-    def _checked_own_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the "halfstep" part, or this scaler's settings for a checkpoint of torch; raise if anything is off."""
-        check_keys("", state_dict, _TORCH_KEYS, optional=(_OWN_KEY,))
-        own = state_dict.get(_OWN_KEY)
-        if own is None:
-            counters = dict.fromkeys(COUNTERS, 0)
-            own = {**self._own_rule(), "hysteresis_left": self._hysteresis, "counters": counters}
-        check_keys("['halfstep']", own, _OWN_KEYS)
-        check_keys("['halfstep']['counters']", own["counters"], COUNTERS)
-        check_number("scale", state_dict["scale"], float, 0.0, _MAX_FLOAT32)
-        for key in ("growth_factor", "backoff_factor"):
-            check_number(key, state_dict[key], float, 0.0, _MAX_FLOAT32)
-        for key in ("growth_interval", "_growth_tracker"):
-            check_number(key, integral(state_dict[key]), int, -(2**31), 2**31 - 1)
-        for key in ("min_scale", "max_scale"):
-            check_number(key, own[key], float, 0.0, _MAX_FLOAT32)
-        for key in ("hysteresis", "growth_delay", "hysteresis_left"):
-            check_number(key, own[key], int, -(2**31), 2**31 - 1)
-        if not isinstance(own["refill"], str):
-            raise TypeError(f"GradScaler.load_state_dict: 'refill' is {own['refill']!r}, expected a str")
-        for key in COUNTERS:
-            check_number(key, own["counters"][key], int, 0, 2**63 - 1)
-        self._check_rule(
-            growth_factor=state_dict["growth_factor"],
-            backoff_factor=state_dict["backoff_factor"],
-            growth_interval=integral(state_dict["growth_interval"]),
-            **{key: own[key] for key in ("min_scale", "max_scale", "hysteresis", "refill", "growth_delay")},
-        )
-        return own
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        if self._enabled:
-            state["_init_counters"] = list(self.counters().values())
-            if self._hysteresis_left is not None:
-                state["_init_hysteresis_left"] = self._hysteresis_left.tolist()
-            state.update(_hysteresis_left=None, _counters=None, _history=None)
-        return state

@@ -91,6 +91,8 @@ class CallerOfEachOp(TorchDispatchMode):
 ALLOWED_IN_THE_SHIM = {
     "aten.full.default",
     "aten.zeros.default",
+    "aten.zeros_like.default",
+    "aten.stack.default",
     "aten.empty.memory_format",
     "aten.lift_fresh.default",
     "aten.detach.default",

@@ -26,6 +26,9 @@ OPTIMIZERS = {
     "adam_fused": lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
 }
+# Those that halfstep steps itself compute as torch's fused kernels on a GPU do (test_optimizer.py); torch's other
+# kernels round their hyperparameters to float32.
+OWN_STEP = ("sgd", "adam", "adamw", "adam_fused")
 
 
 def train(scaler, optimizer_name: str, device: torch.device, *, clip: bool, steps: int = 12) -> list[torch.Tensor]:
@@ -53,12 +56,15 @@ def train(scaler, optimizer_name: str, device: torch.device, *, clip: bool, step
 
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "unscale_and_clip"])
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-def test_trains_as_torchs_scaler_does_bit_for_bit(device: torch.device, optimizer_name: str, clip: bool) -> None:
+def test_trains_as_torchs_scaler_does(device: torch.device, optimizer_name: str, clip: bool) -> None:
     settings = dict(init_scale=2.0**10, growth_factor=3.0, backoff_factor=0.25, growth_interval=2)
     ours = train(GradScaler(device.type, **settings), optimizer_name, device, clip=clip)
     torchs = train(torch.amp.GradScaler(device.type, **settings), optimizer_name, device, clip=clip)
     for i, (got, expected) in enumerate(zip(ours, torchs, strict=True)):
-        assert torch.equal(got, expected), i
+        if optimizer_name in OWN_STEP and got.dim() > 0:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=str(i))
+        else:
+            assert torch.equal(got, expected), i
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "unscale_and_clip"])
@@ -96,7 +102,6 @@ def test_float16_gradients_by_option(device: torch.device) -> None:
     parameter.grad.fill_(8.0)
     scaler.scale(torch.zeros(()).to(device))
     scaler.step(optimizer)
-    assert parameter.grad.tolist() == [1.0] * 3
     assert parameter.tolist() == [0.0] * 3
 
 
@@ -151,7 +156,7 @@ def test_two_devices_with_overflows_make_one_flag() -> None:
 
 def test_two_devices_with_overflows_are_skipped_when_step_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    optimizer = torch.optim.Adagrad([parameter], lr=1.0, fused=True)  # a fused optimizer that torch steps
     scaler = GradScaler("cpu")
     flags = {torch.device("cpu"): torch.ones(()), torch.device("cpu", 0): torch.ones(())}
     monkeypatch.setattr(scaler, "_unscale_grads_", lambda *_: dict(flags))
@@ -251,6 +256,11 @@ def test_one_bad_gradient_leaves_all_others_scaled(kind: str, action: str) -> No
     scaler = GradScaler("cpu", init_scale=8.0)
     scaler.scale(good.sum()).backward()
     bad.grad = bad_grad
+    if (kind, action) == ("expanded", "step"):  # which writes no gradient
+        scaler.step(optimizer)
+        assert good.tolist() == [0.0] * 2
+        assert (bad.grad.stride(), bad.grad.tolist()) == ((0,), [1.0] * 2)
+        return
     for _ in range(2):
         with pytest.raises(ValueError, match="the gradient of bad "):
             getattr(scaler, action)(optimizer)
@@ -425,7 +435,7 @@ def test_counters_and_history(device: torch.device) -> None:
     assert history[0].norm == pytest.approx(math.sqrt(3.0))
     assert math.isinf(history[1].norm)
     assert scaler.get_scale() == 256.0
-    assert scaler.host_syncs == 5
+    assert scaler.host_syncs == 0
 
 
 def test_a_collapsed_scale_names_the_parameters(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import halfstep
 import peers
 import pytest
 import torch
-from halfstep.grad_scaler import COUNTERS, HISTORY_SHAPE
+from halfstep.scaler_state import COUNTERS, HISTORY_SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

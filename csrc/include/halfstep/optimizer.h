@@ -39,6 +39,8 @@ struct OptimizerGroup {
   bool decoupled = false;                      // AdamW: decay the parameter, not through the gradient
   bool nesterov = false;
   bool maximize = false;
+
+  bool operator==(const OptimizerGroup&) const = default;
 };
 
 // One parameter and its state. All arrays have `numel` elements; those not used are null.
@@ -52,10 +54,12 @@ struct OptimizerTensor {
   DType dtype;
   DType gradient_dtype;
   DType copy_dtype;
+
+  bool operator==(const OptimizerTensor&) const = default;
 };
 
-// What decides over the step and scales its gradients: one float32 each, where the step runs. `found` is required;
-// a null `scale` means gradients that are unscaled already, a null `norm` means no clipping.
+// What decides over the step and scales its gradients: one float32 each, where the step runs. A null `found` means that
+// nothing was found, a null `scale` that the gradients are unscaled already, a null `norm` that nothing is clipped.
 struct StepControl {
   const float* found;
   const float* scale;

@@ -1,0 +1,327 @@
+"""The fused step of torch.optim's Adam, AdamW and SGD on their own parameters, states and param groups.
+
+An optimizer stays what it is: the same state keys, exchangeable checkpoints, hooks, schedulers. While halfstep steps
+it, Adam's state["step"] lives on the parameter's device, as torch keeps it under fused=True; state_dict() and release()
+give it back on the CPU where torch would have it there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+
+from halfstep import _library
+from halfstep.gradients import moved
+
+_library.load_library()
+
+_KINDS = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd"}
+_STEPS = {kind: kind.step for kind in _KINDS}  # before torch has put its hooks around them
+_NO_LONGER_IDLE = "no longer idle"
+_fused_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, FusedStep] = weakref.WeakKeyDictionary()
+
+
+def obstacle(optimizer: torch.optim.Optimizer) -> str:
+    """Return "" or why this optimizer, whatever its gradients, must be stepped by torch."""
+    kind = type(optimizer)
+    if kind not in _KINDS:
+        return f"{kind.__name__} is not exactly Adam, AdamW or SGD"
+    hooked = kind.step
+    if hooked is not _STEPS[kind] and getattr(hooked, "__wrapped__", None) is not _STEPS[kind]:
+        return f"{kind.__name__}.step was replaced"
+    patched = optimizer.__dict__.get("step")
+    if patched is not None and not (
+        getattr(patched, "_wrapped_by_lr_sched", False) and getattr(patched, "__wrapped__", None) is hooked
+    ):
+        return "step was replaced on this optimizer"
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            return "differentiable=True"
+        if any(isinstance(beta, torch.Tensor) for beta in group.get("betas", ())):
+            return "betas are tensors"
+    return ""
+
+
+def fused_step(optimizer: torch.optim.Optimizer) -> FusedStep:
+    """Return the optimizer's fused step, the same one every time."""
+    found = _fused_steps.get(optimizer)
+    if found is None:
+        found = _fused_steps[optimizer] = FusedStep(optimizer)
+    return found
+
+
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer's state back as torch keeps it, for a loop without halfstep (waits for the device).
+
+    Without it torch's optimizer still computes the same, but reads a step count on the host per parameter.
+    """
+    found = _fused_steps.pop(optimizer, None)
+    if found is not None:
+        found.release(optimizer)
+
+
+class Part:
+    """The parameters of one device whose states have the same shape of entry."""
+
+    def __init__(self, kind: str, device: torch.device) -> None:
+        self.kind = kind
+        self.device = device
+        self.params: list[torch.Tensor] = []
+        self.states: list[list[torch.Tensor]] = [[], [], []]
+        self.steps: list[torch.Tensor] = []
+        self.groups: list[int] = []
+        self.names: list[str] = []
+        self.idle: list[torch.Tensor] = []
+        self.fused: Any = None
+
+    def build(self) -> None:
+        """Make the C++ side; raise where a state does not fit its parameter."""
+        self.fused = torch.classes.halfstep.FusedOptimizer(
+            self.kind, self.params, self.states, self.steps, self.groups, self.idle
+        )
+
+    def collected_names(self) -> list[str]:
+        """Return the names of the parameters whose gradients were collected."""
+        return [self.names[i] for i in self.fused.collected()]
+
+
+class FusedStep:
+    """What halfstep knows of one optimizer between its steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.parts: list[Part] = []
+        self._signature: list[Any] | None = None
+        self._seen: list[torch.Tensor] = []  # held, so that no other object can have their ids
+        self._reason = ""
+        # SGD keeps no step count; its first applied step writes the momentum buffer in another way than later ones.
+        self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id(buffer): buffer, applied steps
+        mine = weakref.ref(self)
+
+        def on_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+            alive = mine()
+            return None if alive is None else alive._as_torch_keeps_it(state_dict)
+
+        self._hook = optimizer.register_state_dict_post_hook(on_state_dict)
+
+    # -------------------------------------------------------------------------------------------------- gradients
+
+    def collect(self, optimizer: torch.optim.Optimizer, allow_float16: bool) -> str:
+        """Find the gradients of now. Return "" or why torch must take this step; nothing has changed then."""
+        signature = _signature(optimizer)
+        if signature != self._signature:
+            self._rebuild(optimizer)
+        reason = self._collect_parts(allow_float16)
+        if reason == _NO_LONGER_IDLE:
+            self._rebuild(optimizer)
+            reason = self._collect_parts(allow_float16)
+        return reason
+
+    def _collect_parts(self, allow_float16: bool) -> str:
+        if self._reason:
+            return self._reason
+        reasons = (part.fused.collect(allow_float16) for part in self.parts)
+        return next((reason for reason in reasons if reason), "")
+
+    def has_gradients(self) -> bool:
+        """Return whether collect() found any."""
+        return any(part.fused.collected() for part in self.parts)
+
+    # ------------------------------------------------------------------------------------------------------- step
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        found: dict[torch.device, torch.Tensor],
+        scale: torch.Tensor | None,
+        norm: torch.Tensor | None,
+        max_norm: float | None,
+    ) -> None:
+        """Step what collect() found, with the optimizer's hooks around it."""
+
+        def apply(optimizer: torch.optim.Optimizer) -> None:
+            numbers, learning_rates = _hyperparameters(optimizer)
+            for part in self.parts:
+                on_device = [None if lr is None else lr.to(part.device, torch.float32) for lr in learning_rates]
+                part.fused.step(
+                    numbers,
+                    on_device,
+                    found.get(part.device),
+                    None if scale is None else moved(scale, part.device),
+                    None if norm is None else moved(norm, part.device),
+                    max_norm or 0.0,
+                )
+
+        torch.optim.Optimizer.profile_hook_step(apply)(optimizer)
+        optimizer._opt_called = True  # or LRScheduler.step() warns
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def _rebuild(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at every parameter and state anew; make the states that are missing where there is a gradient."""
+        self._reason = ""
+        self._seen = [param for group in optimizer.param_groups for param in group["params"]]
+        parts: dict[Any, Part] = {}
+        counts = self._counts
+        self._counts = {}
+        kind = _KINDS[type(optimizer)]
+        for number, group in enumerate(optimizer.param_groups):
+            names = group.get("param_names")
+            keys = _state_keys(kind, group)
+            for index, param in enumerate(group["params"]):
+                name = names[index] if names else f"parameter {index} of group {number}"
+                if type(param) not in (torch.nn.Parameter, torch.Tensor):
+                    self._reason = f"{name} is a {type(param).__name__}"
+                elif param.device.type not in ("cpu", "cuda"):
+                    self._reason = f"{name} is on {param.device}"
+                if self._reason:
+                    self._signature = _signature(optimizer)
+                    return
+                state = optimizer.state.get(param) or {}
+                part = parts.setdefault((param.device, keys), Part(kind, param.device))
+                if param.grad is None and not state:
+                    part.idle.append(param)
+                    continue
+                part.params.append(param)
+                part.names.append(name)
+                part.groups.append(number)
+                if keys:
+                    state = optimizer.state[param]
+                step = None if kind == "sgd" else _device_step(state, param)  # first, as torch orders the state
+                for slot, key in enumerate(keys):
+                    if state.get(key) is None:
+                        state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    elif kind == "sgd" and id(state[key]) not in counts:
+                        counts[id(state[key])] = (state[key], _count(1.0, param.device))
+                    part.states[slot].append(state[key])
+                part.steps.append(self._applied(state, param, counts) if step is None else step)
+        try:
+            for part in parts.values():
+                part.build()
+        except (TypeError, ValueError, RuntimeError) as error:
+            self._reason = str(error).splitlines()[0]
+        self.parts = list(parts.values())
+        self._signature = _signature(optimizer)
+
+    def _applied(self, state: dict[str, Any], param: torch.Tensor, counts: dict[int, Any]) -> torch.Tensor:
+        """Return SGD's count of applied steps, kept with the momentum buffer that it is about."""
+        buffer = state.get("momentum_buffer")
+        if buffer is None:  # no momentum: the count decides nothing
+            return _count(0.0, param.device)
+        self._counts[id(buffer)] = counts.get(id(buffer)) or (buffer, _count(0.0, param.device))
+        return self._counts[id(buffer)][1]
+
+    def _as_torch_keeps_it(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the state dict with counts on the CPU and without the momentum buffers that no step has written."""
+        on_device = {
+            index
+            for group in state_dict["param_groups"]
+            if group.get("fused") or group.get("capturable")
+            for index in group["params"]
+        }
+        state = dict(state_dict["state"])
+        self._to_host({index: entry for index, entry in state.items() if index not in on_device}, state)
+        return {**state_dict, "state": state}
+
+    def _to_host(self, entries: dict[Any, dict[str, Any]], target: Any) -> None:
+        steps = {
+            key: entry["step"]
+            for key, entry in entries.items()
+            if isinstance(entry.get("step"), torch.Tensor) and entry["step"].is_cuda
+        }
+        for key, value in zip(steps, _read(list(steps.values())), strict=True):
+            target[key] = {**target[key], "step": torch.tensor(value, dtype=_step_dtype())}
+        buffers = {
+            key: self._counts[id(entry["momentum_buffer"])][1]
+            for key, entry in entries.items()
+            if id(entry.get("momentum_buffer")) in self._counts
+        }
+        for key, value in zip(buffers, _read(list(buffers.values())), strict=True):
+            if value == 0:
+                target[key] = {**target[key], "momentum_buffer": None}
+
+    def release(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the optimizer's own state back as torch keeps it."""
+        self._hook.remove()
+        hosted = {
+            param
+            for group in optimizer.param_groups
+            if not (group.get("fused") or group.get("capturable"))
+            for param in group["params"]
+        }
+        self._to_host({param: entry for param, entry in optimizer.state.items() if param in hosted}, optimizer.state)
+
+
+def _device_step(state: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
+    """Return Adam's step count, made or moved to the parameter's device."""
+    step = state.get("step", 0.0)
+    if not isinstance(step, torch.Tensor):
+        step = _count(float(step), param.device)
+    state["step"] = step.to(param.device, torch.float32, non_blocking=param.is_cuda)
+    return state["step"]
+
+
+def _count(value: float, device: torch.device) -> torch.Tensor:
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def _step_dtype() -> torch.dtype:
+    """Return the dtype that torch gives the step counts of optimizers that are not fused."""
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
+
+def _read(scalars: list[torch.Tensor]) -> list[float]:
+    """Return the values of scalars on one or several devices, with one wait per device."""
+    values: dict[int, float] = {}
+    by_device: dict[torch.device, list[int]] = {}
+    for index, scalar in enumerate(scalars):
+        by_device.setdefault(scalar.device, []).append(index)
+    for indices in by_device.values():
+        values.update(zip(indices, torch.stack([scalars[i] for i in indices]).tolist(), strict=True))
+    return [values[i] for i in range(len(scalars))]
+
+
+def _state_keys(kind: str, group: dict[str, Any]) -> tuple[str, ...]:
+    if kind == "sgd":
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+
+def _signature(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return what changes when a parameter or a state tensor is another object than before.
+
+    Parameters and states are held by FusedStep, so that no other object can have their ids.
+    """
+    groups = optimizer.param_groups
+    return [
+        *map(id, itertools.chain.from_iterable(group["params"] for group in groups)),
+        *map(id, itertools.chain.from_iterable(map(dict.values, optimizer.state.values()))),
+        *((len(group["params"]), group.get("amsgrad"), group.get("momentum", 0) != 0) for group in groups),
+    ]
+
+
+def _hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[list[float], list[torch.Tensor | None]]:
+    """Return the numbers of all groups, in the order that FusedOptimizer reads, and learning rates on a GPU."""
+    numbers: list[float] = []
+    learning_rates: list[torch.Tensor | None] = []
+    adamw = type(optimizer) is torch.optim.AdamW
+    for group in optimizer.param_groups:
+        lr = group["lr"]
+        on_gpu = isinstance(lr, torch.Tensor) and lr.is_cuda
+        learning_rates.append(lr if on_gpu else None)
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        numbers += (
+            0.0 if on_gpu else float(lr),
+            group["weight_decay"],
+            beta1,
+            beta2,
+            group.get("eps", 0.0),
+            group.get("momentum", 0.0),
+            group.get("dampening", 0.0),
+            float(group.get("decoupled_weight_decay", adamw)),
+            float(group.get("nesterov", False)),
+            float(group["maximize"]),
+        )
+    return numbers, learning_rates

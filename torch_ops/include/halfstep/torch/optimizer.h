@@ -1,0 +1,85 @@
+// Adam, AdamW and SGD in one pass, with unscaling, clipping and skipping folded in (contract: halfstep/optimizer.h).
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <torch/custom_class.h>
+
+#include "halfstep/export.h"
+#include "halfstep/optimizer.h"
+
+namespace halfstep {
+
+// torch.ops.halfstep.adam_step_ and sgd_step_ as C++ functions: one step of all parameters of a device.
+//   params    written; dense in any order of dimensions
+//   grads     read only; float32 parameters take float32, float16 or bfloat16, others their own dtype. Gradients whose
+//             strides differ from their parameter's are copied first
+//   states    of their parameter's dtype and strides; written. max_exp_avg_sqs empty: no AMSGrad; momentum_buffers
+//             empty: no momentum
+//   steps     float32, one element each, on the parameters' device: the applied steps; written
+//   found     float32, one element: the whole step does nothing unless it is 0
+//   scale     float32, one element: gradients are divided by it
+//   norm      float32, one element, of the unscaled gradients: they are clipped to max_norm
+// On a GPU they enqueue on the current stream and do not wait. They build their table of addresses anew in each call;
+// FusedOptimizer keeps it.
+HALFSTEP_API void adam_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                             at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs, at::TensorList steps,
+                             double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+                             bool maximize, const std::optional<at::Tensor>& found = std::nullopt,
+                             const std::optional<at::Tensor>& scale = std::nullopt,
+                             const std::optional<at::Tensor>& norm = std::nullopt, double max_norm = 0.0);
+HALFSTEP_API void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                            at::TensorList steps, double lr, double momentum, double dampening, double weight_decay,
+                            bool nesterov, bool maximize, const std::optional<at::Tensor>& found = std::nullopt,
+                            const std::optional<at::Tensor>& scale = std::nullopt,
+                            const std::optional<at::Tensor>& norm = std::nullopt, double max_norm = 0.0);
+
+// The L2 norm of one-element float32 norms, which may lie on several devices: a new float32 scalar on the first's.
+HALFSTEP_API at::Tensor combine_norms(at::TensorList norms);
+
+// torch.classes.halfstep.FusedOptimizer: the parameters of one optimizer on one device with their states, and the
+// device's table of their addresses, which is rebuilt only when one of them moved. It reads each parameter's own .grad.
+// Not thread-safe. A step uses the current stream; steps on different streams must be ordered by the caller, as all
+// writes to the same parameters.
+class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
+ public:
+  // Lists of one entry per parameter; of `states` (three lists) those that are not used are empty. `idle` are parameters
+  // without a gradient so far, and without a state. Throws where a state does not fit its parameter.
+  FusedOptimizer(OptimizerKind kind, std::vector<at::Tensor> params, std::vector<std::vector<at::Tensor>> states,
+                 std::vector<at::Tensor> steps, std::vector<std::int64_t> groups, std::vector<at::Tensor> idle = {});
+
+  // Finds the gradients of now; parameters without one are left out. Changes nothing. Returns "", kNoLongerIdle if an
+  // idle parameter has a gradient, or why these gradients cannot be stepped here: a sparse one, a float16 one unless
+  // `allow_float16`, another device ...
+  static constexpr const char* kNoLongerIdle = "no longer idle";
+  std::string collect(bool allow_float16 = true);
+  // One read of the collected gradients. All float32 on the device: scale, found and norm one element each; stats
+  // [collected, 6] (see check_gradients_).
+  void check(const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
+             const std::optional<at::Tensor>& stats);
+  // Steps what collect() found, then forgets the gradients.
+  void step(const std::vector<OptimizerGroup>& groups, const std::optional<at::Tensor>& found,
+            const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& norm, double max_norm);
+  // In place of collect(): one gradient per parameter, in order, that collect() would accept.
+  void set_gradients(at::TensorList grads);
+  at::Device device() const { return params_.empty() ? at::Device(at::kCPU) : params_[0].device(); }
+  // Positions of the parameters whose gradients were collected.
+  const std::vector<std::int64_t>& collected() const { return positions_; }
+
+ private:
+  struct Table;
+
+  OptimizerKind kind_;
+  std::vector<at::Tensor> params_, steps_, idle_;
+  std::vector<std::vector<at::Tensor>> states_;
+  std::vector<std::int64_t> groups_;
+  std::vector<at::Tensor> gradients_;
+  std::vector<std::int64_t> positions_;
+  std::shared_ptr<Table> table_;
+};
+
+}  // namespace halfstep

@@ -1,0 +1,436 @@
+// adam_step_, sgd_step_ and the class FusedOptimizer. Contract: halfstep/torch/optimizer.h.
+#include "halfstep/torch/optimizer.h"
+
+#include <numeric>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
+
+#include "conversions.h"
+#include "halfstep/torch/gradients.h"
+#include "registration.h"
+#ifdef HALFSTEP_CUDA
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace halfstep {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using torch_ops::check_argument;
+using torch_ops::data_or_null;
+using torch_ops::to_dtype;
+
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && (a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous()));
+}
+
+// "" or what keeps the fused step from this parameter's gradient.
+std::string obstacle(const at::Tensor& param, const at::Tensor& grad) {
+  const auto text = [](const auto&... parts) { return c10::str(parts...); };
+  if (grad.layout() != at::kStrided) return text("its gradient has layout ", grad.layout());
+  if (grad.device() != param.device()) return text("its gradient is on ", grad.device());
+  if (grad.sizes() != param.sizes()) return text("its gradient has another shape");
+  const bool half = grad.scalar_type() == at::kHalf || grad.scalar_type() == at::kBFloat16;
+  if (grad.scalar_type() != param.scalar_type() && !(param.scalar_type() == at::kFloat && half))
+    return text("it is ", param.scalar_type(), " and its gradient ", grad.scalar_type());
+  return "";
+}
+
+void check_parameter(const at::Tensor& param, const char* op, std::size_t i) {
+  TORCH_CHECK_VALUE(param.defined() && param.layout() == at::kStrided && param.is_non_overlapping_and_dense(), op,
+                    ": params[", i, "] is not a dense strided tensor");
+  TORCH_CHECK_TYPE(to_dtype(param.scalar_type()).has_value(), op, ": params[", i, "] has dtype ", param.scalar_type(),
+                   ", expected Float, Double, Half or BFloat16");
+}
+
+void check_state(const at::Tensor& state, const at::Tensor& param, const char* op, std::size_t i) {
+  TORCH_CHECK_VALUE(state.defined() && state.device() == param.device() &&
+                        state.scalar_type() == param.scalar_type() && same_layout(state, param),
+                    op, ": a state of params[", i, "] is ", state.toString(), " of sizes ", state.sizes(),
+                    " and strides ", state.strides(), " on ", state.device(), ", expected the parameter's: ",
+                    param.toString(), ", ", param.sizes(), ", ", param.strides(), ", ", param.device());
+}
+
+// Gradients in their parameters' memory order.
+at::Tensor aligned_gradient(const at::Tensor& grad, const at::Tensor& param) {
+  return same_layout(grad, param) ? grad : at::empty_like(param, grad.options()).copy_(grad);
+}
+
+OptimizerTensor make_row(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& step,
+                         std::int64_t group) {
+  return {param.mutable_data_ptr(),
+          {},
+          nullptr,
+          step.data_ptr<float>(),
+          param.numel(),
+          static_cast<std::int32_t>(group),
+          *to_dtype(param.scalar_type()),
+          *to_dtype(grad.scalar_type()),
+          DType::kFloat16};
+}
+
+StepControl make_control(const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm,
+                         double max_norm) {
+  const auto read = [](const OptionalTensor& tensor) {
+    return tensor && tensor->defined() ? tensor->const_data_ptr<float>() : nullptr;
+  };
+  return {read(found), read(scale), read(norm), static_cast<float>(max_norm)};
+}
+
+void check_control(const char* op, at::Device device, const OptionalTensor& found, const OptionalTensor& scale,
+                   const OptionalTensor& norm) {
+  if (found) check_argument(*found, op, "found", at::kFloat, device);
+  if (scale) check_argument(*scale, op, "scale", at::kFloat, device);
+  if (norm) check_argument(*norm, op, "norm", at::kFloat, device);
+}
+
+}  // namespace
+
+// The device's table and what it holds. On the CPU there is none: rows are read where they are.
+struct FusedOptimizer::Table {
+  void step(OptimizerKind kind, at::Device device, std::vector<OptimizerTensor> rows,
+            std::vector<const void*> gradients, const std::vector<OptimizerGroup>& groups, const StepControl& control) {
+    if (device.is_cpu()) {
+      cpu::optimizer_step(kind, rows, gradients, groups, control, torch_ops::TorchExecutor());
+      return;
+    }
+#ifdef HALFSTEP_CUDA
+    const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+    const CudaStream handle{stream.stream()};
+    if (rows.size() != rows_.size() || groups.size() != groups_.size() || !table_) {
+      const auto bytes = static_cast<std::int64_t>(cuda::OptimizerTable::bytes(rows.size(), groups.size()));
+      memory_ = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+      table_.emplace(memory_.data_ptr(), rows.size(), groups.size());
+      rows_.clear();
+      gradients_.clear();
+      groups_.clear();
+    }
+    // Each is forgotten before it is set, so that a failure leaves nothing that looks set.
+    if (rows != rows_) {
+      rows_.clear();
+      table_->set_tensors(kind, rows, handle);
+      rows_ = std::move(rows);
+    }
+    if (gradients != gradients_) {
+      gradients_.clear();
+      table_->set_gradients(gradients, handle);
+      gradients_ = std::move(gradients);
+    }
+    if (groups != groups_) {
+      groups_.clear();
+      table_->set_groups(groups, handle);
+      groups_ = groups;
+    }
+    cuda::optimizer_step(kind, *table_, control, handle);
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
+      c10::cuda::CUDACachingAllocator::recordStream(memory_.storage().data_ptr(), stream);
+#else
+    TORCH_CHECK(false, "FusedOptimizer: this build of halfstep has no CUDA kernels");
+#endif
+  }
+
+#ifdef HALFSTEP_CUDA
+ private:
+  at::Tensor memory_;
+  std::optional<cuda::OptimizerTable> table_;
+  std::vector<OptimizerTensor> rows_;
+  std::vector<const void*> gradients_;
+  std::vector<OptimizerGroup> groups_;
+#endif
+};
+
+FusedOptimizer::FusedOptimizer(OptimizerKind kind, std::vector<at::Tensor> params,
+                               std::vector<std::vector<at::Tensor>> states, std::vector<at::Tensor> steps,
+                               std::vector<std::int64_t> groups, std::vector<at::Tensor> idle)
+    : kind_(kind),
+      params_(std::move(params)),
+      steps_(std::move(steps)),
+      idle_(std::move(idle)),
+      states_(std::move(states)),
+      groups_(std::move(groups)),
+      table_(std::make_shared<Table>()) {
+  const char* const op = "FusedOptimizer";
+  TORCH_CHECK_VALUE(states_.size() == 3, op, ": got ", states_.size(), " lists of states, expected 3");
+  TORCH_CHECK_VALUE(steps_.size() == params_.size() && groups_.size() == params_.size(), op, ": got ", params_.size(),
+                    " parameters, ", steps_.size(), " steps and ", groups_.size(), " groups, expected as many of each");
+  for (const auto& list : states_)
+    TORCH_CHECK_VALUE(list.empty() || list.size() == params_.size(), op, ": got ", list.size(), " states of ",
+                      params_.size(), " parameters");
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    check_parameter(params_[i], op, i);
+    TORCH_CHECK(params_[i].device() == params_[0].device(), op, ": params[", i, "] is on ", params_[i].device(),
+                ", expected ", params_[0].device());
+    check_argument(steps_[i], op, "step", at::kFloat, params_[0].device());
+    for (const auto& list : states_)
+      if (!list.empty()) check_state(list[i], params_[i], op, i);
+  }
+}
+
+std::string FusedOptimizer::collect(bool allow_float16) {
+  gradients_.clear();
+  positions_.clear();
+  for (const at::Tensor& param : idle_)
+    if (param.grad().defined()) return kNoLongerIdle;
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    const at::Tensor& grad = params_[i].grad();
+    if (!grad.defined()) continue;
+    // Torch's own step knows what to do with a subclass, such as a sharded gradient.
+    const bool subclass = grad.key_set().has(c10::DispatchKey::Python);
+    std::string reason = subclass ? "its gradient is a tensor subclass" : obstacle(params_[i], grad);
+    if (reason.empty() && !allow_float16 && grad.scalar_type() == at::kHalf) reason = "its gradient is Half";
+    if (!reason.empty()) {
+      gradients_.clear();
+      positions_.clear();
+      return c10::str("parameter ", i, ": ", reason);
+    }
+    gradients_.push_back(grad);
+    positions_.push_back(static_cast<std::int64_t>(i));
+  }
+  return "";
+}
+
+void FusedOptimizer::check(const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
+                           const OptionalTensor& stats) {
+  check_gradients_(gradients_, scale, found, norm, stats);
+}
+
+void FusedOptimizer::set_gradients(at::TensorList grads) {
+  gradients_ = grads.vec();
+  positions_.resize(grads.size());
+  std::iota(positions_.begin(), positions_.end(), 0);
+}
+
+void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const OptionalTensor& found,
+                          const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
+  if (gradients_.empty()) return;
+  const at::NoGradGuard no_grad;
+  const at::Device device = params_[0].device();
+  check_control("FusedOptimizer", device, found, scale, norm);
+#ifdef HALFSTEP_CUDA
+  const c10::cuda::OptionalCUDAGuard guard(device.is_cuda() ? std::optional(device) : std::nullopt);
+#endif
+  std::vector<OptimizerTensor> rows;
+  std::vector<const void*> addresses;
+  rows.reserve(gradients_.size());
+  addresses.reserve(gradients_.size());
+  for (std::size_t k = 0; k < gradients_.size(); ++k) {
+    const auto i = static_cast<std::size_t>(positions_[k]);
+    gradients_[k] = aligned_gradient(gradients_[k], params_[i]);
+    OptimizerTensor row = make_row(params_[i], gradients_[k], steps_[i], groups_[i]);
+    for (int s = 0; s < 3; ++s)
+      if (!states_[s].empty()) row.state[s] = states_[s][i].mutable_data_ptr();
+    rows.push_back(row);
+    addresses.push_back(gradients_[k].const_data_ptr());
+  }
+  table_->step(kind_, device, std::move(rows), std::move(addresses), groups, make_control(found, scale, norm, max_norm));
+  for (const std::int64_t position : positions_) {
+    const auto i = static_cast<std::size_t>(position);
+    torch_ops::bump_version(params_[i]);
+    torch_ops::bump_version(steps_[i]);
+    for (const auto& list : states_)
+      if (!list.empty()) torch_ops::bump_version(list[i]);
+  }
+  gradients_.clear();
+}
+
+namespace torch_ops {
+namespace {
+
+struct StepLists {
+  const char* op;
+  OptimizerKind kind;
+  at::TensorList params, grads;
+  at::TensorList states[3];
+  at::TensorList steps;
+};
+
+void check(const StepLists& l, const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm) {
+  const auto same_count = [&](const char* name, at::TensorList list, bool optional) {
+    TORCH_CHECK_VALUE(list.size() == l.params.size() || (optional && list.empty()), l.op, ": ", name, " has ",
+                      list.size(), " tensors, expected ", l.params.size());
+  };
+  same_count("grads", l.grads, false);
+  same_count("steps", l.steps, false);
+  const bool adam = l.kind == OptimizerKind::kAdam;
+  same_count(adam ? "exp_avgs" : "momentum_buffers", l.states[0], !adam);
+  same_count("exp_avg_sqs", l.states[1], !adam);
+  same_count("max_exp_avg_sqs", l.states[2], true);
+  for (std::size_t i = 0; i < l.params.size(); ++i) {
+    check_parameter(l.params[i], l.op, i);
+    const at::Device device = l.params[0].device();
+    TORCH_CHECK(l.params[i].device() == device, l.op, ": params[", i, "] is on ", l.params[i].device(), ", expected ",
+                device);
+    const std::string reason = l.grads[i].defined() ? obstacle(l.params[i], l.grads[i]) : "it has no gradient";
+    TORCH_CHECK_VALUE(reason.empty(), l.op, ": params[", i, "]: ", reason);
+    for (const at::TensorList list : l.states)
+      if (!list.empty()) check_state(list[i], l.params[i], l.op, i);
+    check_argument(l.steps[i], l.op, "steps", at::kFloat, device);
+  }
+  if (!l.params.empty()) check_control(l.op, l.params[0].device(), found, scale, norm);
+}
+
+void run(const StepLists& l, const OptimizerGroup& group, const OptionalTensor& found, const OptionalTensor& scale,
+         const OptionalTensor& norm, double max_norm) {
+  check(l, found, scale, norm);
+  if (l.params.empty() || l.params[0].is_meta()) return;
+  std::vector<std::vector<at::Tensor>> states;
+  for (const at::TensorList list : l.states) states.push_back(list.vec());
+  FusedOptimizer optimizer(l.kind, l.params.vec(), std::move(states), l.steps.vec(),
+                           std::vector<std::int64_t>(l.params.size(), 0));
+  optimizer.set_gradients(l.grads);
+  optimizer.step({group}, found, scale, norm, max_norm);
+}
+
+void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+             at::TensorList max_exp_avg_sqs, at::TensorList steps, double lr, double beta1, double beta2, double eps,
+             double weight_decay, bool decoupled, bool maximize, const OptionalTensor& found,
+             const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
+  const OptimizerGroup group{.lr = lr,
+                             .weight_decay = weight_decay,
+                             .beta1 = beta1,
+                             .beta2 = beta2,
+                             .eps = eps,
+                             .decoupled = decoupled,
+                             .maximize = maximize};
+  run({"adam_step_", OptimizerKind::kAdam, params, grads, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs}, steps}, group,
+      found, scale, norm, max_norm);
+}
+
+void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, at::TensorList steps,
+            double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+            const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
+  TORCH_CHECK_VALUE((momentum != 0) == !momentum_buffers.empty() || params.empty(), "sgd_step_: momentum is ", momentum,
+                    " and there are ", momentum_buffers.size(), " momentum_buffers; a momentum needs them, 0 has none");
+  const OptimizerGroup group{.lr = lr,
+                             .weight_decay = weight_decay,
+                             .momentum = momentum,
+                             .dampening = dampening,
+                             .nesterov = nesterov,
+                             .maximize = maximize};
+  run({"sgd_step_", OptimizerKind::kSgd, params, grads, {momentum_buffers, {}, {}}, steps}, group, found, scale, norm,
+      max_norm);
+}
+
+// ------------------------------------------------------------------------------------------------------ the class
+
+using Self = c10::intrusive_ptr<FusedOptimizer>;
+
+// What TorchScript can pass for a group: its numbers in this order, and its lr as a tensor or not.
+constexpr std::size_t kGroupNumbers = 10;
+
+std::vector<OptimizerGroup> unpack_groups(const std::vector<double>& numbers,
+                                          const std::vector<OptionalTensor>& learning_rates, at::Device device) {
+  TORCH_CHECK_VALUE(numbers.size() == learning_rates.size() * kGroupNumbers, "FusedOptimizer: got ", numbers.size(),
+                    " numbers for ", learning_rates.size(), " groups, expected ", kGroupNumbers, " a group");
+  std::vector<OptimizerGroup> groups;
+  for (std::size_t i = 0; i < learning_rates.size(); ++i) {
+    const double* const n = numbers.data() + i * kGroupNumbers;
+    if (learning_rates[i]) check_argument(*learning_rates[i], "FusedOptimizer", "lr", at::kFloat, device);
+    groups.push_back({.lr = n[0],
+                      .lr_tensor = data_or_null<float>(learning_rates[i]),
+                      .weight_decay = n[1],
+                      .beta1 = n[2],
+                      .beta2 = n[3],
+                      .eps = n[4],
+                      .momentum = n[5],
+                      .dampening = n[6],
+                      .decoupled = n[7] != 0,
+                      .nesterov = n[8] != 0,
+                      .maximize = n[9] != 0});
+  }
+  return groups;
+}
+
+Self construct(const std::string& kind, std::vector<at::Tensor> params, std::vector<std::vector<at::Tensor>> states,
+               std::vector<at::Tensor> steps, std::vector<std::int64_t> groups, std::vector<at::Tensor> idle) {
+  TORCH_CHECK_VALUE(kind == "adam" || kind == "sgd", "FusedOptimizer: kind is '", kind, "', expected 'adam' or 'sgd'");
+  return c10::make_intrusive<FusedOptimizer>(kind == "adam" ? OptimizerKind::kAdam : OptimizerKind::kSgd,
+                                             std::move(params), std::move(states), std::move(steps),
+                                             std::move(groups), std::move(idle));
+}
+
+}  // namespace
+
+void define_optimizer(torch::Library& library) {
+  library.def(
+      "adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, *, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay=0.0, bool decoupled=False, bool maximize=False, Tensor? found=None, Tensor? scale=None, "
+      "Tensor? norm=None, float max_norm=0.0) -> ()");
+  library.def(
+      "sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] steps, *, float lr, "
+      "float momentum=0.0, float dampening=0.0, float weight_decay=0.0, bool nesterov=False, bool maximize=False, "
+      "Tensor? found=None, Tensor? scale=None, Tensor? norm=None, float max_norm=0.0) -> ()");
+  library.def("combine_norms(Tensor[] norms) -> Tensor", &halfstep::combine_norms);
+  library.class_<FusedOptimizer>("FusedOptimizer")
+      .def(torch::init(&construct))
+      .def("collect", [](const Self& self, bool allow_float16) { return self->collect(allow_float16); })
+      .def("collected", [](const Self& self) { return self->collected(); })
+      .def("check", [](const Self& self, const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
+                       const OptionalTensor& stats) { self->check(scale, found, norm, stats); })
+      .def("step",
+           [](const Self& self, const std::vector<double>& numbers, const std::vector<OptionalTensor>& learning_rates,
+              const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
+             self->step(unpack_groups(numbers, learning_rates, self->device()), found, scale, norm, max_norm);
+           });
+}
+
+void implement_optimizer_cpu(torch::Library& library) {
+  library.impl("adam_step_", &adam_op);
+  library.impl("sgd_step_", &sgd_op);
+}
+
+void implement_optimizer_meta(torch::Library& library) {
+  implement_optimizer_cpu(library);  // returns after the checks
+}
+
+void implement_optimizer_cuda(torch::Library& library) {
+#ifdef HALFSTEP_CUDA
+  implement_optimizer_cpu(library);
+#else
+  library.impl("adam_step_", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  library.impl("sgd_step_", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+#endif
+}
+
+}  // namespace torch_ops
+
+at::Tensor combine_norms(at::TensorList norms) {
+  TORCH_CHECK_VALUE(!norms.empty(), "combine_norms: norms is empty, expected at least one");
+  std::vector<at::Tensor> near;
+  for (const at::Tensor& norm : norms) {
+    check_argument(norm, "combine_norms", "norms", at::kFloat, norm.device());
+    near.push_back(norm.to(norms[0].device(), /*non_blocking=*/!norms[0].is_cpu()).reshape({}));
+  }
+  return near.size() == 1 ? near[0].clone() : at::linalg_vector_norm(at::stack(near), 2.0, {}, false, at::kDouble).to(at::kFloat);
+}
+
+void adam_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                at::TensorList max_exp_avg_sqs, at::TensorList steps, double lr, double beta1, double beta2, double eps,
+                double weight_decay, bool decoupled, bool maximize, const OptionalTensor& found,
+                const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::adam_step_", "")
+                             .typed<decltype(torch_ops::adam_op)>();
+  op.call(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
+          maximize, found, scale, norm, max_norm);
+}
+
+void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, at::TensorList steps,
+               double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+               const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::sgd_step_", "")
+                             .typed<decltype(torch_ops::sgd_op)>();
+  op.call(params, grads, momentum_buffers, steps, lr, momentum, dampening, weight_decay, nesterov, maximize, found,
+          scale, norm, max_norm);
+}
+
+}  // namespace halfstep
