@@ -12,8 +12,7 @@ void check_optimizer_tensors(OptimizerKind kind, std::span<const OptimizerTensor
     HS_CHECK(tensor.step, "optimizer_step: tensors[", i, "].step must not be null");
     HS_CHECK(tensor.group >= 0 && static_cast<std::size_t>(tensor.group) < groups, "optimizer_step: tensors[", i,
              "].group is ", tensor.group, ", expected 0 to ", groups, " - 1");
-    const bool half_gradient =
-        tensor.gradient_dtype == DType::kFloat16 || tensor.gradient_dtype == DType::kBFloat16;
+    const bool half_gradient = tensor.gradient_dtype == DType::kFloat16 || tensor.gradient_dtype == DType::kBFloat16;
     HS_CHECK(tensor.gradient_dtype == tensor.dtype || (tensor.dtype == DType::kFloat32 && half_gradient),
              "optimizer_step: tensors[", i, "] has dtype ", name_of(tensor.dtype), " and a gradient of dtype ",
              name_of(tensor.gradient_dtype), ", expected the same, or float32 with a float16 or bfloat16 gradient");

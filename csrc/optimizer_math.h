@@ -20,7 +20,7 @@ void check_optimizer_tensors(OptimizerKind kind, std::span<const OptimizerTensor
 template <class Compute>
 struct AdamConstants {
   double lr, weight_decay, beta1, beta2, eps;
-  Compute step_size;             // lr / (1 - beta1^step)
+  Compute step_size;              // lr / (1 - beta1^step)
   Compute bias_correction2_sqrt;  // sqrt(1 - beta2^step)
   bool decoupled, maximize;
 };

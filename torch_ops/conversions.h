@@ -44,6 +44,10 @@ class GradientViews {
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // original, dense copy
 };
 
+// check_gradients_ of views that have been checked, on `device` (gradients.cpp).
+void check_gradient_views(TensorList grads, at::Device device, const at::Tensor& scale, const at::Tensor& found,
+                          const at::Tensor& norm, const std::optional<at::Tensor>& stats);
+
 // Raw writes are invisible to autograd: tell it that the tensor has a new version.
 void bump_version(const at::Tensor& tensor);
 

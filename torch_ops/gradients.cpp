@@ -27,17 +27,19 @@ struct Arguments {
   bool write;
 };
 
+void check_outputs(const char* op, at::Device device, std::size_t rows, const at::Tensor& scale,
+                   const at::Tensor& found, const OptionalTensor& norm, const OptionalTensor& stats) {
+  check_argument(scale, op, "scale", at::kFloat, device);
+  check_argument(found, op, "found", at::kFloat, device);
+  if (norm) check_argument(*norm, op, "norm", at::kFloat, device);
+  if (stats) check_argument(*stats, op, "stats", at::kFloat, device, static_cast<std::int64_t>(rows) * kGradientStats);
+}
+
 void check(const Arguments& a) {
   const char* const op = a.write ? "unscale_" : "check_gradients_";
   const at::Device device = a.scale.device();
   check_gradient_list(a.grads, op, device, a.write);
-  check_argument(a.scale, op, "scale", at::kFloat, device);
-  check_argument(a.found, op, "found", at::kFloat, device);
-  if (a.norm) check_argument(*a.norm, op, "norm", at::kFloat, device);
-  if (a.stats) {
-    const auto rows = static_cast<std::int64_t>(a.grads.size());
-    check_argument(*a.stats, op, "stats", at::kFloat, device, rows * kGradientStats);
-  }
+  check_outputs(op, device, a.grads.size(), a.scale, a.found, a.norm, a.stats);
 }
 
 void run_meta(const Arguments& a) {
@@ -66,14 +68,20 @@ void run_cpu(const Arguments& a) {
 }
 
 #ifdef HALFSTEP_CUDA
+template <class Launch>
+void with_workspace(TensorList grads, const at::Tensor& scale, Launch launch) {
+  const auto bytes = static_cast<std::int64_t>(cuda::gradients_workspace_bytes(grads));
+  const at::Tensor workspace = at::empty({bytes}, scale.options().dtype(at::kByte));
+  launch(workspace.data_ptr(), CudaStream{c10::cuda::getCurrentCUDAStream().stream()});
+}
+
 void run_cuda(const Arguments& a) {
   check(a);  // before the guard, whose own error for a scale on the CPU names no argument
   const c10::cuda::CUDAGuard guard(a.scale.device());
   run(a, [&](TensorList grads, UnscaleFactor factor, const CheckOutputs& out) {
-    const auto bytes = static_cast<std::int64_t>(cuda::gradients_workspace_bytes(grads));
-    const at::Tensor workspace = at::empty({bytes}, a.scale.options().dtype(at::kByte));
-    const CudaStream stream{c10::cuda::getCurrentCUDAStream().stream()};
-    (a.write ? cuda::unscale : cuda::check_gradients)(grads, factor, out, workspace.data_ptr(), stream);
+    with_workspace(grads, a.scale, [&](void* workspace, CudaStream stream) {
+      (a.write ? cuda::unscale : cuda::check_gradients)(grads, factor, out, workspace, stream);
+    });
   });
 }
 #endif
@@ -98,6 +106,23 @@ void implement(torch::Library& library) {
 }
 
 }  // namespace
+
+void check_gradient_views(TensorList grads, at::Device device, const at::Tensor& scale, const at::Tensor& found,
+                          const at::Tensor& norm, const OptionalTensor& stats) {
+  check_outputs("check_gradients_", device, grads.size(), scale, found, norm, stats);
+  const CheckOutputs out{found.data_ptr<float>(), norm.data_ptr<float>(), data_or_null<float>(stats)};
+  const UnscaleFactor factor{scale.const_data_ptr<float>()};
+  if (device.is_cpu()) {
+    cpu::check_gradients(grads, factor, out, TorchExecutor());
+    return;
+  }
+#ifdef HALFSTEP_CUDA
+  const c10::cuda::CUDAGuard guard(device);
+  with_workspace(grads, scale, [&](void* workspace, CudaStream stream) {
+    cuda::check_gradients(grads, factor, out, workspace, stream);
+  });
+#endif
+}
 
 void define_gradients(torch::Library& library) {
   library.def(

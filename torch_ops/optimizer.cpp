@@ -10,7 +10,6 @@
 #include <ATen/ops/stack.h>
 
 #include "conversions.h"
-#include "halfstep/torch/gradients.h"
 #include "registration.h"
 #ifdef HALFSTEP_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -24,6 +23,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using torch_ops::check_argument;
+using torch_ops::check_gradient_views;
 using torch_ops::data_or_null;
 using torch_ops::to_dtype;
 
@@ -51,29 +51,12 @@ void check_parameter(const at::Tensor& param, const char* op, std::size_t i) {
 }
 
 void check_state(const at::Tensor& state, const at::Tensor& param, const char* op, std::size_t i) {
-  TORCH_CHECK_VALUE(state.defined() && state.device() == param.device() &&
-                        state.scalar_type() == param.scalar_type() && same_layout(state, param),
+  TORCH_CHECK_VALUE(state.defined() && state.device() == param.device() && state.scalar_type() == param.scalar_type() &&
+                        same_layout(state, param),
                     op, ": a state of params[", i, "] is ", state.toString(), " of sizes ", state.sizes(),
-                    " and strides ", state.strides(), " on ", state.device(), ", expected the parameter's: ",
-                    param.toString(), ", ", param.sizes(), ", ", param.strides(), ", ", param.device());
-}
-
-// Gradients in their parameters' memory order.
-at::Tensor aligned_gradient(const at::Tensor& grad, const at::Tensor& param) {
-  return same_layout(grad, param) ? grad : at::empty_like(param, grad.options()).copy_(grad);
-}
-
-OptimizerTensor make_row(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& step,
-                         std::int64_t group) {
-  return {param.mutable_data_ptr(),
-          {},
-          nullptr,
-          step.data_ptr<float>(),
-          param.numel(),
-          static_cast<std::int32_t>(group),
-          *to_dtype(param.scalar_type()),
-          *to_dtype(grad.scalar_type()),
-          DType::kFloat16};
+                    " and strides ", state.strides(), " on ", state.device(),
+                    ", expected the parameter's: ", param.toString(), ", ", param.sizes(), ", ", param.strides(), ", ",
+                    param.device());
 }
 
 StepControl make_control(const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm,
@@ -173,71 +156,83 @@ FusedOptimizer::FusedOptimizer(OptimizerKind kind, std::vector<at::Tensor> param
   }
 }
 
-std::string FusedOptimizer::collect(bool allow_float16) {
-  gradients_.clear();
+void FusedOptimizer::forget() {
   positions_.clear();
+  gradients_.clear();
+  views_.clear();
+}
+
+// Gradients in another memory order than their parameter's are copied into it.
+void FusedOptimizer::take(std::size_t position, const at::Tensor& grad) {
+  const at::Tensor& param = params_[position];
+  positions_.push_back(static_cast<std::int64_t>(position));
+  gradients_.push_back(same_layout(grad, param) ? grad : at::empty_like(param, grad.options()).copy_(grad));
+  const at::Tensor& mine = gradients_.back();
+  views_.push_back({const_cast<void*>(mine.const_data_ptr()), mine.numel(), *to_dtype(mine.scalar_type())});
+}
+
+std::string FusedOptimizer::collect(bool allow_float16) {
+  forget();
   for (const at::Tensor& param : idle_)
     if (param.grad().defined()) return kNoLongerIdle;
-  for (std::size_t i = 0; i < params_.size(); ++i) {
+  for (std::size_t i = 0; i < params_.size(); ++i) {  // all of them before one is copied
     const at::Tensor& grad = params_[i].grad();
     if (!grad.defined()) continue;
     // Torch's own step knows what to do with a subclass, such as a sharded gradient.
     const bool subclass = grad.key_set().has(c10::DispatchKey::Python);
     std::string reason = subclass ? "its gradient is a tensor subclass" : obstacle(params_[i], grad);
     if (reason.empty() && !allow_float16 && grad.scalar_type() == at::kHalf) reason = "its gradient is Half";
-    if (!reason.empty()) {
-      gradients_.clear();
-      positions_.clear();
-      return c10::str("parameter ", i, ": ", reason);
-    }
-    gradients_.push_back(grad);
-    positions_.push_back(static_cast<std::int64_t>(i));
+    if (!reason.empty()) return c10::str("parameter ", i, ": ", reason);
   }
+  const at::NoGradGuard no_grad;
+  for (std::size_t i = 0; i < params_.size(); ++i)
+    if (const at::Tensor& grad = params_[i].grad(); grad.defined()) take(i, grad);
   return "";
+}
+
+void FusedOptimizer::set_gradients(at::TensorList grads) {
+  forget();
+  const at::NoGradGuard no_grad;
+  for (std::size_t i = 0; i < grads.size(); ++i) take(i, grads[i]);
 }
 
 void FusedOptimizer::check(const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
                            const OptionalTensor& stats) {
-  check_gradients_(gradients_, scale, found, norm, stats);
-}
-
-void FusedOptimizer::set_gradients(at::TensorList grads) {
-  gradients_ = grads.vec();
-  positions_.resize(grads.size());
-  std::iota(positions_.begin(), positions_.end(), 0);
+  check_gradient_views(views_, device(), scale, found, norm, stats);
 }
 
 void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const OptionalTensor& found,
                           const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
-  if (gradients_.empty()) return;
-  const at::NoGradGuard no_grad;
-  const at::Device device = params_[0].device();
-  check_control("FusedOptimizer", device, found, scale, norm);
+  if (positions_.empty()) return;
+  check_control("FusedOptimizer", device(), found, scale, norm);
 #ifdef HALFSTEP_CUDA
-  const c10::cuda::OptionalCUDAGuard guard(device.is_cuda() ? std::optional(device) : std::nullopt);
+  const c10::cuda::OptionalCUDAGuard guard(device().is_cuda() ? std::optional(device()) : std::nullopt);
 #endif
   std::vector<OptimizerTensor> rows;
   std::vector<const void*> addresses;
-  rows.reserve(gradients_.size());
-  addresses.reserve(gradients_.size());
-  for (std::size_t k = 0; k < gradients_.size(); ++k) {
+  rows.reserve(positions_.size());
+  addresses.reserve(positions_.size());
+  for (std::size_t k = 0; k < positions_.size(); ++k) {
     const auto i = static_cast<std::size_t>(positions_[k]);
-    gradients_[k] = aligned_gradient(gradients_[k], params_[i]);
-    OptimizerTensor row = make_row(params_[i], gradients_[k], steps_[i], groups_[i]);
-    for (int s = 0; s < 3; ++s)
-      if (!states_[s].empty()) row.state[s] = states_[s][i].mutable_data_ptr();
+    // Addresses are looked up in each step: `param.data = other` moves them.
+    const auto address = [](const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->mutable_data(); };
+    OptimizerTensor row{};
+    row.values = address(params_[i]);
+    for (std::size_t s = 0; s < 3; ++s)
+      if (!states_[s].empty()) row.state[s] = address(states_[s][i]);
+    row.step = static_cast<float*>(address(steps_[i]));
+    row.numel = views_[k].numel;
+    row.group = static_cast<std::int32_t>(groups_[i]);
+    row.dtype = *to_dtype(params_[i].scalar_type());
+    row.gradient_dtype = views_[k].dtype;
     rows.push_back(row);
-    addresses.push_back(gradients_[k].const_data_ptr());
+    addresses.push_back(views_[k].data);
   }
-  table_->step(kind_, device, std::move(rows), std::move(addresses), groups, make_control(found, scale, norm, max_norm));
-  for (const std::int64_t position : positions_) {
-    const auto i = static_cast<std::size_t>(position);
-    torch_ops::bump_version(params_[i]);
-    torch_ops::bump_version(steps_[i]);
-    for (const auto& list : states_)
-      if (!list.empty()) torch_ops::bump_version(list[i]);
-  }
-  gradients_.clear();
+  table_->step(kind_, device(), std::move(rows), std::move(addresses), groups,
+               make_control(found, scale, norm, max_norm));
+  // States need no new version: nothing that requires a gradient is computed from them.
+  for (const std::int64_t position : positions_) torch_ops::bump_version(params_[static_cast<std::size_t>(position)]);
+  forget();
 }
 
 namespace torch_ops {
@@ -286,6 +281,9 @@ void run(const StepLists& l, const OptimizerGroup& group, const OptionalTensor& 
                            std::vector<std::int64_t>(l.params.size(), 0));
   optimizer.set_gradients(l.grads);
   optimizer.step({group}, found, scale, norm, max_norm);
+  for (const at::TensorList list : l.states)
+    for (const at::Tensor& state : list) bump_version(state);
+  for (const at::Tensor& step : l.steps) bump_version(step);
 }
 
 void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -352,8 +350,8 @@ Self construct(const std::string& kind, std::vector<at::Tensor> params, std::vec
                std::vector<at::Tensor> steps, std::vector<std::int64_t> groups, std::vector<at::Tensor> idle) {
   TORCH_CHECK_VALUE(kind == "adam" || kind == "sgd", "FusedOptimizer: kind is '", kind, "', expected 'adam' or 'sgd'");
   return c10::make_intrusive<FusedOptimizer>(kind == "adam" ? OptimizerKind::kAdam : OptimizerKind::kSgd,
-                                             std::move(params), std::move(states), std::move(steps),
-                                             std::move(groups), std::move(idle));
+                                             std::move(params), std::move(states), std::move(steps), std::move(groups),
+                                             std::move(idle));
 }
 
 }  // namespace
@@ -372,6 +370,7 @@ void define_optimizer(torch::Library& library) {
   library.class_<FusedOptimizer>("FusedOptimizer")
       .def(torch::init(&construct))
       .def("collect", [](const Self& self, bool allow_float16) { return self->collect(allow_float16); })
+      .def("count", [](const Self& self) { return self->count(); })
       .def("collected", [](const Self& self) { return self->collected(); })
       .def("check", [](const Self& self, const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
                        const OptionalTensor& stats) { self->check(scale, found, norm, stats); })
@@ -409,16 +408,16 @@ at::Tensor combine_norms(at::TensorList norms) {
     check_argument(norm, "combine_norms", "norms", at::kFloat, norm.device());
     near.push_back(norm.to(norms[0].device(), /*non_blocking=*/!norms[0].is_cpu()).reshape({}));
   }
-  return near.size() == 1 ? near[0].clone() : at::linalg_vector_norm(at::stack(near), 2.0, {}, false, at::kDouble).to(at::kFloat);
+  return near.size() == 1 ? near[0].clone()
+                          : at::linalg_vector_norm(at::stack(near), 2.0, {}, false, at::kDouble).to(at::kFloat);
 }
 
 void adam_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                 at::TensorList max_exp_avg_sqs, at::TensorList steps, double lr, double beta1, double beta2, double eps,
                 double weight_decay, bool decoupled, bool maximize, const OptionalTensor& found,
                 const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("halfstep::adam_step_", "")
-                             .typed<decltype(torch_ops::adam_op)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("halfstep::adam_step_", "").typed<decltype(torch_ops::adam_op)>();
   op.call(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
           maximize, found, scale, norm, max_norm);
 }
@@ -426,9 +425,8 @@ void adam_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_
 void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, at::TensorList steps,
                double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
                const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("halfstep::sgd_step_", "")
-                             .typed<decltype(torch_ops::sgd_op)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("halfstep::sgd_step_", "").typed<decltype(torch_ops::sgd_op)>();
   op.call(params, grads, momentum_buffers, steps, lr, momentum, dampening, weight_decay, nesterov, maximize, found,
           scale, norm, max_norm);
 }

@@ -149,11 +149,11 @@ using ChunkFunction = void (*)(const Work& work, std::int64_t begin, std::int64_
   HS_CLONES void name(const Work& work, std::int64_t begin, std::int64_t end) { \
     run_chunk<Optimizer, Value, Gradient>(work, begin, end);                    \
   }
-#define HS_OPTIMIZERS(prefix, Value, Gradient)                         \
-  HS_CHUNK_FUNCTION(prefix##_adam, Adam<false>, Value, Gradient)       \
-  HS_CHUNK_FUNCTION(prefix##_amsgrad, Adam<true>, Value, Gradient)     \
-  HS_CHUNK_FUNCTION(prefix##_sgd, Sgd<false>, Value, Gradient)         \
-  HS_CHUNK_FUNCTION(prefix##_momentum, Sgd<true>, Value, Gradient)     \
+#define HS_OPTIMIZERS(prefix, Value, Gradient)                     \
+  HS_CHUNK_FUNCTION(prefix##_adam, Adam<false>, Value, Gradient)   \
+  HS_CHUNK_FUNCTION(prefix##_amsgrad, Adam<true>, Value, Gradient) \
+  HS_CHUNK_FUNCTION(prefix##_sgd, Sgd<false>, Value, Gradient)     \
+  HS_CHUNK_FUNCTION(prefix##_momentum, Sgd<true>, Value, Gradient) \
   constexpr ChunkFunction prefix[] = {prefix##_adam, prefix##_amsgrad, prefix##_sgd, prefix##_momentum};
 HS_OPTIMIZERS(float32, float, float)
 HS_OPTIMIZERS(float32_of_float16, float, Half)
@@ -192,12 +192,12 @@ Work prepare(const OptimizerTensor& tensor, const void* gradient, const Optimize
                                      halfstep::bias_correction2_sqrt<Compute>(group.beta2, step));
   };
   const auto [size, correction] = tensor.dtype == DType::kFloat64 ? widened(double{}) : widened(float{});
-  return {&tensor,
-          gradient,
-          factors,
-          {lr, group.weight_decay, group.beta1, group.beta2, group.eps, size, correction, group.decoupled,
-           group.maximize},
-          {lr, group.weight_decay, group.momentum, group.dampening, first, group.nesterov, group.maximize}};
+  return {
+      &tensor,
+      gradient,
+      factors,
+      {lr, group.weight_decay, group.beta1, group.beta2, group.eps, size, correction, group.decoupled, group.maximize},
+      {lr, group.weight_decay, group.momentum, group.dampening, first, group.nesterov, group.maximize}};
 }
 
 }  // namespace

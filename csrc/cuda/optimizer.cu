@@ -62,8 +62,8 @@ void store(std::span<const T> source, void* target, CudaStream stream) {
     const std::size_t count = std::min<std::size_t>(Bytes::kCapacity, source.size_bytes() - begin);
     Bytes part;
     std::memcpy(part.bytes, from + begin, count);
-    store_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-        part, static_cast<char*>(target) + begin, static_cast<int>(count));
+    store_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(part, static_cast<char*>(target) + begin,
+                                                                               static_cast<int>(count));
     HS_CUDA_TRY(cudaGetLastError());
   }
 }
@@ -131,8 +131,8 @@ __device__ void store(void* array, std::int64_t vector, const Compute (&values)[
 
 // Elements [begin, end) of a tensor: as vectors if every array of it is aligned, else one by one.
 template <class Value, class Gradient, int states, class Element>
-__device__ void update(const OptimizerTensor& tensor, const void* gradient, GradientFactors factors,
-                       std::int64_t begin, std::int64_t end, Element element) {
+__device__ void update(const OptimizerTensor& tensor, const void* gradient, GradientFactors factors, std::int64_t begin,
+                       std::int64_t end, Element element) {
   using Compute = decltype(widen_device(Value{}));
   const auto inverse_scale = static_cast<Compute>(factors.inverse_scale);
   const auto clip = static_cast<Compute>(factors.clip);
@@ -200,26 +200,26 @@ __device__ void update_chunk(const OptimizerTensor& tensor, const void* gradient
                                    group.decoupled,
                                    group.maximize};
     const auto run = [&]<bool amsgrad>() {
-      update<Value, Gradient, amsgrad ? 3 : 2>(
-          tensor, gradient, factors, begin, end, [&](Compute& param, Compute grad, Compute (&state)[3]) {
-            if (c.maximize) grad = -grad;
-            if (c.weight_decay != 0) {
-              if (c.decoupled) {
-                param = decayed_parameter(param, c.lr, c.weight_decay);
-              } else {
-                grad = decayed_gradient(grad, param, c.weight_decay);
-              }
-            }
-            adam_element<amsgrad>(param, grad, state[0], state[1], state[2], c);
-          });
+      update<Value, Gradient, amsgrad ? 3 : 2>(tensor, gradient, factors, begin, end,
+                                               [&](Compute& param, Compute grad, Compute(&state)[3]) {
+                                                 if (c.maximize) grad = -grad;
+                                                 if (c.weight_decay != 0) {
+                                                   if (c.decoupled) {
+                                                     param = decayed_parameter(param, c.lr, c.weight_decay);
+                                                   } else {
+                                                     grad = decayed_gradient(grad, param, c.weight_decay);
+                                                   }
+                                                 }
+                                                 adam_element<amsgrad>(param, grad, state[0], state[1], state[2], c);
+                                               });
     };
     tensor.state[2] ? run.template operator()<true>() : run.template operator()<false>();
   } else {
-    const SgdConstants<Compute> c{learning_rate(group), group.weight_decay,       group.momentum, group.dampening,
-                                  constants.step_size != 0, group.nesterov, group.maximize};
+    const SgdConstants<Compute> c{learning_rate(group),     group.weight_decay, group.momentum, group.dampening,
+                                  constants.step_size != 0, group.nesterov,     group.maximize};
     const auto run = [&]<bool with_momentum>() {
       update<Value, Gradient, with_momentum ? 1 : 0>(
-          tensor, gradient, factors, begin, end, [&](Compute& param, Compute grad, Compute (&state)[3]) {
+          tensor, gradient, factors, begin, end, [&](Compute& param, Compute grad, Compute(&state)[3]) {
             if (c.maximize) grad = -grad;
             if (c.weight_decay != 0) grad = decayed_gradient(grad, param, c.weight_decay);
             if constexpr (with_momentum) {

@@ -8,6 +8,7 @@ give it back on the CPU where torch would have it there.
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from typing import Any
 
@@ -93,8 +94,8 @@ class FusedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.parts: list[Part] = []
-        self._signature: list[Any] | None = None
-        self._seen: list[torch.Tensor] = []  # held, so that no other object can have their ids
+        self._objects: list[Any] = []  # what the parts were made of
+        self._layout: list[Any] = []
         self._reason = ""
         # SGD keeps no step count; its first applied step writes the momentum buffer in another way than later ones.
         self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id(buffer): buffer, applied steps
@@ -110,8 +111,10 @@ class FusedStep:
 
     def collect(self, optimizer: torch.optim.Optimizer, allow_float16: bool) -> str:
         """Find the gradients of now. Return "" or why torch must take this step; nothing has changed then."""
-        signature = _signature(optimizer)
-        if signature != self._signature:
+        # Objects by identity: == would compare the tensors' values.
+        now, before = _objects(optimizer), self._objects
+        same = len(now) == len(before) and all(map(operator.is_, now, before))
+        if not same or _layout(optimizer) != self._layout:
             self._rebuild(optimizer)
         reason = self._collect_parts(allow_float16)
         if reason == _NO_LONGER_IDLE:
@@ -127,7 +130,7 @@ class FusedStep:
 
     def has_gradients(self) -> bool:
         """Return whether collect() found any."""
-        return any(part.fused.collected() for part in self.parts)
+        return any(part.fused.count() for part in self.parts)
 
     # ------------------------------------------------------------------------------------------------------- step
 
@@ -162,7 +165,6 @@ class FusedStep:
     def _rebuild(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at every parameter and state anew; make the states that are missing where there is a gradient."""
         self._reason = ""
-        self._seen = [param for group in optimizer.param_groups for param in group["params"]]
         parts: dict[Any, Part] = {}
         counts = self._counts
         self._counts = {}
@@ -177,7 +179,7 @@ class FusedStep:
                 elif param.device.type not in ("cpu", "cuda"):
                     self._reason = f"{name} is on {param.device}"
                 if self._reason:
-                    self._signature = _signature(optimizer)
+                    self._objects, self._layout = _objects(optimizer), _layout(optimizer)
                     return
                 state = optimizer.state.get(param) or {}
                 part = parts.setdefault((param.device, keys), Part(kind, param.device))
@@ -203,7 +205,7 @@ class FusedStep:
         except (TypeError, ValueError, RuntimeError) as error:
             self._reason = str(error).splitlines()[0]
         self.parts = list(parts.values())
-        self._signature = _signature(optimizer)
+        self._objects, self._layout = _objects(optimizer), _layout(optimizer)
 
     def _applied(self, state: dict[str, Any], param: torch.Tensor, counts: dict[int, Any]) -> torch.Tensor:
         """Return SGD's count of applied steps, kept with the momentum buffer that it is about."""
@@ -289,16 +291,19 @@ def _state_keys(kind: str, group: dict[str, Any]) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
-def _signature(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Return what changes when a parameter or a state tensor is another object than before.
-
-    Parameters and states are held by FusedStep, so that no other object can have their ids.
-    """
-    groups = optimizer.param_groups
+def _objects(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return all parameters and all that their states hold."""
     return [
-        *map(id, itertools.chain.from_iterable(group["params"] for group in groups)),
-        *map(id, itertools.chain.from_iterable(map(dict.values, optimizer.state.values()))),
-        *((len(group["params"]), group.get("amsgrad"), group.get("momentum", 0) != 0) for group in groups),
+        *itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups),
+        *itertools.chain.from_iterable(map(dict.values, optimizer.state.values())),
+    ]
+
+
+def _layout(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return what else decides how the parts are made: sizes of groups, and which states they have."""
+    return [
+        (len(group["params"]), bool(group.get("amsgrad")), group.get("momentum", 0) != 0)
+        for group in optimizer.param_groups
     ]
 
 

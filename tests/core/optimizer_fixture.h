@@ -164,7 +164,10 @@ inline ElementState reference_step(const OptimizerCase& which, ElementState e, d
 // The spacing of `dtype`'s numbers at x.
 inline double ulp(DType dtype, double x) {
   const int digits = dtype == DType::kFloat64 ? 53 : dtype == DType::kFloat32 ? 24 : dtype == DType::kFloat16 ? 11 : 8;
-  const int lowest = dtype == DType::kFloat64 ? -1074 : dtype == DType::kFloat32 ? -149 : dtype == DType::kFloat16 ? -24 : -133;
+  const int lowest = dtype == DType::kFloat64   ? -1074
+                     : dtype == DType::kFloat32 ? -149
+                     : dtype == DType::kFloat16 ? -24
+                                                : -133;
   int exponent = 0;
   std::frexp(x, &exponent);
   return std::ldexp(1.0, std::max(exponent - digits, lowest));

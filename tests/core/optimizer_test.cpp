@@ -148,9 +148,11 @@ TEST(Optimizer, BadRowsAreRefusedBeforeAnythingChanges) {
     }
     return std::string("accepted");
   };
-  EXPECT_NE(message([](OptimizerTensor& t) { t.group = 1; }).find("group is 1, expected 0 to 1 - 1"), std::string::npos);
-  EXPECT_NE(message([](OptimizerTensor& t) { t.gradient_dtype = DType::kFloat32; })
-                .find("has dtype bfloat16 and a gradient of dtype float32"),
+  EXPECT_NE(message([](OptimizerTensor& t) { t.group = 1; }).find("group is 1, expected 0 to 1 - 1"),
+            std::string::npos);
+  EXPECT_NE(message([](OptimizerTensor& t) {
+              t.gradient_dtype = DType::kFloat32;
+            }).find("has dtype bfloat16 and a gradient of dtype float32"),
             std::string::npos);
   EXPECT_NE(message([](OptimizerTensor& t) { t.half_copy = t.values; }).find("a copy of dtype bfloat16"),
             std::string::npos);

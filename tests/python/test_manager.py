@@ -156,7 +156,7 @@ def test_an_explicit_unscale_leaves_clipping_to_the_loop(policy: str) -> None:
 
 def test_without_a_config_nothing_is_clipped() -> None:
     model, optimizer = parts()
-    manager = MixedPrecisionManager()
+    manager = MixedPrecisionManager(initial_loss_scale=2**8)
     _, _, scaler = manager.setup_pytorch_training(model, optimizer)
     before = copies(model)
     one_step(manager, model, optimizer, scaler, factor=30.0)

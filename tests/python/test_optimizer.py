@@ -41,7 +41,7 @@ def set_gradients(params: list[nn.Parameter], step: int, factor: float, planted:
         if planted and grad.numel() > 10000:
             place = {"first": 0, "middle": grad.numel() // 2, "last": -1}[planted]
             grad.view(-1)[place] = math.inf if step % 2 else math.nan
-        param.grad = grad
+        param.grad = torch.empty_like(param).copy_(grad)  # in the parameter's memory order, as torch's fused step asks
 
 
 def skips(step: int) -> str | None:

@@ -11,6 +11,7 @@
 
 #include "halfstep/export.h"
 #include "halfstep/optimizer.h"
+#include "halfstep/tensor_list.h"
 
 namespace halfstep {
 
@@ -47,8 +48,8 @@ HALFSTEP_API at::Tensor combine_norms(at::TensorList norms);
 // writes to the same parameters.
 class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
  public:
-  // Lists of one entry per parameter; of `states` (three lists) those that are not used are empty. `idle` are parameters
-  // without a gradient so far, and without a state. Throws where a state does not fit its parameter.
+  // Lists of one entry per parameter; of `states` (three lists) those that are not used are empty. `idle` are
+  // parameters without a gradient so far, and without a state. Throws where a state does not fit its parameter.
   FusedOptimizer(OptimizerKind kind, std::vector<at::Tensor> params, std::vector<std::vector<at::Tensor>> states,
                  std::vector<at::Tensor> steps, std::vector<std::int64_t> groups, std::vector<at::Tensor> idle = {});
 
@@ -57,28 +58,34 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   // `allow_float16`, another device ...
   static constexpr const char* kNoLongerIdle = "no longer idle";
   std::string collect(bool allow_float16 = true);
+  // In place of collect(): one gradient per parameter, in order, that collect() would accept.
+  void set_gradients(at::TensorList grads);
+  // How many gradients were collected, and the positions of their parameters.
+  std::int64_t count() const { return static_cast<std::int64_t>(positions_.size()); }
+  const std::vector<std::int64_t>& collected() const { return positions_; }
+
   // One read of the collected gradients. All float32 on the device: scale, found and norm one element each; stats
-  // [collected, 6] (see check_gradients_).
+  // [count(), 6] (see check_gradients_).
   void check(const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
              const std::optional<at::Tensor>& stats);
   // Steps what collect() found, then forgets the gradients.
   void step(const std::vector<OptimizerGroup>& groups, const std::optional<at::Tensor>& found,
             const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& norm, double max_norm);
-  // In place of collect(): one gradient per parameter, in order, that collect() would accept.
-  void set_gradients(at::TensorList grads);
   at::Device device() const { return params_.empty() ? at::Device(at::kCPU) : params_[0].device(); }
-  // Positions of the parameters whose gradients were collected.
-  const std::vector<std::int64_t>& collected() const { return positions_; }
 
  private:
   struct Table;
+  void take(std::size_t position, const at::Tensor& grad);
+  void forget();
 
   OptimizerKind kind_;
   std::vector<at::Tensor> params_, steps_, idle_;
   std::vector<std::vector<at::Tensor>> states_;
   std::vector<std::int64_t> groups_;
-  std::vector<at::Tensor> gradients_;
+  // Of the collected gradients, in order.
   std::vector<std::int64_t> positions_;
+  std::vector<at::Tensor> gradients_;
+  std::vector<TensorView> views_;
   std::shared_ptr<Table> table_;
 };
 
