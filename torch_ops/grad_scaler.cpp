@@ -1,9 +1,12 @@
 // halfstep::GradScaler for torch::optim. Contract: halfstep/torch/scaling.h.
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/ones.h>
+#include <torch/nn/utils/clip_grad.h>
 #include <torch/optim/optimizer.h>
 #include <torch/serialize/archive.h>
 
 #include "halfstep/torch/scaling.h"
+#include "torch_optim.h"
 
 namespace halfstep {
 namespace {
@@ -25,6 +28,10 @@ std::int64_t gradient_elements(const at::Tensor& parameter) {
 constexpr const char* kStateKeys[] = {"rule", "scale", "growth_tracker", "hysteresis_left", "counters", "history"};
 
 }  // namespace
+
+GradScaler::GradScaler(GradScaler&&) noexcept = default;
+GradScaler& GradScaler::operator=(GradScaler&&) noexcept = default;
+GradScaler::~GradScaler() = default;
 
 GradScaler::GradScaler(const GradScalerOptions& options)
     : options_(options), state_(c10::make_intrusive<GradScalerState>(options.rule)) {}
@@ -62,18 +69,70 @@ void GradScaler::unscale_(torch::optim::Optimizer& optimizer) {
   optimizers_.insert_or_assign(&optimizer, std::move(result));
 }
 
-bool GradScaler::step(torch::optim::Optimizer& optimizer) {
+// The step by halfstep's kernels; nullopt, and nothing done, where torch must take it.
+std::optional<StepResult> GradScaler::fused_step(torch::optim::Optimizer& optimizer, std::optional<double> max_norm) {
+  if (!torch_ops::TorchOptimStep::supports(optimizer)) return std::nullopt;
+  auto& fused = fused_[&optimizer];
+  if (!fused) fused = std::make_unique<torch_ops::TorchOptimStep>();
+  if (!fused->collect(optimizer, options_.allow_fp16_gradients).empty()) {
+    release(optimizer);
+    return std::nullopt;
+  }
+  if (!fused->has_gradients()) return std::nullopt;  // the error of unscale_
+  const at::Tensor scale = state_->scale_tensor("step");
+
+  PerOptimizer& mine = optimizers_[&optimizer];
+  const bool ready = mine.stage == Stage::kReady;
+  std::vector<at::Tensor> norms;
+  if (ready) {
+    const auto checked = fused->check(scale);
+    mine.found = state_->record(checked.found, checked.norm);
+    norms = checked.norm;
+  } else if (max_norm) {
+    norms = fused->check(at::ones({}, scale.options())).norm;  // of the gradients as they are now
+  }
+  fused->step(optimizer, mine.found, ready ? std::optional(scale) : std::nullopt,
+              max_norm ? std::optional(combine_norms(norms)) : std::nullopt, max_norm.value_or(0.0));
+  mine.stage = Stage::kStepped;
+  return StepResult(mine.found);
+}
+
+StepResult GradScaler::step(torch::optim::Optimizer& optimizer, std::optional<double> max_norm) {
+  TORCH_CHECK_VALUE(!max_norm || *max_norm > 0, "GradScaler::step: max_norm is ", *max_norm, ", expected a number > 0");
+  const auto clip = [&] {
+    if (!max_norm) return;
+    std::vector<at::Tensor> parameters;
+    for_each_parameter(optimizer, [&](const at::Tensor& parameter, std::size_t, std::size_t) {
+      if (parameter.grad().defined()) parameters.push_back(parameter);
+    });
+    if (!parameters.empty()) torch::nn::utils::clip_grad_norm_(parameters, *max_norm);
+  };
   if (!options_.enabled) {
+    clip();
     optimizer.step();
     at::autocast::clear_cache();
-    return true;
+    return StepResult(at::Tensor());
   }
   const auto known = optimizers_.find(&optimizer);
   TORCH_CHECK(known == optimizers_.end() || known->second.stage != Stage::kStepped,
               "step() has already been called since the last update().");
+  if (known != optimizers_.end()) check_unchanged(optimizer, known->second);
+  if (auto result = fused_step(optimizer, max_norm)) {
+    at::autocast::clear_cache();  // an enclosing autocast scope must not go on with casts of the old weights
+    return *result;
+  }
   if (known == optimizers_.end()) unscale_(optimizer);
   PerOptimizer& mine = optimizers_.at(&optimizer);
+  clip();
+  ++host_syncs_;
+  StepResult result(mine.found);
+  if (result) optimizer.step();
+  mine.stage = Stage::kStepped;
+  at::autocast::clear_cache();
+  return result;
+}
 
+void GradScaler::check_unchanged(torch::optim::Optimizer& optimizer, const PerOptimizer& mine) {
   std::size_t position = 0;
   for_each_parameter(optimizer, [&](const at::Tensor& parameter, std::size_t group, std::size_t index) {
     TORCH_CHECK(position < mine.checked.size() && mine.checked[position].parameter.is_same(parameter) &&
@@ -83,12 +142,13 @@ bool GradScaler::step(torch::optim::Optimizer& optimizer) {
                 " elements now (-1: none). Nothing was changed.");
     ++position;
   });
+}
 
-  const bool applied = mine.found.item<float>() == 0.0F;
-  if (applied) optimizer.step();
-  mine.stage = Stage::kStepped;
-  at::autocast::clear_cache();  // an enclosing autocast scope must not go on with casts of the old weights
-  return applied;
+void GradScaler::release(torch::optim::Optimizer& optimizer) {
+  const auto known = fused_.find(&optimizer);
+  if (known == fused_.end()) return;
+  known->second->write_back(optimizer);
+  fused_.erase(known);
 }
 
 void GradScaler::update() {

@@ -102,9 +102,21 @@ at::Tensor GradScalerState::scale(const at::Tensor& outputs) {
   return outputs.mul(moved(scale_, outputs.device()));
 }
 
+at::Tensor GradScalerState::scale_tensor(const char* caller) const {
+  TORCH_CHECK(scale_.defined(), "GradScaler: ", caller, " was called before scale(); scale the loss first");
+  return scale_;
+}
+
+at::Tensor GradScalerState::record(at::TensorList found, at::TensorList norm) {
+  std::vector<at::Tensor> flags;
+  for (const at::Tensor& flag : found) flags.push_back(moved(flag, scale_.device()));
+  found_.insert(found_.end(), flags.begin(), flags.end());
+  for (const at::Tensor& length : norm) norm_.push_back(moved(length, scale_.device()));
+  return flags.size() == 1 ? flags.front() : combine_found(flags);
+}
+
 at::Tensor GradScalerState::check(at::TensorList grads, bool write) {
-  TORCH_CHECK(scale_.defined(), "GradScaler: ", write ? "unscale_" : "check_",
-              " was called before scale(); scale the loss first");
+  scale_tensor(write ? "unscale_" : "check_");
   const at::NoGradGuard no_grad;
   std::vector<std::pair<at::Device, std::vector<at::Tensor>>> by_device;
   for (const at::Tensor& grad : grads) {
@@ -128,12 +140,10 @@ at::Tensor GradScalerState::check(at::TensorList grads, bool write) {
     } else {
       check_gradients_(list, scale, flag, length);
     }
-    found.push_back(moved(flag, scale_.device()));
-    norm.push_back(moved(length, scale_.device()));
+    found.push_back(flag);
+    norm.push_back(length);
   }
-  found_.insert(found_.end(), found.begin(), found.end());
-  norm_.insert(norm_.end(), norm.begin(), norm.end());
-  return found.size() == 1 ? found.front() : combine_found(found);
+  return record(found, norm);
 }
 
 void GradScalerState::update() {

@@ -39,7 +39,6 @@ int main() {
   const torch::Tensor y = data.labels.to(device);
 
   float loss_value = NAN;
-  int skipped = 0;
   for (int step = 1; step <= 400; ++step) {
     optimizer.zero_grad();
     torch::Tensor loss;
@@ -48,11 +47,13 @@ int main() {
       loss = torch::nn::functional::cross_entropy(model->forward(x), y);
     }
     scaler.scale(loss).backward();
-    if (!scaler.step(optimizer)) ++skipped;
+    scaler.step(optimizer, /*max_norm=*/1.0);  // nothing here waits for the device
     scaler.update();
     if (step % 100 == 0) {
       loss_value = loss.item<float>();
-      std::printf("step %3d  loss %.4f  scale %.0f  skipped %d\n", step, loss_value, scaler.get_scale(), skipped);
+      const auto skipped = scaler.state()->counters()[halfstep::kSkipped].item<int64_t>();
+      std::printf("step %3d  loss %.4f  scale %.0f  skipped %d\n", step, loss_value, scaler.get_scale(),
+                  static_cast<int>(skipped));
     }
   }
 

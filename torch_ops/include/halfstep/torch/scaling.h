@@ -45,6 +45,9 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
   // Checks, and with `write` unscales, the gradients; they may lie on several devices. Returns the flag, float32 0 or 1
   // on the scale's device. Throws if scale() was never called.
   at::Tensor check(at::TensorList grads, bool write);
+  // The loss scale on the device, and flags and norms of gradients that were checked elsewhere.
+  at::Tensor scale_tensor(const char* caller) const;
+  at::Tensor record(at::TensorList found, at::TensorList norm);
   // Applies the rule to all flags since the last update. Throws if there are none.
   void update();
   void set_scale(double scale);  // throws unless a float32 > 0 within the rule's bounds
@@ -77,28 +80,50 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
 //   scaler.step(optimizer);      // unscales, and skips the step if a gradient is infinite or NaN
 //   scaler.update();
 //
-// unscale_(optimizer) before step, once, gives the true gradients for clipping. step reads one flag on the host.
-// Misuse (unscale_ twice, step twice, no gradients, nothing scaled yet, gradients resized or replaced by nothing
-// between unscale_ and step) throws c10::Error and changes neither parameters nor optimizer nor scaler. Gradients of
-// float16 are refused, as torch.amp does, unless allow_fp16_gradients. An optimizer is known by its address: keep it
-// alive from unscale_ to update. Not thread-safe; one per training loop.
+// Adam, AdamW and SGD (exactly these classes, dense gradients) are stepped by halfstep's own kernels: gradients are
+// read twice and not written, and nothing waits for the device. Every other optimizer is stepped by torch after one
+// read of a flag on the host, counted in host_syncs(). unscale_(optimizer) before step, once, gives the true gradients.
+// step(optimizer, max_norm) clips the L2 norm of the optimizer's unscaled gradients. While halfstep steps an Adam or
+// AdamW, the optimizer's own step count runs on over skipped steps; call release(optimizer) before the optimizer is
+// saved or stepped without the scaler. Misuse (unscale_ twice, step twice, no gradients, nothing scaled yet, gradients
+// resized or replaced by nothing between unscale_ and step) throws c10::Error and changes neither parameters nor
+// optimizer nor scaler. Gradients of float16 are refused, as torch.amp does, unless allow_fp16_gradients. An optimizer
+// is known by its address: keep it alive from unscale_ to update. Not thread-safe; one per training loop.
 struct GradScalerOptions {
   ScaleRule rule{};  // or scale_rule("megatron") and the like
   bool enabled = true;
   bool allow_fp16_gradients = false;
 };
 
+// Whether a step was applied. The device knows; asking waits for it.
+class StepResult {
+ public:
+  explicit StepResult(at::Tensor found) : found_(std::move(found)) {}
+  explicit operator bool() const { return !found_.defined() || found_.item<float>() == 0.0F; }
+
+ private:
+  at::Tensor found_;  // undefined: applied
+};
+
+namespace torch_ops {
+class TorchOptimStep;
+}
+
 class HALFSTEP_API GradScaler {
  public:
   explicit GradScaler(const GradScalerOptions& options = {});
   GradScaler(const GradScaler&) = delete;  // two copies would share one scale
   GradScaler& operator=(const GradScaler&) = delete;
-  GradScaler(GradScaler&&) = default;
-  GradScaler& operator=(GradScaler&&) = default;
+  GradScaler(GradScaler&&) noexcept;
+  GradScaler& operator=(GradScaler&&) noexcept;
+  ~GradScaler();
 
   at::Tensor scale(const at::Tensor& loss);
   void unscale_(torch::optim::Optimizer& optimizer);
-  bool step(torch::optim::Optimizer& optimizer);  // true: applied, false: skipped
+  StepResult step(torch::optim::Optimizer& optimizer, std::optional<double> max_norm = std::nullopt);
+  // Gives the optimizer's state back as torch keeps it. Waits for the device.
+  void release(torch::optim::Optimizer& optimizer);
+  std::int64_t host_syncs() const { return host_syncs_; }  // steps that waited to learn whether to skip
   void update();
   void update(double new_scale);
 
@@ -122,6 +147,11 @@ class HALFSTEP_API GradScaler {
     std::vector<Checked> checked;
   };
 
+  static void check_unchanged(torch::optim::Optimizer& optimizer, const PerOptimizer& mine);
+  std::optional<StepResult> fused_step(torch::optim::Optimizer& optimizer, std::optional<double> max_norm);
+
+  std::int64_t host_syncs_ = 0;
+  std::unordered_map<const torch::optim::Optimizer*, std::unique_ptr<torch_ops::TorchOptimStep>> fused_;
   GradScalerOptions options_;
   c10::intrusive_ptr<GradScalerState> state_;
   std::unordered_map<const torch::optim::Optimizer*, PerOptimizer> optimizers_;
