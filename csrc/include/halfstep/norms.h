@@ -30,6 +30,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "halfstep/export.h"
 #include "halfstep/stream.h"
 #include "halfstep/tensor_list.h"
 
@@ -45,9 +46,9 @@ struct NormShape {
   std::int64_t spatial = 1;
   std::int64_t groups = 1;
 
-  std::int64_t cols() const { return channels * spatial; }
-  std::int64_t samples() const { return rows / groups; }
-  std::int64_t parameters() const { return groups * channels; }
+  HALFSTEP_HOST_DEVICE std::int64_t cols() const { return channels * spatial; }
+  HALFSTEP_HOST_DEVICE std::int64_t samples() const { return rows / groups; }
+  HALFSTEP_HOST_DEVICE std::int64_t parameters() const { return groups * channels; }
 };
 
 // Views with a null `data` are absent: weight and bias then count as 1 and 0.
