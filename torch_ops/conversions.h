@@ -41,6 +41,10 @@ class GradientViews {
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // original, dense copy
 };
 
+// A contiguous tensor of a dtype the core knows. Nothing may be written through the view unless the tensor is the
+// caller's own: copy-on-write tensors stay shared.
+TensorView view_of(const at::Tensor& tensor);
+
 // Raw writes are invisible to autograd: tell it that the tensor has a new version.
 void bump_version(const at::Tensor& tensor);
 

@@ -28,15 +28,19 @@ struct Registration {
   Registration() {
     definitions.def("version() -> str", [] { return std::string(HALFSTEP_VERSION); });
     define_gradients(definitions);
+    define_norms(definitions);
     define_scaling(definitions);
     define_grad_scaler(definitions);
     implement_gradients_cpu(cpu);
+    implement_norms_cpu(cpu);
     implement_scaling_cpu(cpu);
     implement_gradients_cuda(cuda);
+    implement_norms_cuda(cuda);
     implement_scaling_cuda(cuda);
     implement_gradients_cpu(sparse_cpu);
     implement_gradients_cuda(sparse_cuda);
     implement_gradients_meta(meta);
+    implement_norms_meta(meta);
     implement_scaling_meta(meta);
   }
 };

@@ -2,5 +2,6 @@
 #pragma once
 
 #include "halfstep/torch/gradients.h"
+#include "halfstep/torch/norms.h"
 #include "halfstep/torch/scaling.h"
 #include "halfstep/torch/scopes.h"
