@@ -11,6 +11,7 @@
 #include "halfstep/norms.h"
 #include "pack.cuh"
 #include "reduce.cuh"
+#include "rows.cuh"
 #include "try.h"
 
 namespace halfstep::cuda {
@@ -25,8 +26,7 @@ struct Layout {
   static constexpr int kThreads = threads;
   static constexpr bool kHeld = hold > 0;
   static constexpr int kGroup = kHeld ? hold : kUnroll;
-  static constexpr int kBlock = threads == kWarp ? 4 * kWarp : threads;
-  static constexpr int kRowsPerBlock = kBlock / threads;
+  static constexpr int kBlock = kRowBlock<threads>;
 
   // Calls visit(base) for the groups of packs base, base + kThreads, ... that this thread works on.
   template <class Visit>
@@ -37,12 +37,6 @@ struct Layout {
     } else {
       for (std::int64_t base = lane; base < packs; base += kThreads * kGroup) visit(base);
     }
-  }
-
-  template <class Visit>
-  static __device__ void for_rows(std::int64_t rows, const Visit& visit) {
-    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
-    for (std::int64_t row = first; row < rows; row += static_cast<std::int64_t>(gridDim.x) * kRowsPerBlock) visit(row);
   }
 };
 
@@ -106,7 +100,7 @@ __global__ __launch_bounds__(Layout::kBlock) void normalize_kernel(const __grid_
   const std::int64_t packs = cols / kWidth;
   const auto n = static_cast<float>(cols > 0 ? cols : 1);
 
-  Layout::for_rows(call.shape.rows, [&](std::int64_t row) {
+  for_rows<Layout::kThreads>(call.shape.rows, [&](std::int64_t row) {
     Pack<Storage, kWidth> x[kGroup];
     const auto load = [&](std::int64_t base) {
 #pragma unroll
@@ -183,7 +177,7 @@ __global__ __launch_bounds__(Layout::kBlock) void backward_kernel(const __grid_c
   const std::int64_t cols = call.shape.cols();
   const std::int64_t packs = cols / kWidth;
 
-  Layout::for_rows(call.shape.rows, [&](std::int64_t row) {
+  for_rows<Layout::kThreads>(call.shape.rows, [&](std::int64_t row) {
     const float mean = call.center ? call.mean[row] : 0.0F;
     const float rstd = call.rstd[row];
     float g[kGroup][kWidth];
@@ -302,7 +296,7 @@ __global__ __launch_bounds__(Layout::kBlock) void channel_kernel(const __grid_co
                                                                  float* weights, float* biases) {
   constexpr int kWidth = Layout::kWidth;
   const std::int64_t packs = call.shape.spatial / kWidth;
-  Layout::for_rows(call.shape.rows * call.shape.channels, [&](std::int64_t channel) {
+  for_rows<Layout::kThreads>(call.shape.rows * call.shape.channels, [&](std::int64_t channel) {
     const std::int64_t row = channel / call.shape.channels;
     const float mean = call.center ? call.mean[row] : 0.0F;
     const float rstd = call.rstd[row];
@@ -362,11 +356,6 @@ std::int64_t strips_of(const NormShape& shape) {
                   std::max<std::int64_t>(1, kBlocks / std::max<std::int64_t>(1, tiles)));
 }
 
-unsigned blocks_for(std::int64_t rows, int rows_per_block) {
-  constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 31) - 1;  // kernels loop over the rest
-  return static_cast<unsigned>(std::min((rows + rows_per_block - 1) / rows_per_block, kMaxBlocks));
-}
-
 // Calls run(Layout) with the one for a row of `cols` elements.
 template <class Storage, int kHoldOfWarp, class Run>
 void with_layout(std::int64_t cols, bool aligned, const Run& run) {
@@ -388,7 +377,7 @@ void launch_forward(const NormForward& call, cudaStream_t stream) {
   with_layout<Storage, /*kHoldOfWarp=*/8>(call.shape.cols(), aligned, [&](auto layout) {
     using Layout = decltype(layout);
     normalize_kernel<Storage, Layout>
-        <<<blocks_for(call.shape.rows, Layout::kRowsPerBlock), Layout::kBlock, 0, stream>>>(call);
+        <<<blocks_for(call.shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);
   });
   HS_CUDA_TRY(cudaGetLastError());
 }
@@ -413,8 +402,8 @@ void launch_parameters(const NormBackward& call, bool aligned, float* weights, f
     const auto launch = [&](auto layout) {
       using Layout = decltype(layout);
       channel_kernel<Storage, Layout>
-          <<<blocks_for(shape.rows * shape.channels, Layout::kRowsPerBlock), Layout::kBlock, 0, stream>>>(call, weights,
-                                                                                                          biases);
+          <<<blocks_for(shape.rows * shape.channels, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(
+              call, weights, biases);
     };
     if (!aligned || shape.spatial % kWidth != 0) {
       launch(Layout<1, kWarp, 0>{});
@@ -437,7 +426,7 @@ void launch_backward(const NormBackward& call, float* workspace, cudaStream_t st
     with_layout<Storage, /*kHoldOfWarp=*/4>(shape.cols(), aligned, [&](auto layout) {
       using Layout = decltype(layout);
       backward_kernel<Storage, Layout>
-          <<<blocks_for(shape.rows, Layout::kRowsPerBlock), Layout::kBlock, 0, stream>>>(call);
+          <<<blocks_for(shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);
     });
     HS_CUDA_TRY(cudaGetLastError());
   }
