@@ -14,13 +14,13 @@
 #include "clones.h"
 #include "convert.h"
 #include "halfstep/status.h"
+#include "lanes.h"
 
 namespace halfstep::cpu {
 namespace {
 
 constexpr std::int64_t kBlock = 4096;
 constexpr std::int64_t kElementsPerTask = 16384;
-constexpr int kLanes = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // exp(x) for x <= 0 within 2 units in the last place; NaN stays, and below the smallest normal number it is 0. As
@@ -61,9 +61,7 @@ template <class Term>
   for (std::int64_t i = 0; i < whole; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term(i + lane);
   for (std::int64_t i = whole; i < count; ++i) lanes[i - whole] += term(i);
-  double sum = 0.0;
-  for (const float lane : lanes) sum += static_cast<double>(lane);
-  return sum;
+  return add_lanes(lanes);
 }
 
 HS_CLONES double sum_of_exponentials(const float* x, std::int64_t count, float about) {

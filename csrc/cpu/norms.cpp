@@ -12,6 +12,7 @@
 #include "clones.h"
 #include "convert.h"
 #include "halfstep/status.h"
+#include "lanes.h"
 
 namespace halfstep::cpu {
 namespace {
@@ -19,7 +20,6 @@ namespace {
 constexpr std::int64_t kBlock = 4096;
 constexpr std::int64_t kElementsPerTask = 16384;
 constexpr std::int64_t kStrips = 64;
-constexpr int kLanes = 32;
 
 struct Sums {
   double first = 0.0;
@@ -43,12 +43,7 @@ template <class Pair>
   const std::int64_t whole = count - count % kLanes;
   for (std::int64_t i = 0; i < whole; i += kLanes) visit(i, kLanes);
   visit(whole, static_cast<int>(count - whole));
-  Sums result;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    result.first += static_cast<double>(first[lane]);
-    result.second += static_cast<double>(second[lane]);
-  }
-  return result;
+  return {add_lanes(first), add_lanes(second)};
 }
 
 // Of x - center, and of its square.
