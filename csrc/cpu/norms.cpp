@@ -110,7 +110,8 @@ Moments moments(const float* x, std::int64_t count, bool center) {
   if (!center) return {n, 0.0, raw.second};
   const auto near = static_cast<float>(raw.first / n);
   const Sums shifted = sums_about(near, x, count);
-  return {n, near + shifted.first / n, shifted.second - shifted.first * shifted.first / n};
+  const double squares = shifted.second - shifted.first * shifted.first / n;
+  return {n, near + shifted.first / n, squares < 0.0 ? 0.0 : squares};  // below 0 by rounding alone; a NaN stays
 }
 
 // Calls visit(begin, count) for a row's blocks.

@@ -129,7 +129,16 @@ __global__ __launch_bounds__(Layout::kBlock) void normalize_kernel(const __grid_
       });
       if (group.count == 0.0F) return;
       group.mean = call.center ? group.mean / group.count : 0.0F;
-      for_elements(base, [&](float value) { group.squares += (value - group.mean) * (value - group.mean); });
+      float rest = 0.0F;  // what rounding has left of the sum about the mean
+      for_elements(base, [&](float value) {
+        const float away = value - group.mean;
+        rest += away;
+        group.squares += away * away;
+      });
+      if (call.center) {
+        group.mean += rest / group.count;
+        group.squares -= rest * rest / group.count;
+      }
       own.merge(group);
     });
     // 2. The row's: a first mean, then its error and the squares about it.
@@ -140,8 +149,8 @@ __global__ __launch_bounds__(Layout::kBlock) void normalize_kernel(const __grid_
                                              float2{0.0F, 0.0F});
     const float error = call.center ? sums.x / n : 0.0F;
     mean += error;
-    const float variance = sums.y / n - error * error;
-    const float rstd = rsqrtf(variance + static_cast<float>(call.eps));
+    const float variance = sums.y / n - error * error;  // below 0 by rounding alone; a NaN stays
+    const float rstd = rsqrtf((variance < 0.0F ? 0.0F : variance) + static_cast<float>(call.eps));
     if (threadIdx.x % kThreads == 0) {
       if (call.center) call.mean[row] = mean;
       call.rstd[row] = rstd;

@@ -107,5 +107,37 @@ TEST_F(CrossEntropyCuda, AllRowsIgnoredIsNaNForTheMeanAndNoGradient) {
   for (std::size_t i = 0; i < 40; ++i) EXPECT_EQ(data.tensors.get(LossData::kGradLogits, i), 0.0);
 }
 
+// More than 2^31 elements: every index is 64 bits wide. Needs 8.6 GB.
+TEST_F(CrossEntropyCuda, MoreThanTwoToTheThirtyOneElements) {
+  constexpr std::int64_t kRows = 42800;
+  constexpr std::int64_t kClasses = 50257;
+  constexpr std::size_t kElements = kRows * kClasses;
+  std::size_t free_bytes = 0;
+  std::size_t total_bytes = 0;
+  HS_CUDA_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));
+  if (free_bytes < (std::size_t{10} << 30)) {
+    if (required()) FAIL() << "HALFSTEP_REQUIRE_CUDA=1, but less than 10 GiB of GPU memory are free";
+    GTEST_SKIP() << "needs 10 GiB of free GPU memory";
+  }
+  const DeviceArray<std::uint16_t> logits(kElements);
+  const DeviceArray<std::uint16_t> grad(kElements);
+  HS_CUDA_TRY(cudaMemsetAsync(logits.get(), 0, kElements * 2, stream_));
+  const DeviceArray<std::int64_t> targets(std::vector<std::int64_t>(kRows, kClasses - 1), stream_);
+  const DeviceArray<float> scalars({1.0F, -7.0F, -7.0F, -7.0F}, stream_);  // grad_loss, loss, totals
+  const DeviceArray<float> lse(kRows);
+  const DeviceArray<float> workspace(kRows);
+  const CrossEntropy call{kRows,         kClasses, {logits.get(), kRows * kClasses, DType::kFloat16},
+                          targets.get(), nullptr,  LossReduction::kSum,
+                          -100,          0.0};
+  cuda::cross_entropy(call, {scalars.get() + 1, lse.get(), scalars.get() + 2}, workspace.get(), {stream_});
+  cuda::cross_entropy_backward(call, {scalars.get(), lse.get(), scalars.get() + 2, grad.get()}, {stream_});
+  std::uint16_t last[2] = {};
+  HS_CUDA_TRY(cudaMemcpyAsync(last, grad.get() + kElements - 2, sizeof last, cudaMemcpyDeviceToHost, stream_));
+  HS_CUDA_TRY(cudaStreamSynchronize(stream_));
+  EXPECT_NEAR(scalars.read(stream_)[1], kRows * std::log(static_cast<double>(kClasses)), 1.0);
+  EXPECT_NEAR(widen(Half{last[0]}), 1.0 / kClasses, 1e-7);
+  EXPECT_EQ(widen(Half{last[1]}), -1.0F);
+}
+
 }  // namespace
 }  // namespace halfstep

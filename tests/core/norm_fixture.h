@@ -18,13 +18,15 @@ struct NormCase {
   DType out = DType::kFloat16;
   DType parameters = DType::kFloat32;
   double offset = 0.0;
+  double spread = 1.0;
   std::size_t misaligned = 0;  // elements by which every tensor starts off a 16-byte boundary
 };
 
 inline std::ostream& operator<<(std::ostream& out, const NormCase& c) {
   return out << c.shape.rows << " rows, " << c.shape.channels << " x " << c.shape.spatial << ", " << c.shape.groups
              << " groups, center " << c.center << ", dtypes " << static_cast<int>(c.input) << static_cast<int>(c.out)
-             << static_cast<int>(c.parameters) << ", offset " << c.offset << ", misaligned " << c.misaligned;
+             << static_cast<int>(c.parameters) << ", offset " << c.offset << ", spread " << c.spread << ", misaligned "
+             << c.misaligned;
 }
 
 // Every path: sizes around the boundaries of lanes, vectors, warps, blocks and of what registers hold; both kinds of
@@ -42,10 +44,12 @@ inline std::vector<NormCase> norm_cases() {
       for (const DType parameters : {DType::kFloat32, input})
         for (const NormShape& shape : {NormShape{5, 520}, NormShape{3, 4104}, NormShape{6, 4, 72, 2}})
           for (const std::size_t misaligned : {std::size_t{0}, std::size_t{3}})
-            cases.push_back({shape, /*center=*/true, input, out, parameters, /*offset=*/0.0, misaligned});
-  for (const std::int64_t cols : {768, 5000, 40000})
-    for (const bool center : {true, false})
-      cases.push_back({.shape = {4, cols}, .center = center, .input = DType::kFloat32, .offset = 1000.0});
+            cases.push_back(
+                {shape, /*center=*/true, input, out, parameters, /*offset=*/0.0, /*spread=*/1.0, misaligned});
+  for (const std::int64_t cols : {767, 768, 5000, 40000})
+    for (const double spread : {1.0, 0.0})  // without any, an error of the mean is multiplied by 1 / sqrt(eps)
+      cases.push_back({.shape = {4, cols}, .input = DType::kFloat32, .offset = 1000.1, .spread = spread});
+  cases.push_back({.shape = {4, 5000}, .center = false, .input = DType::kFloat32, .offset = 1000.0});
   return cases;
 }
 
@@ -57,7 +61,7 @@ struct NormData {
     const auto numel = static_cast<std::size_t>(c.shape.rows * c.shape.cols());
     const auto parameters = static_cast<std::size_t>(c.shape.parameters());
     std::vector<double> input = normal_values(numel, 1.0, 1);
-    for (double& x : input) x += c.offset;
+    for (double& x : input) x = x * c.spread + c.offset;
     tensors.add(c.input, input, c.misaligned);
     tensors.add(c.parameters, normal_values(parameters, 1.0, 2), c.misaligned);
     tensors.add(c.parameters, normal_values(parameters, 1.0, 3), c.misaligned);
