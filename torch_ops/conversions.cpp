@@ -73,6 +73,11 @@ void GradientViews::write_back() const {
   for (const auto& [original, copy] : copies_) original.copy_(copy);
 }
 
+TensorView view_of(const at::Tensor& tensor) {
+  void* const data = tensor.numel() > 0 ? const_cast<void*>(tensor.const_data_ptr()) : nullptr;
+  return {data, tensor.numel(), *to_dtype(tensor.scalar_type())};
+}
+
 void bump_version(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }

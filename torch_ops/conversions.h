@@ -48,6 +48,10 @@ class GradientViews {
 void check_gradient_views(TensorList grads, at::Device device, const at::Tensor& scale, const at::Tensor& found,
                           const at::Tensor& norm, const std::optional<at::Tensor>& stats);
 
+// A contiguous tensor of a dtype the core knows. Nothing may be written through the view unless the tensor is the
+// caller's own: copy-on-write tensors stay shared.
+TensorView view_of(const at::Tensor& tensor);
+
 // Raw writes are invisible to autograd: tell it that the tensor has a new version.
 void bump_version(const at::Tensor& tensor);
 

@@ -24,26 +24,36 @@ struct Registration {
   // A sparse gradient in the list dispatches here: the same kernels, whose checks say what to pass instead.
   torch::Library sparse_cpu = MAKE_TORCH_LIBRARY_IMPL(halfstep, SparseCPU);
   torch::Library sparse_cuda = MAKE_TORCH_LIBRARY_IMPL(halfstep, SparseCUDA);
+  torch::Library aten_autocast = MAKE_TORCH_LIBRARY_IMPL(aten, AutocastCUDA);
 
   Registration() {
     definitions.def("version() -> str", [] { return std::string(HALFSTEP_VERSION); });
+    define_cross_entropy(definitions);
     define_gradients(definitions);
+    define_norms(definitions);
     define_scaling(definitions);
     define_grad_scaler(definitions);
     define_optimizer(definitions);
+    implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
+    implement_norms_cpu(cpu);
     implement_optimizer_cpu(cpu);
     implement_scaling_cpu(cpu);
+    implement_cross_entropy_cuda(cuda);
     implement_gradients_cuda(cuda);
+    implement_norms_cuda(cuda);
     implement_optimizer_cuda(cuda);
     implement_scaling_cuda(cuda);
     implement_gradients_cpu(sparse_cpu);
     implement_gradients_cuda(sparse_cuda);
     implement_optimizer_cpu(sparse_cpu);
     implement_optimizer_cuda(sparse_cuda);
+    implement_cross_entropy_meta(meta);
     implement_gradients_meta(meta);
+    implement_norms_meta(meta);
     implement_optimizer_meta(meta);
     implement_scaling_meta(meta);
+    implement_cross_entropy_autocast(aten_autocast);
   }
 };
 

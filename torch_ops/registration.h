@@ -6,21 +6,32 @@
 namespace halfstep::torch_ops {
 
 // Schemas and classes.
+void define_cross_entropy(torch::Library& library);
 void define_gradients(torch::Library& library);
+void define_norms(torch::Library& library);
 void define_scaling(torch::Library& library);
 void define_grad_scaler(torch::Library& library);
 void define_optimizer(torch::Library& library);
 
 // Kernels by dispatch key.
+void implement_cross_entropy_cpu(torch::Library& library);
 void implement_gradients_cpu(torch::Library& library);
+void implement_norms_cpu(torch::Library& library);
 void implement_optimizer_cpu(torch::Library& library);
 void implement_scaling_cpu(torch::Library& library);
+void implement_cross_entropy_meta(torch::Library& library);
 void implement_gradients_meta(torch::Library& library);
+void implement_norms_meta(torch::Library& library);
 void implement_optimizer_meta(torch::Library& library);
 void implement_scaling_meta(torch::Library& library);
+void implement_cross_entropy_cuda(torch::Library& library);
 void implement_gradients_cuda(torch::Library& library);
+void implement_norms_cuda(torch::Library& library);
 void implement_optimizer_cuda(torch::Library& library);
 void implement_scaling_cuda(torch::Library& library);
+
+// aten::cross_entropy_loss under CUDA autocast, unless torch has a kernel there.
+void implement_cross_entropy_autocast(torch::Library& library);
 
 // The CUDA kernel of every op in a build without CUDA: an error that says how to get one.
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack);

@@ -9,6 +9,7 @@
 
 #include "convert.cuh"
 #include "halfstep/gradients.h"
+#include "reduce.cuh"
 #include "try.h"
 
 namespace halfstep::cuda {
@@ -17,7 +18,6 @@ namespace {
 constexpr std::int64_t kChunk = 32768;
 constexpr int kThreads = 512;
 constexpr int kUnroll = 4;  // independent 16-byte loads in flight per thread
-constexpr int kWarp = 32;
 
 struct Partial {
   double sum_of_squares;
@@ -115,35 +115,6 @@ __device__ auto run_chunk(Storage* data, std::int64_t count, float multiplier) {
     visit<Storage, write, with_stats>(data[i], factor, tally);
   return tally;
 }
-
-template <class Value, class Combine>
-__device__ Value reduce_warp(Value value, Combine combine) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    value = combine(value, __shfl_xor_sync(0xffffffffU, value, offset));
-  return value;
-}
-
-// The block's result, valid in thread 0.
-template <class Value, class Combine>
-__device__ Value reduce_block(Value value, Combine combine, Value neutral) {
-  __shared__ Value warps[kThreads / kWarp];
-  value = reduce_warp(value, combine);
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  if (threadIdx.x < kWarp) value = reduce_warp(threadIdx.x < kThreads / kWarp ? warps[threadIdx.x] : neutral, combine);
-  __syncthreads();  // the next call for the same type reuses `warps`
-  return value;
-}
-
-struct Add {
-  template <class Value>
-  __device__ Value operator()(Value a, Value b) const {
-    return a + b;
-  }
-};
-struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
 
 __device__ float multiplier_of(UnscaleFactor factor) {
   const float scale = *factor.scale;

@@ -3,34 +3,21 @@
 
 #include <limits>
 #include <string>
-#include <thread>
 
 #include <gtest/gtest.h>
 
 #include "gradient_fixture.h"
+#include "threaded_executor.h"
 
 namespace halfstep {
 namespace {
 
 using test::GradientList;
 using test::Reference;
+using test::ThreadedExecutor;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Runs the tasks on several threads, last one first.
-class ThreadedExecutor final : public Executor {
- public:
-  void for_each(std::int64_t count, const std::function<void(std::int64_t)>& task) const override {
-    std::vector<std::thread> threads;
-    for (int t = 0; t < 3; ++t) {
-      threads.emplace_back([&, t] {
-        for (std::int64_t i = count - 1 - t; i >= 0; i -= 3) task(i);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-  }
-};
 
 struct Result {
   float found = 0.0F;

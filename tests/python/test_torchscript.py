@@ -30,6 +30,20 @@ class Unscale(torch.nn.Module):
         return torch.cat([copy.float().flatten() for copy in copies]), torch.stack([found, norm]), statistics
 
 
+class Classifier(torch.nn.Module):
+    """The norms and cross entropy by name, and the gradient of the loss."""
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.detach().requires_grad_()
+        width = x.size(-1)
+        hidden = torch.ops.halfstep.layer_norm(x, [width], weight)
+        hidden = torch.ops.halfstep.rms_norm(hidden, [width], weight)
+        loss = torch.ops.halfstep.cross_entropy(torch.ops.halfstep.group_norm(hidden, 4), target)
+        gradient = torch.autograd.grad([loss], [x])[0]
+        assert gradient is not None
+        return loss.detach(), gradient
+
+
 class Descent(torch.nn.Module):
     """Holds a scaler and minimises a quadratic with it: gradients by hand, since scripts have no optimizer."""
 
@@ -84,6 +98,19 @@ def test_the_same_bits_in_a_process_without_python(device: torch.device, run_scr
     outputs = run_without_python(run_script, torch.jit.script(Unscale()), inputs, tmp_path)
     for got, expected in zip(outputs, Unscale()(*inputs), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_norms_and_cross_entropy_in_a_process_without_python(
+    device: torch.device, run_script: Path, tmp_path: Path
+) -> None:
+    x = torch.randn(6, 16, device=device).bfloat16()
+    inputs = [x, torch.rand(16, device=device), torch.arange(6, device=device)]
+    expected = Classifier()(*inputs)
+    scripted = torch.jit.script(Classifier())
+    outputs = run_without_python(run_script, scripted, inputs, tmp_path)
+    for got, other, value in zip(outputs, scripted(*inputs), expected, strict=True):
+        assert torch.equal(got, value)
+        assert torch.equal(other, value)
 
 
 def test_the_scaler_class_in_a_process_without_python(device: torch.device, run_script: Path, tmp_path: Path) -> None:

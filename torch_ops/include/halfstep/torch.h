@@ -1,7 +1,9 @@
 // The C++ API of halfstep for LibTorch programs. Include this and link halfstep::torch; the namespace is halfstep.
 #pragma once
 
+#include "halfstep/torch/cross_entropy.h"
 #include "halfstep/torch/gradients.h"
+#include "halfstep/torch/norms.h"
 #include "halfstep/torch/optimizer.h"
 #include "halfstep/torch/scaling.h"
 #include "halfstep/torch/scopes.h"

@@ -1,0 +1,113 @@
+"""Norms and cross entropy on half precision against autocast's path, which casts to float32 and back, and the limit.
+
+    python bench/reductions.py [--device cuda|cpu] [--rows 8192]
+
+Limit: the bytes that must move over the bandwidth of a large copy, measured in the same run. A norm reads and writes
+once forward, reads twice and writes once backward; cross entropy reads once forward, reads and writes once backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import halfstep
+import torch
+import torch.nn.functional as F
+from timing import copy_bandwidth, machine, measure
+
+halfstep.load_library()
+ops = torch.ops.halfstep
+
+Case = tuple[str, int, int, Callable, Callable, list[torch.Tensor]]
+
+
+def cases(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Yield (name, passes forward, passes backward, ours, autocast's path, the inputs to differentiate)."""
+
+    def half(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    def parameters(size: int) -> list[torch.Tensor]:
+        return [torch.randn(size, device=device, requires_grad=True) for _ in range(2)]
+
+    for cols in (768, 1600):
+        yield (
+            f"layer_norm {rows} x {cols}",
+            2,
+            3,
+            lambda x, w, b: ops.layer_norm(x, x.shape[-1:], w, b),
+            lambda x, w, b: F.layer_norm(x.float(), x.shape[-1:], w, b).to(x.dtype),
+            [half(rows, cols), *parameters(cols)],
+        )
+    yield (
+        f"rms_norm {rows} x 4096",
+        2,
+        3,
+        lambda x, w: ops.rms_norm(x, x.shape[-1:], w),
+        lambda x, w: F.rms_norm(x.float(), x.shape[-1:], w).to(x.dtype),
+        [half(rows, 4096), parameters(4096)[0]],
+    )
+    yield (
+        "group_norm 32 x 320 x 64 x 64, 32 groups",
+        2,
+        3,
+        lambda x, w, b: ops.group_norm(x, 32, w, b),
+        lambda x, w, b: F.group_norm(x.float(), 32, w, b).to(x.dtype),
+        [half(32, 320, 64, 64), *parameters(320)],
+    )
+    target = torch.randint(50257, (rows,), device=device)
+    yield (
+        f"cross_entropy {rows} x 50257",
+        1,
+        2,
+        lambda logits: ops.cross_entropy(logits, target),
+        lambda logits: F.cross_entropy(logits.float(), target),
+        [half(rows, 50257)],
+    )
+
+
+def steps(function: Callable, inputs: list[torch.Tensor]) -> tuple[Callable, Callable]:
+    """Return the forward without autograd, and the forward and backward."""
+    grad = torch.ones_like(function(*inputs))
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*inputs)
+
+    return forward, lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, help="tokens (default: 8192 on a GPU, 1024 on a CPU)")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    rows = arguments.rows or (8192 if device.type == "cuda" else 1024)
+    bandwidth = copy_bandwidth(device)
+    print(f"{machine(device)}, halfstep {torch.ops.halfstep.version()}, copy {bandwidth / 1e9:.0f} GB/s\n")
+    print("| op | dtype | direction | torch, ms | halfstep, ms | times torch | limit, ms | of copy bandwidth |")
+    print("|---|---|---|---|---|---|---|---|")
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, forward, backward, ours, torchs, inputs in cases(rows, dtype, device):
+            nbytes = inputs[0].numel() * inputs[0].element_size()
+            directions = zip(
+                ("forward", "forward + backward"),
+                (forward, forward + backward),
+                steps(ours, inputs),
+                steps(torchs, inputs),
+                strict=True,
+            )
+            for direction, passes, run, run_torch in directions:
+                limit = passes * nbytes / bandwidth * 1e3
+                time, peer = measure(run, device), measure(run_torch, device)
+                print(
+                    f"| {name} | {str(dtype).removeprefix('torch.')} | {direction} | {peer:.3f} | {time:.3f} | "
+                    f"{peer / time:.2f}x | {limit:.3f} | {limit / time:.0%} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
