@@ -160,19 +160,23 @@ void FusedOptimizer::forget() {
   positions_.clear();
   gradients_.clear();
   views_.clear();
+  copies_.clear();
 }
 
 // Gradients in another memory order than their parameter's are copied into it.
 void FusedOptimizer::take(std::size_t position, const at::Tensor& grad) {
   const at::Tensor& param = params_[position];
+  const bool in_place = same_layout(grad, param);
+  if (!in_place) copies_.push_back(at::empty_like(param, grad.options()).copy_(grad));
+  const at::Tensor& mine = in_place ? grad : copies_.back();
   positions_.push_back(static_cast<std::int64_t>(position));
-  gradients_.push_back(same_layout(grad, param) ? grad : at::empty_like(param, grad.options()).copy_(grad));
-  const at::Tensor& mine = gradients_.back();
+  gradients_.push_back(grad.unsafeGetTensorImpl());
   views_.push_back({const_cast<void*>(mine.const_data_ptr()), mine.numel(), *to_dtype(mine.scalar_type())});
 }
 
 std::string FusedOptimizer::collect(bool allow_float16) {
   forget();
+  from_parameters_ = true;
   for (const at::Tensor& param : idle_)
     if (param.grad().defined()) return kNoLongerIdle;
   for (std::size_t i = 0; i < params_.size(); ++i) {  // all of them before one is copied
@@ -192,6 +196,7 @@ std::string FusedOptimizer::collect(bool allow_float16) {
 
 void FusedOptimizer::set_gradients(at::TensorList grads) {
   forget();
+  from_parameters_ = false;
   const at::NoGradGuard no_grad;
   for (std::size_t i = 0; i < grads.size(); ++i) take(i, grads[i]);
 }
@@ -214,6 +219,8 @@ void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const Optio
   addresses.reserve(positions_.size());
   for (std::size_t k = 0; k < positions_.size(); ++k) {
     const auto i = static_cast<std::size_t>(positions_[k]);
+    TORCH_CHECK(!from_parameters_ || params_[i].grad().unsafeGetTensorImpl() == gradients_[k],
+                "FusedOptimizer: the gradient of parameter ", i, " was replaced between collect() and step()");
     // Addresses are looked up in each step: `param.data = other` moves them.
     const auto address = [](const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->mutable_data(); };
     OptimizerTensor row{};

@@ -121,8 +121,7 @@ std::vector<Seen> look(Optimizer& optimizer) {
 
 bool TorchOptimStep::supports(const Optimizer& optimizer) {
   const std::type_info& type = typeid(optimizer);
-  return type == typeid(torch::optim::Adam) || type == typeid(torch::optim::AdamW) ||
-         type == typeid(torch::optim::SGD);
+  return type == typeid(torch::optim::Adam) || type == typeid(torch::optim::AdamW) || type == typeid(torch::optim::SGD);
 }
 
 void TorchOptimStep::rebuild(Optimizer& optimizer) {

@@ -19,31 +19,43 @@ namespace {
 constexpr std::int64_t kChunk = 16384;
 constexpr int kLanes = 64;
 
-// A tensor of this step: with its gradient, and with its group's hyperparameters widened by its step count.
+// A tensor of this step, with its gradient.
 struct Work {
   const OptimizerTensor* tensor;
   const void* gradient;
+  const OptimizerGroup* group;
   GradientFactors factors;
-  AdamConstants<double> adam;
-  SgdConstants<double> sgd;
+  double lr;
+  float step;  // this one included
 };
 
 template <class Compute>
-[[gnu::always_inline]] inline auto constants(const AdamConstants<double>& c) {
-  return AdamConstants<Compute>{c.lr,
-                                c.weight_decay,
-                                c.beta1,
-                                c.beta2,
-                                c.eps,
-                                static_cast<Compute>(c.step_size),
-                                static_cast<Compute>(c.bias_correction2_sqrt),
-                                c.decoupled,
-                                c.maximize};
+[[gnu::always_inline]] inline auto adam_constants(const Work& work) {
+  const OptimizerGroup& g = *work.group;
+  const auto lr = static_cast<Compute>(work.lr);
+  const auto beta1 = static_cast<Compute>(g.beta1);
+  const auto beta2 = static_cast<Compute>(g.beta2);
+  return AdamConstants<Compute>{lr,
+                                static_cast<Compute>(g.weight_decay),
+                                beta1,
+                                beta2,
+                                static_cast<Compute>(g.eps),
+                                step_size(lr, beta1, work.step),
+                                bias_correction2_sqrt(beta2, work.step),
+                                g.decoupled,
+                                g.maximize};
 }
 
 template <class Compute>
-[[gnu::always_inline]] inline auto constants(const SgdConstants<double>& c) {
-  return SgdConstants<Compute>{c.lr, c.weight_decay, c.momentum, c.dampening, c.first, c.nesterov, c.maximize};
+[[gnu::always_inline]] inline auto sgd_constants(const Work& work) {
+  const OptimizerGroup& g = *work.group;
+  return SgdConstants<Compute>{static_cast<Compute>(work.lr),
+                               static_cast<Compute>(g.weight_decay),
+                               static_cast<Compute>(g.momentum),
+                               static_cast<Compute>(g.dampening),
+                               work.step == 1,
+                               g.nesterov,
+                               g.maximize};
 }
 
 template <class Storage, class Compute>
@@ -82,8 +94,12 @@ struct Adam {
   static constexpr int states = amsgrad ? 3 : 2;
 
   template <class Compute>
-  [[gnu::always_inline]] static void update(Block<Compute>& b, int lanes, const Work& work) {
-    const auto c = constants<Compute>(work.adam);
+  [[gnu::always_inline]] static auto constants(const Work& work) {
+    return adam_constants<Compute>(work);
+  }
+
+  template <class Compute>
+  [[gnu::always_inline]] static void update(Block<Compute>& b, int lanes, const AdamConstants<Compute>& c) {
     negate_and_decay(b, lanes, c, c.decoupled);
     for (int lane = 0; lane < lanes; ++lane)
       adam_element<amsgrad>(b.param[lane], b.grad[lane], b.state[0][lane], b.state[1][lane], b.state[2][lane], c);
@@ -95,8 +111,12 @@ struct Sgd {
   static constexpr int states = with_momentum ? 1 : 0;
 
   template <class Compute>
-  [[gnu::always_inline]] static void update(Block<Compute>& b, int lanes, const Work& work) {
-    const auto c = constants<Compute>(work.sgd);
+  [[gnu::always_inline]] static auto constants(const Work& work) {
+    return sgd_constants<Compute>(work);
+  }
+
+  template <class Compute>
+  [[gnu::always_inline]] static void update(Block<Compute>& b, int lanes, const SgdConstants<Compute>& c) {
     negate_and_decay(b, lanes, c, /*decoupled=*/false);
     if constexpr (with_momentum) {
       const auto turn = [&]<bool first, bool nesterov>() __attribute__((always_inline)) {
@@ -120,13 +140,15 @@ template <class Optimizer, class Value, class Gradient>
   const auto inverse_scale = static_cast<Compute>(work.factors.inverse_scale);
   const auto clip = static_cast<Compute>(work.factors.clip);
 
+  const auto c = Optimizer::template constants<Compute>(work);
+
   const auto visit = [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
     Block<Compute> block;
     load<Gradient>(work.gradient, at, lanes, block.grad);
     load<Value>(tensor.values, at, lanes, block.param);
     for (int i = 0; i < Optimizer::states; ++i) load<Value>(tensor.state[i], at, lanes, block.state[i]);
     for (int lane = 0; lane < lanes; ++lane) block.grad[lane] = block.grad[lane] * inverse_scale * clip;
-    Optimizer::update(block, lanes, work);
+    Optimizer::update(block, lanes, c);
     store<Value>(tensor.values, at, lanes, block.param);
     for (int i = 0; i < Optimizer::states; ++i) store<Value>(tensor.state[i], at, lanes, block.state[i]);
     if constexpr (std::is_same_v<Value, float>) {
@@ -182,24 +204,6 @@ ChunkFunction chunk_function(OptimizerKind kind, const OptimizerTensor& tensor) 
   HS_UNREACHABLE("dtype ", static_cast<int>(tensor.dtype));
 }
 
-Work prepare(const OptimizerTensor& tensor, const void* gradient, const OptimizerGroup& group,
-             GradientFactors factors) {
-  const double lr = group.lr_tensor ? static_cast<double>(*group.lr_tensor) : group.lr;
-  const bool first = *tensor.step == 0;
-  const float step = *tensor.step += 1;
-  const auto widened = [&]<class Compute>(Compute) {
-    return std::pair<double, double>(halfstep::step_size<Compute>(lr, group.beta1, step),
-                                     halfstep::bias_correction2_sqrt<Compute>(group.beta2, step));
-  };
-  const auto [size, correction] = tensor.dtype == DType::kFloat64 ? widened(double{}) : widened(float{});
-  return {
-      &tensor,
-      gradient,
-      factors,
-      {lr, group.weight_decay, group.beta1, group.beta2, group.eps, size, correction, group.decoupled, group.maximize},
-      {lr, group.weight_decay, group.momentum, group.dampening, first, group.nesterov, group.maximize}};
-}
-
 }  // namespace
 
 void optimizer_step(OptimizerKind kind, std::span<const OptimizerTensor> tensors,
@@ -221,7 +225,9 @@ void optimizer_step(OptimizerKind kind, std::span<const OptimizerTensor> tensors
   std::int64_t elements = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const OptimizerTensor& tensor = tensors[i];
-    works.push_back(prepare(tensor, gradients[i], groups[static_cast<std::size_t>(tensor.group)], factors));
+    const OptimizerGroup& group = groups[static_cast<std::size_t>(tensor.group)];
+    const double lr = group.lr_tensor ? static_cast<double>(*group.lr_tensor) : group.lr;
+    works.push_back({&tensor, gradients[i], &group, factors, lr, *tensor.step += 1});
     for (std::int64_t begin = 0; begin < tensor.numel; begin += kChunk) chunks.push_back({&works.back(), begin});
     elements += tensor.numel;
   }

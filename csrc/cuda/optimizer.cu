@@ -36,7 +36,7 @@ constexpr int kVector = sizeof(Value) == 8 ? 2 : 4;  // elements at a time
 using Header = OptimizerTable::Header;
 using Addresses = OptimizerTable::Addresses;
 
-// Per tensor, in Addresses::constants: two doubles, since float64 values compute in float64.
+// Per tensor, in Addresses::constants: doubles, since float64 values compute in float64.
 struct alignas(16) Constants {
   double step_size;              // SGD: 1 at the first step, else 0
   double bias_correction2_sqrt;  // Adam
@@ -80,8 +80,8 @@ __device__ double learning_rate(const OptimizerGroup& group) {
 
 template <class Compute>
 __device__ Constants adam_step_constants(const OptimizerGroup& group, float step) {
-  return {static_cast<double>(step_size<Compute>(learning_rate(group), group.beta1, step)),
-          static_cast<double>(bias_correction2_sqrt<Compute>(group.beta2, step))};
+  return {step_size(static_cast<Compute>(learning_rate(group)), static_cast<Compute>(group.beta1), step),
+          bias_correction2_sqrt(static_cast<Compute>(group.beta2), step)};
 }
 
 template <OptimizerKind kind>
@@ -190,11 +190,11 @@ __device__ void update_chunk(const OptimizerTensor& tensor, const void* gradient
                              Constants constants, GradientFactors factors, std::int64_t begin, std::int64_t end) {
   using Compute = decltype(widen_device(Value{}));
   if constexpr (kind == OptimizerKind::kAdam) {
-    const AdamConstants<Compute> c{learning_rate(group),
-                                   group.weight_decay,
-                                   group.beta1,
-                                   group.beta2,
-                                   group.eps,
+    const AdamConstants<Compute> c{static_cast<Compute>(learning_rate(group)),
+                                   static_cast<Compute>(group.weight_decay),
+                                   static_cast<Compute>(group.beta1),
+                                   static_cast<Compute>(group.beta2),
+                                   static_cast<Compute>(group.eps),
                                    static_cast<Compute>(constants.step_size),
                                    static_cast<Compute>(constants.bias_correction2_sqrt),
                                    group.decoupled,
@@ -215,8 +215,13 @@ __device__ void update_chunk(const OptimizerTensor& tensor, const void* gradient
     };
     tensor.state[2] ? run.template operator()<true>() : run.template operator()<false>();
   } else {
-    const SgdConstants<Compute> c{learning_rate(group),     group.weight_decay, group.momentum, group.dampening,
-                                  constants.step_size != 0, group.nesterov,     group.maximize};
+    const SgdConstants<Compute> c{static_cast<Compute>(learning_rate(group)),
+                                  static_cast<Compute>(group.weight_decay),
+                                  static_cast<Compute>(group.momentum),
+                                  static_cast<Compute>(group.dampening),
+                                  constants.step_size != 0,
+                                  group.nesterov,
+                                  group.maximize};
     const auto run = [&]<bool with_momentum>() {
       update<Value, Gradient, with_momentum ? 1 : 0>(
           tensor, gradient, factors, begin, end, [&](Compute& param, Compute grad, Compute(&state)[3]) {

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from halfstep.manager import MixedPrecisionManager
     from halfstep.optimizer import release
     from halfstep.statistics import MixedPrecisionStatistics
+    from halfstep.step_report import StepReport
 
 _HOME_OF = {
     "AutocastContext": "halfstep.autocast",
@@ -30,6 +31,7 @@ _HOME_OF = {
     "MixedPrecisionManager": "halfstep.manager",
     "MixedPrecisionStatistics": "halfstep.statistics",
     "ScaleCollapsed": "halfstep.errors",
+    "StepReport": "halfstep.step_report",
     "build_info": "halfstep._library",
     "load_library": "halfstep._library",
     "release": "halfstep.optimizer",
@@ -43,6 +45,7 @@ __all__ = [
     "MixedPrecisionManager",
     "MixedPrecisionStatistics",
     "ScaleCollapsed",
+    "StepReport",
     "__version__",
     "build_info",
     "load_library",

@@ -48,10 +48,14 @@ class GradScaler(ScalerState):
     max_consecutive_skips: raise ScaleCollapsed after so many skipped steps in a row, naming the parameters with the
         most infinite or NaN elements. This reads one counter on the host at each update(). None: never.
 
+    name_overflows: let last_step() name the parameters with infinite or NaN gradients (the check then keeps statistics
+        per parameter, which takes it up to a third longer).
+
     Beyond torch: bfloat16 (and all other floating) gradients may be mixed in one optimizer on every device; an
     overflow that unscaling itself makes is found; a step that overflowed on two devices is skipped by fused
-    optimizers too; gradients that were freed, resized or added between unscale_() and step() are an error; counters()
-    and history() tell what happened.
+    optimizers too; gradients that were freed, resized or added between unscale_() and step() are an error;
+    last_step(), counters() and history() tell what happened. Adam, AdamW and SGD are stepped by halfstep's own kernels:
+    gradients are read twice and never written, so that they stay scaled after step(), and nothing waits for the device.
     """
 
     def scale(self, outputs: Any) -> Any:
@@ -105,7 +109,7 @@ class GradScaler(ScalerState):
                 flag = found.to(device, copy=True)
                 norm = torch.empty((), dtype=torch.float32, device=device)
                 table = None
-                if self._max_consecutive_skips is not None:
+                if self._statistics:
                     table = torch.empty((len(grads), len(GRADIENT_STATISTICS)), dtype=torch.float32, device=device)
                     statistics.append((names[device], table))
                 local_scale = moved(scale, device)
@@ -248,7 +252,7 @@ class GradScaler(ScalerState):
                 flag = founds[part.device] = torch.zeros((), dtype=torch.float32, device=part.device)
             norm = torch.empty((), dtype=torch.float32, device=part.device)
             table = None
-            if self._max_consecutive_skips is not None:
+            if self._statistics:
                 names = part.collected_names()
                 table = torch.empty((len(names), len(GRADIENT_STATISTICS)), dtype=torch.float32, device=part.device)
                 statistics.append((names, table))
@@ -315,6 +319,7 @@ class GradScaler(ScalerState):
             **self._rule(),
         )
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        self._tables = [entry for state in states for entry in state.get("statistics", ())]
         if self._max_consecutive_skips is not None:
             self._raise_if_collapsed(states)
 

@@ -10,6 +10,7 @@ import torch
 
 from halfstep import _library
 from halfstep.checkpoints import check_keys, check_kinds, check_number, integral
+from halfstep.step_report import Reporter, StepReport, Tables
 
 _library.load_library()
 _ops = torch.ops.halfstep
@@ -56,6 +57,7 @@ class ScalerState(torch.amp.GradScaler):
         growth_delay: int = 0,
         allow_fp16_gradients: bool = False,
         max_consecutive_skips: int | None = None,
+        name_overflows: bool = False,
     ) -> None:
         if not isinstance(device, str):
             raise TypeError(
@@ -92,6 +94,9 @@ class ScalerState(torch.amp.GradScaler):
         self._growth_delay = growth_delay
         self._allow_fp16_gradients = allow_fp16_gradients
         self._max_consecutive_skips = max_consecutive_skips
+        self._statistics = name_overflows or max_consecutive_skips is not None
+        self._tables: Tables = []  # of the last update: names and gradient statistics
+        self._reporter = Reporter()
         self._max_norm: float | None = None  # set by a manager that was given a config
         self._init_growth_tracker = -growth_delay
         self._init_hysteresis_left = hysteresis
@@ -189,6 +194,22 @@ class ScalerState(torch.amp.GradScaler):
         rows = [row for row in self._history.tolist() if row[0] > 0]
         return [ScaleRecord(int(s), scale, found != 0, norm) for s, scale, found, norm in sorted(rows)]
 
+    def last_step(self, *, wait: bool = False) -> StepReport | None:
+        """Return what the last update did, as far as the device has reported it; never waits unless asked to.
+
+        Called once a step it is one or two steps behind a busy GPU; its `step` says which one it is of. With wait=True
+        it is the last one. None before the first report.
+        """
+        if not self._enabled or self._history is None:
+            return None
+        return self._reporter.poll(self._counters, self._history, self._tables, wait=wait)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped, by the newest report that has arrived (see last_step). Does not wait."""
+        report = self.last_step()
+        return self._init_counters[1] if report is None else report.skipped_steps
+
     # ------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,6 +261,7 @@ class ScalerState(torch.amp.GradScaler):
         if self._scale is not None:
             self._counters.copy_(torch.tensor(self._init_counters, dtype=torch.int64))
             self._history.zero_()
+            self._reporter = Reporter()
 
     def _checked_own_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the "halfstep" part, or this scaler's settings for a checkpoint of torch; raise if anything is off."""
@@ -277,5 +299,5 @@ class ScalerState(torch.amp.GradScaler):
             state["_init_counters"] = list(self.counters().values())
             if self._hysteresis_left is not None:
                 state["_init_hysteresis_left"] = self._hysteresis_left.tolist()
-            state.update(_hysteresis_left=None, _counters=None, _history=None)
+            state.update(_hysteresis_left=None, _counters=None, _history=None, _tables=[], _reporter=Reporter())
         return state

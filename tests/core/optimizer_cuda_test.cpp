@@ -82,10 +82,10 @@ class DeviceSet {
 
 class OptimizerCuda : public CudaTest, public testing::WithParamInterface<OptimizerCase> {};
 
-// One unit in the last place of a step's terms, which are 0.05 or larger; what is left where they cancel may be
+// One unit in the last place of a step's terms, which are about 1 at most; what is left where they cancel may be
 // smaller.
 double step_ulp(DType dtype, double x) {
-  return ulp(dtype, std::max(std::fabs(x), 0.05)) * 1.001;
+  return ulp(dtype, std::max(std::fabs(x), 1.0)) * 1.001;
 }
 
 void expect_within_one_ulp(GradientList& gpu, GradientList& cpu, const std::string& what) {

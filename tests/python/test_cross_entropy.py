@@ -69,7 +69,7 @@ def test_never_further_from_float64_than_autocasts_path(
                 torch.testing.assert_close(value, other, equal_nan=True, rtol=1e-5, atol=1e-6)
                 continue
             error, other_error = ((result.double() - expected).abs() for result in (value, other))
-            slack = 1e-6 * expected.abs().max().item()  # float32 sums in another order
+            slack = 1e-6 * max(expected.abs().max().item(), 0.01)  # float32 sums in another order
             assert error.max().item() <= 1.05 * other_error.max().item() + slack, where
             assert error.mean().item() <= 1.05 * other_error.mean().item() + slack, where
 
@@ -238,8 +238,8 @@ def test_autocast_on_a_gpu() -> None:
     assert "CrossEntropyFunction" in got[0].grad_fn.name()
     assert image.dtype is torch.float32
     for value, expected, fused in zip(got, as_before, compiled, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(fused, expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(fused, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.cuda

@@ -78,33 +78,28 @@ def test_200_steps_equal_torchs_in_float64(device: torch.device, name: str) -> N
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @EACH
-def test_200_steps_are_torchs_fused_kernels_bit_for_bit(name: str) -> None:
+def test_200_steps_are_torchs_fused_kernels_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     kind, settings = OPTIMIZERS[name]
     device = torch.device("cuda")
-    for dtype in (torch.float32, torch.bfloat16):
-        results = []
-        for cls in (GradScaler, torch.amp.GradScaler):
-            params = parameters(device, dtype)
-            optimizer = kind(params, fused=True, **settings)
-            # bfloat16's unscale is not in torch's scaler; a scale of 1 that stays needs none.
-            scale = 1024.0 if dtype is torch.float32 else 1.0
-            scaler = cls("cuda", init_scale=scale, growth_interval=1000)
-            for step in range(200):
-                set_gradients(params, step, scale)
-                scaler.scale(torch.zeros((), device=device))
-                if dtype is torch.float32 or cls is GradScaler:
-                    scaler.step(optimizer)
-                    scaler.update()
-                else:
-                    optimizer.step()
-            results.append((params, optimizer.state_dict()["state"]))
-        for got, expected in zip(results[0][0], results[1][0], strict=True):
-            assert torch.equal(got, expected)
-        for index, entry in results[1][1].items():
-            for key, expected in entry.items():
-                if expected is not None:
-                    assert torch.equal(results[0][1][index][key], expected), key
+    params, reference = parameters(device, dtype), parameters(device, dtype)
+    optimizer, torchs = (kind(p, fused=True, **settings) for p in (params, reference))
+    scaler = GradScaler("cuda", init_scale=4.0, growth_interval=1000, allow_fp16_gradients=True)
+    for step in range(200):
+        scaler.scale(torch.zeros((), device=device))
+        set_gradients(params, step, 4.0)
+        scaler.step(optimizer)
+        scaler.update()
+        set_gradients(reference, step, 1.0)
+        torchs.step()
+    for got, expected in zip(params, reference, strict=True):
+        assert torch.equal(got, expected)
+    ours, theirs = optimizer.state_dict()["state"], torchs.state_dict()["state"]
+    for index, entry in theirs.items():
+        for key, expected in entry.items():
+            if expected is not None:
+                assert torch.equal(ours[index][key], expected), key
 
 
 @EACH

@@ -7,10 +7,9 @@
 //   Adam (Kingma & Ba, arXiv:1412.6980) with L2 decay, AdamW (Loshchilov & Hutter, arXiv:1711.05101), either with
 //   AMSGrad (Reddi et al., arXiv:1904.09237); SGD with momentum as torch.optim.SGD defines it.
 //
-// Arithmetic is that of torch.optim's fused=True kernels: hyperparameters are float64 and widen what they touch, each
-// assignment rounds to the compute type (float32; float64 for float64 values). Given the same gradient, the results are
-// torch's bits on the GPU; CPU and GPU agree within one unit in the last place per step, because the GPU may fuse a
-// float64 product and sum.
+// Arithmetic is that of torch.optim's fused=True kernels (torch 2.11): hyperparameters are rounded to the compute type
+// (float32; float64 for float64 values) before they are used. Given the same gradient, results on the GPU are torch's
+// bits. CPU and GPU agree within one unit in the last place of each term, because the GPU fuses products with sums.
 //
 // `values` are float32, float64, float16 or bfloat16. float32 values take float32, float16 or bfloat16 gradients, the
 // others gradients of their own dtype. States have the values' dtype. A half copy, written in the same pass, is the new

@@ -68,7 +68,7 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   // [count(), 6] (see check_gradients_).
   void check(const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
              const std::optional<at::Tensor>& stats);
-  // Steps what collect() found, then forgets the gradients.
+  // Steps what collect() found, then forgets the gradients. Throws if one of them was replaced in between.
   void step(const std::vector<OptimizerGroup>& groups, const std::optional<at::Tensor>& found,
             const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& norm, double max_norm);
   at::Device device() const { return params_.empty() ? at::Device(at::kCPU) : params_[0].device(); }
@@ -77,15 +77,17 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   struct Table;
   void take(std::size_t position, const at::Tensor& grad);
   void forget();
+  bool from_parameters_ = true;  // collect(), not set_gradients()
 
   OptimizerKind kind_;
   std::vector<at::Tensor> params_, steps_, idle_;
   std::vector<std::vector<at::Tensor>> states_;
   std::vector<std::int64_t> groups_;
-  // Of the collected gradients, in order.
+  // Of the collected gradients, in order. They are not held: counting references costs more than all else here.
   std::vector<std::int64_t> positions_;
-  std::vector<at::Tensor> gradients_;
+  std::vector<const at::TensorImpl*> gradients_;
   std::vector<TensorView> views_;
+  std::vector<at::Tensor> copies_;
   std::shared_ptr<Table> table_;
 };
 
