@@ -40,6 +40,7 @@ test-python: setup
 
 bench: setup
 	@$(BIN)/python bench/gradients.py
+	@$(BIN)/python bench/scaler_path.py
 	@$(BIN)/python bench/reductions.py
 
 format: tools

@@ -17,7 +17,9 @@ def named(device: torch.device, kind=torch.optim.SGD):
 
 def one_step(scaler: GradScaler, good, bad, optimizer, factor: float = 1.0) -> None:
     optimizer.zero_grad()
-    scaler.scale((good + bad * torch.tensor([1.0, factor, 1.0, 1.0], device=good.device)).sum()).backward()
+    factors = torch.ones_like(good)
+    factors[1].fill_(factor)
+    scaler.scale((good + bad * factors).sum()).backward()
     scaler.step(optimizer)
     scaler.update()
 

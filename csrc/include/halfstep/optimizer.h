@@ -8,8 +8,9 @@
 //   AMSGrad (Reddi et al., arXiv:1904.09237); SGD with momentum as torch.optim.SGD defines it.
 //
 // Arithmetic is that of torch.optim's fused=True kernels (torch 2.11): hyperparameters are rounded to the compute type
-// (float32; float64 for float64 values) before they are used. Given the same gradient, results on the GPU are torch's
-// bits. CPU and GPU agree within one unit in the last place of each term, because the GPU fuses products with sums.
+// (float32; float64 for float64 values) before they are used, and the GPU fuses the same products with the same sums.
+// Given the same gradient, results on the GPU are torch's bits, but for Adam's L2 decay in float32, where torch's own
+// kernel fuses for three elements of four. The CPU follows within one unit in the last place per step.
 //
 // `values` are float32, float64, float16 or bfloat16. float32 values take float32, float16 or bfloat16 gradients, the
 // others gradients of their own dtype. States have the values' dtype. A half copy, written in the same pass, is the new
