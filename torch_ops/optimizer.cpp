@@ -206,7 +206,9 @@ std::string FusedOptimizer::collect(bool allow_float16) {
     // Torch's own step knows what to do with a subclass, such as a sharded gradient.
     const bool subclass = grad.key_set().has(c10::DispatchKey::Python);
     std::string reason = subclass ? "its gradient is a tensor subclass" : obstacle(params_[i], grad);
-    if (reason.empty() && !allow_float16 && grad.scalar_type() == at::kHalf) reason = "its gradient is Half";
+    // A float16 gradient of a float32 parameter was asked for, by the parameter's grad_dtype.
+    const bool float16 = grad.scalar_type() == at::kHalf && params_[i].scalar_type() == at::kHalf;
+    if (reason.empty() && !allow_float16 && float16) reason = "its gradient is Half";
     if (!reason.empty()) return c10::str("parameter ", i, ": ", reason);
   }
   const at::NoGradGuard no_grad;

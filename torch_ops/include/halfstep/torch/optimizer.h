@@ -54,8 +54,8 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
                  std::vector<at::Tensor> steps, std::vector<std::int64_t> groups, std::vector<at::Tensor> idle = {});
 
   // Finds the gradients of now; parameters without one are left out. Changes nothing. Returns "", kNoLongerIdle if an
-  // idle parameter has a gradient, or why these gradients cannot be stepped here: a sparse one, a float16 one unless
-  // `allow_float16`, another device ...
+  // idle parameter has a gradient, or why these gradients cannot be stepped here: a sparse one, a float16 one of a
+  // float16 parameter unless `allow_float16`, another device ...
   static constexpr const char* kNoLongerIdle = "no longer idle";
   std::string collect(bool allow_float16 = true);
   // In place of collect(): one gradient per parameter, in order, that collect() would accept.
