@@ -9,6 +9,7 @@ float32 parameters, and nothing of this.
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -76,6 +77,7 @@ class HalfWeights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, residual: str, *, always: bool = False) -> None:
+        self.model = model
         self.dtype = dtype
         self.residual = residual
         self.always = always
@@ -104,6 +106,7 @@ class HalfWeights:
         self._summed: set[nn.Parameter] = set()
         self.accumulates = False  # several backward passes per step: their sum is kept in float32
         self.gradients: dict[nn.Parameter, torch.Tensor] = {}  # half, of the last step
+        self._replaced: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}  # attribute: what was and what is there
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters if parameter.requires_grad]
@@ -234,73 +237,67 @@ class HalfWeights:
         by_module: dict[nn.Module, list[Place]] = {}
         for place in self.places:
             by_module.setdefault(place[0], []).append(place)
-        undo: list[tuple[dict[str, Any], str, Any]] = []
-
-        def replace(namespace: dict[str, Any], key: str, value: Any) -> None:
-            undo.append((namespace, key, namespace.get(key, undo)))
-            namespace[key] = value
-
         for module, places in by_module.items():
             if isinstance(module, nn.MultiheadAttention):  # uses out_proj's parameters without calling it
                 places = places + by_module.get(module.out_proj, [])
-            replace(module.__dict__, "forward", _Forward(self, places, module.forward))
-        with self._around_compiled(by_module):
-            try:
-                yield
-            finally:
-                for namespace, key, value in reversed(undo):
-                    if value is undo:
-                        del namespace[key]
-                    else:
-                        namespace[key] = value
-
-    @contextlib.contextmanager
-    def _around_compiled(self, by_module: dict[nn.Module, list[Place]]) -> Iterator[None]:
-        """Replace all parameters below a compiled module around its call, none within it."""
+            self._replaced[module, "forward"] = (
+                module.__dict__.get("forward", _ABSENT),
+                _Forward(self, places, module),
+            )
+        for module in self.model.modules():
+            if module.__dict__.get("_compiled_call_impl") is not None:
+                call = functools.partial(self._call_compiled, module, module._compiled_call_impl)
+                self._replaced[module, "_compiled_call_impl"] = (module._compiled_call_impl, call)
         frames = sys.modules.get("torch._dynamo.eval_frame")
-        if frames is None:
-            yield
-            return
-        owner, kind = self, frames.OptimizedModule
-        call = kind.__call__
-
-        def swapped_call(compiled: Any, *args: Any, **kwargs: Any) -> Any:
-            below = [module for module in compiled._orig_mod.modules() if module in by_module]
-            wrappers = [(module, module.__dict__.pop("forward", None)) for module in below]
-            try:
-                # What the wrappers stand for: an own forward of the module, or its class's.
-                for module, wrapper in wrappers:
-                    if wrapper is not None and wrapper.own:
-                        module.__dict__["forward"] = wrapper.forward
-                with owner._swapped([place for module in below for place in by_module[module]]):
-                    return call(compiled, *args, **kwargs)
-            finally:
-                for module, wrapper in wrappers:
-                    if wrapper is not None:
-                        module.__dict__["forward"] = wrapper
-
-        kind.__call__ = swapped_call
+        original = frames.OptimizedModule.__call__ if frames else None
         try:
+            self._put(self._replaced, 1)
+            if frames:
+                frames.OptimizedModule.__call__ = lambda compiled, *args, **kwargs: self._call_compiled(
+                    compiled._orig_mod, functools.partial(original, compiled), *args, **kwargs
+                )
             yield
         finally:
-            kind.__call__ = call
+            if frames:
+                frames.OptimizedModule.__call__ = original
+            self._put(self._replaced, 0)
+            self._replaced.clear()
+
+    def _put(self, keys: Iterable[tuple[nn.Module, str]], which: int) -> None:
+        """Put the originals (0) or the replacements (1) of these attributes in their place."""
+        for module, name in keys:
+            value = self._replaced[module, name][which]
+            if value is _ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+
+    def _call_compiled(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a compiled module with all parameters below it replaced, and nothing else within it."""
+        below = set(module.modules())
+        keys = [key for key in self._replaced if key[0] in below]
+        self._put(keys, 0)
+        try:
+            with self._swapped([place for place in self.places if place[0] in below]):
+                return call(*args, **kwargs)
+        finally:
+            self._put(keys, 1)
 
 
 class _Forward:
     """Stands in for module.forward within a step."""
 
-    def __init__(self, owner: HalfWeights, places: list[Place], forward: Callable[..., Any]) -> None:
+    def __init__(self, owner: HalfWeights, places: list[Place], module: nn.Module) -> None:
         self._owner = owner
         self._places = places
-        self.forward = forward
-        # A bound method of the class need not be put back where it is looked up anyway.
-        self.own = "forward" in places[0][0].__dict__
+        self._forward = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.forward(*args, **kwargs)
+        if torch.compiler.is_compiling():  # within a compiled function that is no module: autocast casts there
+            return self._forward(*args, **kwargs)
         with self._owner._swapped(self._places):
-            return self.forward(*args, **kwargs)
+            return self._forward(*args, **kwargs)
 
 
+_ABSENT = object()
 _version = operator.attrgetter("_version")

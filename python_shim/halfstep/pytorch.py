@@ -53,7 +53,7 @@ class PyTorchManager:
         self._scaler: GradScaler | None = None
         # Of all setups; neither models nor optimizers are kept alive.
         self._trainings: list[tuple[weakref.ref[Any], weakref.ref[Any], GradScaler]] = []
-        self._half: weakref.WeakKeyDictionary[torch.nn.Module, list[HalfWeights]] = weakref.WeakKeyDictionary()
+        self._half: weakref.WeakSet[HalfWeights] = weakref.WeakSet()  # of the captured steps
 
     @property
     def device_type(self) -> str:
@@ -173,21 +173,18 @@ class PyTorchManager:
 
     def _half_of(self, model: torch.nn.Module, dtype: torch.dtype, residual: str, *, always: bool) -> HalfWeights:
         """Return the model's half weights, the same ones for all captured steps that ask for the same kind."""
-        known = [half for half in self._half.get(model, []) if half.is_current()]
-        for half in known:
-            if (half.dtype, half.residual, half.always) == (dtype, residual, always):
-                break
-        else:
-            half = HalfWeights(model, dtype, residual, always=always)
-            known.append(half)
-        self._half[model] = known
+        for half in self._half:
+            same = half.model is model and (half.dtype, half.residual, half.always) == (dtype, residual, always)
+            if same and half.is_current():
+                return half
+        half = HalfWeights(model, dtype, residual, always=always)
+        self._half.add(half)
         return half
 
     def invalidate(self) -> None:
         """Copy all half weights anew."""
-        for halves in self._half.values():
-            for half in halves:
-                half.refresh(everything=True)
+        for half in self._half:
+            half.refresh(everything=True)
 
     def apply_config(self, config: MixedPrecisionConfig, changed: set[str]) -> None:
         """Put a checked new configuration into force, on the running scaler too."""

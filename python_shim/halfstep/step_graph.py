@@ -87,6 +87,8 @@ class StepGraph:
 
     def _start(self) -> None:
         self._half = self._make_half()
+        for half in self._half:
+            half.refresh(everything=True)  # `parameter.data = other` moves a parameter without a new version
         self._watch = Watch([training.model for training in self._trainings])
         self._set = self._settings()
 
