@@ -253,29 +253,40 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
     torch.cuda.synchronize(stream.device)
     torch.cuda.empty_cache()  # the memory of the steps before, for the graph
     with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        except RuntimeError:
+            _restore_generator(stream.device)
+            raise
         try:
             yield
-        except BaseException as error:
-            _end(graph, pool, stream, error)
+        except BaseException:
+            _end(graph, pool, stream.device)
             raise
-        _end(graph, pool, stream, None)
+        invalid = _end(graph, pool, stream.device)
+        if invalid:
+            raise NotCapturable(f"the capture is invalid: {invalid}")
 
 
-def _end(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, error: BaseException | None) -> None:
+def _end(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> str:
+    """End a capture; return "" or what torch says of it."""
     try:
         graph.capture_end()
-    except RuntimeError as invalid:
-        # torch leaves the allocator and the random generator in their capturing state then; another capture that
-        # succeeds brings the generator back.
-        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
-        torch._C._cuda_releasePool(stream.device.index, pool)
-        spare = torch.cuda.CUDAGraph()
-        spare.capture_begin(capture_error_mode="thread_local")
-        torch.zeros((), device=stream.device)
-        spare.capture_end()
-        if error is None:
-            raise NotCapturable(f"the capture is invalid: {str(invalid).strip().splitlines()[0]}") from None
+    except RuntimeError as error:
+        # torch leaves the allocator and the random generator in their capturing state then.
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+        _restore_generator(device)
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def _restore_generator(device: torch.device) -> None:
+    """Bring the random generator out of a capture that failed: by one that succeeds."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    torch.zeros((), device=device)
+    graph.capture_end()
 
 
 @contextlib.contextmanager

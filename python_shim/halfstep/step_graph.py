@@ -77,7 +77,6 @@ class StepGraph:
         self._stream = self._pool = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)
-            self._pool = torch.cuda.graph_pool_handle()
         self._entries: dict[Any, _Entry] = {}
         self._fused: FusedSteps = {}  # of the steps that are not replayed
         self._restarts: list[str] = []
@@ -85,7 +84,13 @@ class StepGraph:
         self.replays = 0
         self._start()
 
+    def _new_pool(self) -> None:
+        """Take a new memory pool: torch frees one with its last capture, and it cannot be used again."""
+        if self._device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+
     def _start(self) -> None:
+        self._new_pool()
         self._half = self._make_half()
         for half in self._half:
             half.refresh(everything=True)  # `parameter.data = other` moves a parameter without a new version
@@ -199,6 +204,8 @@ class StepGraph:
         if entry.graph is None:
             for fused_step in fused.values():
                 fused_step.close()
+            if not any(other.graph for other in self._entries.values()):
+                self._new_pool()
             return
         entry.bytes = pool_bytes(self._pool) - before
         self.captures += 1
