@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from halfstep.autocast import AutocastContext
 from halfstep.config import MixedPrecisionConfig, check_number, check_scale
 from halfstep.grad_scaler import GradScaler
+from halfstep.reductions import remove_half_norms, use_half_norms
 from halfstep.statistics import MixedPrecisionStatistics
 
 _HALF_TYPES = {"mixed_float16": torch.float16, "mixed_bfloat16": torch.bfloat16}
@@ -28,7 +30,7 @@ _NOTES = {
 
 
 class PyTorchManager:
-    """Autocast and loss scaling for a PyTorch loop, from one configuration."""
+    """Autocast, loss scaling and the half reductions of a PyTorch loop, from one configuration."""
 
     framework = "pytorch"
 
@@ -39,6 +41,7 @@ class PyTorchManager:
         self._clip = clip
         self._device_type: str | None = None  # the model's, once there is one
         self._scaler: GradScaler | None = None
+        self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     @property
     def device_type(self) -> str:
@@ -50,7 +53,7 @@ class PyTorchManager:
         return self.config.autocast_device_type
 
     def setup(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> GradScaler:
-        """Remember where the model lives and return the scaler for its loop. Neither object is changed."""
+        """Put the policy into the model's norms and return the scaler for the loop. The optimizer is not changed."""
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -64,9 +67,24 @@ class PyTorchManager:
         scaler = self._make_scaler(scaler_device)
         self._device_type = scaler_device
         self._scaler = scaler
+        self._models.add(model)
+        self._apply_policy(model)
         if scaler_device == "cpu" and self.config.precision_policy == "mixed_float16":
             _warn_of_emulated_float16()
         return scaler
+
+    def _apply_policy(self, model: torch.nn.Module) -> None:
+        """Let the model's norms run as the configuration says, whatever was set up before."""
+        config = self.config
+        mixed = config.precision_policy in _HALF_TYPES and config.enable_autocast
+        use_half_norms(model, config.half_reductions if mixed else ())
+
+    def remove_policy(self, model: torch.nn.Module) -> None:
+        """Take out of the model what setup() has put in."""
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
+        self._models.discard(model)
+        remove_half_norms(model)
 
     def _kind(self, config: MixedPrecisionConfig) -> str:
         """Return what the scaler is for: to "scale" the loss, to "check" gradients without a scale, or for nothing."""
@@ -100,10 +118,15 @@ class PyTorchManager:
         """Return a new context manager for the forward pass."""
         half = _HALF_TYPES.get(self.config.precision_policy)
         enabled = half is not None and self.config.enable_autocast
-        return AutocastContext(self.device_type, dtype=half or torch.bfloat16, enabled=enabled)
+        return AutocastContext(
+            self.device_type,
+            dtype=half or torch.bfloat16,
+            enabled=enabled,
+            half_cross_entropy="cross_entropy" in self.config.half_reductions,
+        )
 
     def apply_config(self, config: MixedPrecisionConfig, changed: set[str]) -> None:
-        """Put a checked new configuration into force, on the running scaler too."""
+        """Put a checked new configuration into force, on the running scaler and the models of setup() too."""
         scaler = self._scaler
         if scaler is not None and self._kind(config) != self._kind(self.config):
             raise ValueError(
@@ -111,6 +134,8 @@ class PyTorchManager:
                 "nothing; after setup_pytorch_training that cannot change. Make a new MixedPrecisionManager."
             )
         self.config = config
+        for model in self._models:
+            self._apply_policy(model)
         self._clip |= "gradient_clipping_threshold" in changed
         if scaler is None:
             return
