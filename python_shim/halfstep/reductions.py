@@ -79,9 +79,7 @@ def use_half_norms(model: nn.Module, names: Iterable[str]) -> None:
     somebody else has replaced, and all inside of torch.nn.DataParallel, whose replicas share this object.
     """
     kinds = {_NORMS[name] for name in names if name in _NORMS}
-    replicated = {
-        inner for outer in model.modules() if isinstance(outer, nn.DataParallel) for inner in outer.modules()
-    }
+    replicated = {inner for outer in model.modules() if isinstance(outer, nn.DataParallel) for inner in outer.modules()}
     for module in model.modules():
         wanted = type(module) in kinds and module not in replicated
         forward = module.__dict__.get("forward")
