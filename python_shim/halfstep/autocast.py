@@ -39,19 +39,23 @@ class AutocastContext(torch.autocast):
         self._outer: list[tuple[Any, ...]] = []  # what was, one entry for each __enter__
 
     def __enter__(self) -> Any:
-        result = super().__enter__()
         # What is traced becomes ATen ops in any case, and the switch is no part of a program.
         if not torch.compiler.is_compiling():
-            switch = _ops.set_half_reductions(self._half_cross_entropy) if self.device == "cuda" else None
-            self._outer.append((self.prev_cache_enabled, self.prev, self.prev_fastdtype, switch))
-        return result
+            kind = self.device
+            switch = _ops.set_half_reductions(self._half_cross_entropy) if kind == "cuda" else None
+            before = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+            self._outer.append((*before, switch))
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            # torch's own attributes know only what was before the latest __enter__.
-            self.prev_cache_enabled, self.prev, self.prev_fastdtype, switch = self._outer.pop()
-            if switch is not None:
-                _ops.set_half_reductions(switch)
         result = super().__exit__(*error)
         torch.clear_autocast_cache()
+        if not torch.compiler.is_compiling():
+            # torch itself knows only what was before the latest __enter__.
+            enabled, dtype, cache_enabled, switch = self._outer.pop()
+            torch.set_autocast_enabled(self.device, enabled)
+            torch.set_autocast_dtype(self.device, dtype)
+            torch.set_autocast_cache_enabled(cache_enabled)
+            if switch is not None:
+                _ops.set_half_reductions(switch)
         return result
