@@ -85,43 +85,64 @@ struct FusedOptimizer::Table {
       return;
     }
 #ifdef HALFSTEP_CUDA
+    TORCH_CHECK(!captured_, "FusedOptimizer: it was stepped in a captured CUDA graph and can only be replayed with it");
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-    const CudaStream handle{stream.stream()};
+    const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
     if (rows.size() != rows_.size() || groups.size() != groups_.size() || !table_) {
-      const auto bytes = static_cast<std::int64_t>(cuda::OptimizerTable::bytes(rows.size(), groups.size()));
-      memory_ = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+      if (capturing) {
+        TORCH_CHECK(rows.size() <= reserved_rows_ && groups.size() <= reserved_groups_,
+                    "FusedOptimizer: call reserve() before a capture");
+      } else if (rows.size() > reserved_rows_ || groups.size() > reserved_groups_) {
+        reserve(device, rows.size(), groups.size());
+      }
       table_.emplace(memory_.data_ptr(), rows.size(), groups.size());
       rows_.clear();
       gradients_.clear();
       groups_.clear();
     }
+    // Captured, the copies would be made again by each replay; and the groups must stay free to change.
+    const auto copy_stream = capturing ? c10::cuda::getStreamFromPool(false, device.index()) : stream;
+    const CudaStream copies{copy_stream.stream()};
     // Each is forgotten before it is set, so that a failure leaves nothing that looks set.
     if (rows != rows_) {
       rows_.clear();
-      table_->set_tensors(kind, rows, handle);
+      table_->set_tensors(kind, rows, copies);
       rows_ = std::move(rows);
     }
     if (gradients != gradients_) {
       gradients_.clear();
-      table_->set_gradients(gradients, handle);
+      table_->set_gradients(gradients, copies);
       gradients_ = std::move(gradients);
     }
-    if (groups != groups_) {
-      groups_.clear();
-      table_->set_groups(groups, handle);
-      groups_ = groups;
-    }
-    cuda::optimizer_step(kind, *table_, control, handle);
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
-      c10::cuda::CUDACachingAllocator::recordStream(memory_.storage().data_ptr(), stream);
+    set_groups(groups, copies);
+    cuda::optimizer_step(kind, *table_, control, {stream.stream()});
+    captured_ = capturing;
+    if (!capturing) c10::cuda::CUDACachingAllocator::recordStream(memory_.storage().data_ptr(), stream);
 #else
     TORCH_CHECK(false, "FusedOptimizer: this build of halfstep has no CUDA kernels");
 #endif
   }
 
 #ifdef HALFSTEP_CUDA
+  void reserve(at::Device device, std::size_t rows, std::size_t groups) {
+    const auto bytes = static_cast<std::int64_t>(cuda::OptimizerTable::bytes(rows, groups));
+    memory_ = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    table_.reset();
+    reserved_rows_ = rows;
+    reserved_groups_ = groups;
+  }
+
+  void set_groups(const std::vector<OptimizerGroup>& groups, CudaStream stream) {
+    if (groups == groups_ || !table_) return;
+    groups_.clear();
+    table_->set_groups(groups, stream);
+    groups_ = groups;
+  }
+
  private:
   at::Tensor memory_;
+  std::size_t reserved_rows_ = 0, reserved_groups_ = 0;
+  bool captured_ = false;
   std::optional<cuda::OptimizerTable> table_;
   std::vector<OptimizerTensor> rows_;
   std::vector<const void*> gradients_;
@@ -185,7 +206,9 @@ std::string FusedOptimizer::collect(bool allow_float16) {
     // Torch's own step knows what to do with a subclass, such as a sharded gradient.
     const bool subclass = grad.key_set().has(c10::DispatchKey::Python);
     std::string reason = subclass ? "its gradient is a tensor subclass" : obstacle(params_[i], grad);
-    if (reason.empty() && !allow_float16 && grad.scalar_type() == at::kHalf) reason = "its gradient is Half";
+    // A float16 gradient of a float32 parameter was asked for, by the parameter's grad_dtype.
+    const bool float16 = grad.scalar_type() == at::kHalf && params_[i].scalar_type() == at::kHalf;
+    if (reason.empty() && !allow_float16 && float16) reason = "its gradient is Half";
     if (!reason.empty()) return c10::str("parameter ", i, ": ", reason);
   }
   const at::NoGradGuard no_grad;
@@ -199,6 +222,44 @@ void FusedOptimizer::set_gradients(at::TensorList grads) {
   from_parameters_ = false;
   const at::NoGradGuard no_grad;
   for (std::size_t i = 0; i < grads.size(); ++i) take(i, grads[i]);
+}
+
+void FusedOptimizer::set_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies) {
+  const char* const op = "FusedOptimizer";
+  TORCH_CHECK_VALUE(positions.size() == copies.size(), op, ": got ", positions.size(), " positions and ", copies.size(),
+                    " half copies");
+  std::vector<at::Tensor> mine(positions.empty() ? 0 : params_.size());
+  for (std::size_t k = 0; k < positions.size(); ++k) {
+    TORCH_CHECK_INDEX(positions[k] >= 0 && positions[k] < static_cast<std::int64_t>(params_.size()), op,
+                      ": position ", positions[k], " of ", params_.size(), " parameters");
+    const at::Tensor& param = params_[static_cast<std::size_t>(positions[k])];
+    const at::ScalarType dtype = copies[k].scalar_type();
+    TORCH_CHECK_VALUE(param.scalar_type() == at::kFloat && (dtype == at::kHalf || dtype == at::kBFloat16) &&
+                          copies[k].device() == param.device() && same_layout(copies[k], param),
+                      op, ": the half copy of params[", positions[k], "] is ", copies[k].toString(), " of sizes ",
+                      copies[k].sizes(), " and strides ", copies[k].strides(), ", expected Half or BFloat16 of a Float's ",
+                      param.sizes(), ", ", param.strides());
+    mine[static_cast<std::size_t>(positions[k])] = copies[k];
+  }
+  half_copies_ = std::move(mine);
+}
+
+void FusedOptimizer::reserve(std::int64_t groups) {
+#ifdef HALFSTEP_CUDA
+  if (device().is_cuda()) table_->reserve(device(), params_.size(), static_cast<std::size_t>(groups));
+#else
+  (void)groups;
+#endif
+}
+
+void FusedOptimizer::set_groups(const std::vector<OptimizerGroup>& groups) {
+#ifdef HALFSTEP_CUDA
+  if (!device().is_cuda()) return;
+  const c10::cuda::CUDAGuard guard(device());
+  table_->set_groups(groups, {c10::cuda::getCurrentCUDAStream().stream()});
+#else
+  (void)groups;
+#endif
 }
 
 void FusedOptimizer::check(const at::Tensor& scale, const at::Tensor& found, const at::Tensor& norm,
@@ -227,6 +288,10 @@ void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const Optio
     row.values = address(params_[i]);
     for (std::size_t s = 0; s < 3; ++s)
       if (!states_[s].empty()) row.state[s] = address(states_[s][i]);
+    if (!half_copies_.empty() && half_copies_[i].defined()) {
+      row.half_copy = address(half_copies_[i]);
+      row.copy_dtype = *to_dtype(half_copies_[i].scalar_type());
+    }
     row.step = static_cast<float*>(address(steps_[i]));
     row.numel = views_[k].numel;
     row.group = static_cast<std::int32_t>(groups_[i]);
@@ -385,7 +450,14 @@ void define_optimizer(torch::Library& library) {
            [](const Self& self, const std::vector<double>& numbers, const std::vector<OptionalTensor>& learning_rates,
               const OptionalTensor& found, const OptionalTensor& scale, const OptionalTensor& norm, double max_norm) {
              self->step(unpack_groups(numbers, learning_rates, self->device()), found, scale, norm, max_norm);
-           });
+           })
+      .def("set_half_copies", [](const Self& self, const std::vector<std::int64_t>& positions,
+                                 const std::vector<at::Tensor>& copies) { self->set_half_copies(positions, copies); })
+      .def("reserve", [](const Self& self, std::int64_t groups) { self->reserve(groups); })
+      .def("set_groups", [](const Self& self, const std::vector<double>& numbers,
+                            const std::vector<OptionalTensor>& learning_rates) {
+        self->set_groups(unpack_groups(numbers, learning_rates, self->device()));
+      });
 }
 
 void implement_optimizer_cpu(torch::Library& library) {

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from halfstep.manager import MixedPrecisionManager
     from halfstep.optimizer import release
     from halfstep.statistics import MixedPrecisionStatistics
+    from halfstep.step_graph import StepGraph
     from halfstep.step_report import StepReport
 
 _HOME_OF = {
@@ -31,6 +32,7 @@ _HOME_OF = {
     "MixedPrecisionManager": "halfstep.manager",
     "MixedPrecisionStatistics": "halfstep.statistics",
     "ScaleCollapsed": "halfstep.errors",
+    "StepGraph": "halfstep.step_graph",
     "StepReport": "halfstep.step_report",
     "build_info": "halfstep._library",
     "load_library": "halfstep._library",
@@ -45,6 +47,7 @@ __all__ = [
     "MixedPrecisionManager",
     "MixedPrecisionStatistics",
     "ScaleCollapsed",
+    "StepGraph",
     "StepReport",
     "__version__",
     "build_info",

@@ -86,7 +86,8 @@ def check_number(expected: str, accept):
     return check
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Check that the value is a positive int32."""
     expected = f"an integer from 1 to {_LARGEST_INT}"
     if not isinstance(value, int) or isinstance(value, bool):
         _fail(name, value, expected, TypeError)
@@ -121,7 +122,7 @@ _CHECKS = {
     "loss_scale": check_scale,
     "loss_scale_growth_factor": check_number("a finite number > 1", lambda value: 1 < value < math.inf),
     "loss_scale_backoff_factor": check_number("a number between 0 and 1", lambda value: 0 < value < 1),
-    "loss_scale_growth_interval": _check_count,
+    "loss_scale_growth_interval": check_count,
     "enable_autocast": check_bool,
     "autocast_device_type": check_choice(*DEVICE_TYPES),
     "gradient_clipping_threshold": check_number("a number > 0 (math.inf: no clipping)", lambda value: value > 0),

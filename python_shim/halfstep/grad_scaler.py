@@ -26,7 +26,7 @@ from halfstep.gradients import (
     named_parameters,
     reduce_over_meshes,
 )
-from halfstep.optimizer import FusedStep, fused_step, obstacle, release
+from halfstep.optimizer import FusedStep, current, fused_step, obstacle, release
 from halfstep.scaler_state import ScalerState
 
 _ops = torch.ops.halfstep
@@ -163,6 +163,9 @@ class GradScaler(ScalerState):
         if not self._enabled:
             self._unscaled_while_disabled.add(id(optimizer))  # step() must not clip by itself then
             return
+        recorder = getattr(current, "recorder", None)
+        if recorder is not None:
+            recorder.before_unscale(optimizer)
         with self._no_trace_of_a_refusal(optimizer):
             super().unscale_(optimizer)
 
@@ -208,6 +211,7 @@ class GradScaler(ScalerState):
     def _fused_step(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> bool:
         """Check, unscale, clip and step in two reads of the gradients; False, and nothing done, where torch must."""
         scale, _ = self._check_scale_growth_tracker("step")
+        recorder = getattr(current, "recorder", None)
         torch_is_fused = all(group.get("fused") for group in optimizer.param_groups)
         reason = obstacle(optimizer)
         if not reason:
@@ -216,7 +220,10 @@ class GradScaler(ScalerState):
             if not reason and not fused.has_gradients():
                 return False  # torch's error
         if reason:
-            release(optimizer)
+            if recorder is None:
+                release(optimizer)
+            else:
+                recorder.refused(optimizer, reason)
             return False
         known = self._per_optimizer_states.get(id(optimizer))
         ready = known is None or known["stage"] is OptState.READY
@@ -237,7 +244,9 @@ class GradScaler(ScalerState):
         if len(fused.parts) > 1 or fused.parts[0].device not in found:
             flag = next(iter(found.values()))
             found = {part.device: moved(flag, part.device) for part in fused.parts}
-        fused.step(optimizer, found, scale if ready else None, norm, max_norm)
+        stepped = fused.step(optimizer, found, scale if ready else None, norm, max_norm)
+        if recorder is not None:
+            recorder.stepped(stepped)
         state["stage"] = OptState.STEPPED
         return True
 

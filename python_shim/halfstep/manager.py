@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from halfstep.config import MixedPrecisionConfig, check_bool, check_choice
 from halfstep.statistics import MixedPrecisionStatistics
+
+if TYPE_CHECKING:
+    from halfstep.step_graph import StepGraph
 
 FRAMEWORKS = ("auto", "pytorch")
 _DEFAULT_POLICY = "mixed_float16"
@@ -91,6 +95,65 @@ class MixedPrecisionManager:
     def autocast_context(self) -> Any:
         """Return a context manager for the forward pass. Contexts nest, and each drops its weight casts at its end."""
         return self._manager.autocast_context()
+
+    def capture(
+        self,
+        step: Callable[..., Any],
+        example: tuple[Any, ...] | None = None,
+        *,
+        residual: str = "half",
+        half_weights: bool = True,
+        recheck: str = "version",
+        warmup: int = 3,
+        max_graphs: int = 8,
+        copy_outputs: bool = True,
+    ) -> StepGraph:
+        """Return a training step that runs as one CUDA graph on half copies of the weights.
+
+            def train_step(x, y):
+                optimizer.zero_grad()
+                with manager.autocast_context():
+                    loss = criterion(model(x), y)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                return loss
+
+            train_step = manager.capture(train_step)
+            for x, y in loader:
+                loss = train_step(x.cuda(), y.cuda())
+                scheduler.step()
+
+        step: trains one step on its arguments (tensors on the model's GPU, also in tuples, lists and dicts, and
+            constants). It zeroes its gradients. What must run on the host each time belongs outside.
+        example: arguments of one call. Nothing is trained on them; explain() then says whether they can be captured.
+        residual: "half" computes everything but norms on half parameters, embeddings and with them the residual stream
+            too; "float32" only linear and convolution layers, which changes no result of autocast.
+        half_weights: False leaves the casts of weights to autocast.
+        recheck: before each replay half copies of changed parameters are refreshed. "version" sees what torch counts:
+            all in-place operations, but not those on `parameter.data`; after these call invalidate(). "always" copies
+            all parameters in every step.
+        warmup: calls with arguments of one shape before they are captured, at least 2.
+        max_graphs: how many shapes are captured; others run as they are.
+        copy_outputs: False returns the capture's own results, which the next call overwrites.
+
+        Call setup_pytorch_training first. See StepGraph for what a capture follows, and its explain(), memory() and
+        gradients(). On a CPU the step runs as it is, on half copies all the same.
+        """
+        return self._manager.capture(
+            step,
+            example,
+            residual=residual,
+            half_weights=half_weights,
+            recheck=recheck,
+            warmup=warmup,
+            max_graphs=max_graphs,
+            copy_outputs=copy_outputs,
+        )
+
+    def invalidate(self) -> None:
+        """Copy all half weights anew, after parameters were changed through `.data` (see capture)."""
+        self._manager.invalidate()
 
     def update_config(self, **changes: Any) -> None:
         """Change settings by the names of MixedPrecisionConfig's fields (autocast_enabled is enable_autocast).

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +25,13 @@ _KINDS = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: 
 _STEPS = {kind: kind.step for kind in _KINDS}  # before torch has put its hooks around them
 _NO_LONGER_IDLE = "no longer idle"
 _fused_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, FusedStep] = weakref.WeakKeyDictionary()
+# SGD keeps no step count; its first applied step writes the momentum buffer in another way than later ones.
+# Per optimizer: id(buffer): (buffer, applied steps).
+_buffer_counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[int, tuple[torch.Tensor, torch.Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+# .recorder: the step graph whose step this thread runs. It has fused steps of its own.
+current = threading.local()
 
 
 def obstacle(optimizer: torch.optim.Optimizer) -> str:
@@ -48,6 +57,9 @@ def obstacle(optimizer: torch.optim.Optimizer) -> str:
 
 def fused_step(optimizer: torch.optim.Optimizer) -> FusedStep:
     """Return the optimizer's fused step, the same one every time."""
+    recorder = getattr(current, "recorder", None)
+    if recorder is not None:
+        return recorder.fused_step(optimizer)
     found = _fused_steps.get(optimizer)
     if found is None:
         found = _fused_steps[optimizer] = FusedStep(optimizer)
@@ -60,6 +72,8 @@ def release(optimizer: torch.optim.Optimizer) -> None:
     Without it torch's optimizer still computes the same, but reads a step count on the host per parameter.
     """
     found = _fused_steps.pop(optimizer, None)
+    if found is None and type(optimizer) in _KINDS:  # a step graph may have moved its counts
+        found = FusedStep(optimizer)
     if found is not None:
         found.release(optimizer)
 
@@ -78,11 +92,18 @@ class Part:
         self.idle: list[torch.Tensor] = []
         self.fused: Any = None
 
-    def build(self) -> None:
+    def build(self, half_copies: Mapping[torch.Tensor, torch.Tensor]) -> None:
         """Make the C++ side; raise where a state does not fit its parameter."""
         self.fused = torch.classes.halfstep.FusedOptimizer(
             self.kind, self.params, self.states, self.steps, self.groups, self.idle
         )
+
+        copied = [i for i, param in enumerate(self.params) if param in half_copies]
+        self.fused.set_half_copies(copied, [half_copies[self.params[i]] for i in copied])
+
+    def near(self, learning_rates: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Return the learning rates that are tensors as the kernels read them."""
+        return [None if lr is None else lr.to(self.device, torch.float32) for lr in learning_rates]
 
     def collected_names(self) -> list[str]:
         """Return the names of the parameters whose gradients were collected."""
@@ -90,15 +111,21 @@ class Part:
 
 
 class FusedStep:
-    """What halfstep knows of one optimizer between its steps."""
+    """What halfstep knows of one optimizer between its steps.
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    half_copies: copies of float32 parameters that each step writes as well.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, half_copies: Mapping[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         self.parts: list[Part] = []
+        self._half_copies = half_copies or {}
         self._objects: list[Any] = []  # what the parts were made of
         self._layout: list[Any] = []
         self._reason = ""
-        # SGD keeps no step count; its first applied step writes the momentum buffer in another way than later ones.
-        self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id(buffer): buffer, applied steps
+        self._hyperparameters: Any = None  # those that a captured step reads
+        self._counts = _buffer_counts.setdefault(optimizer, {})
         mine = weakref.ref(self)
 
         def on_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -111,16 +138,20 @@ class FusedStep:
 
     def collect(self, optimizer: torch.optim.Optimizer, allow_float16: bool) -> str:
         """Find the gradients of now. Return "" or why torch must take this step; nothing has changed then."""
-        # Objects by identity: == would compare the tensors' values.
-        now, before = _objects(optimizer), self._objects
-        same = len(now) == len(before) and all(map(operator.is_, now, before))
-        if not same or _layout(optimizer) != self._layout:
+        if self.is_outdated(optimizer):
             self._rebuild(optimizer)
         reason = self._collect_parts(allow_float16)
         if reason == _NO_LONGER_IDLE:
             self._rebuild(optimizer)
             reason = self._collect_parts(allow_float16)
         return reason
+
+    def is_outdated(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether parameters, states or their layout are others than this was made of."""
+        # Objects by identity: == would compare the tensors' values.
+        now, before = _objects(optimizer), self._objects
+        same = len(now) == len(before) and all(map(operator.is_, now, before))
+        return not same or _layout(optimizer) != self._layout
 
     def _collect_parts(self, allow_float16: bool) -> str:
         if self._reason:
@@ -141,24 +172,50 @@ class FusedStep:
         scale: torch.Tensor | None,
         norm: torch.Tensor | None,
         max_norm: float | None,
-    ) -> None:
-        """Step what collect() found, with the optimizer's hooks around it."""
+    ) -> list[torch.Tensor]:
+        """Step what collect() found, with the optimizer's hooks around it; return what it was, if any has copies."""
 
         def apply(optimizer: torch.optim.Optimizer) -> None:
-            numbers, learning_rates = _hyperparameters(optimizer)
+            numbers, learning_rates = hyperparameters(optimizer)
             for part in self.parts:
-                on_device = [None if lr is None else lr.to(part.device, torch.float32) for lr in learning_rates]
                 part.fused.step(
                     numbers,
-                    on_device,
+                    part.near(learning_rates),
                     found.get(part.device),
                     None if scale is None else moved(scale, part.device),
                     None if norm is None else moved(norm, part.device),
                     max_norm or 0.0,
                 )
 
+        stepped = [part.params[i] for part in self.parts for i in part.fused.collected()] if self._half_copies else []
         torch.optim.Optimizer.profile_hook_step(apply)(optimizer)
         optimizer._opt_called = True  # or LRScheduler.step() warns
+        return stepped
+
+    # --------------------------------------------------------------------------------------------- in a CUDA graph
+
+    def prepare_capture(self, optimizer: torch.optim.Optimizer) -> str:
+        """Make all that a captured step needs outside of the graph's memory. Return "" or why it cannot be fused."""
+        self._rebuild(optimizer)
+        for part in self.parts:
+            part.fused.reserve(len(optimizer.param_groups))
+        return self._reason
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give a captured step the hyperparameters of now, before a replay."""
+        now = hyperparameters(optimizer)
+        numbers, learning_rates = now
+        before = self._hyperparameters
+        if before is not None and numbers == before[0] and all(map(operator.is_, learning_rates, before[1])):
+            return
+        for part in self.parts:
+            part.fused.set_groups(numbers, part.near(learning_rates))
+        in_place = all(lr is None or lr.dtype is torch.float32 for lr in learning_rates)
+        self._hyperparameters = now if in_place else None
+
+    def close(self) -> None:
+        """Forget the optimizer."""
+        self._hook.remove()
 
     # ------------------------------------------------------------------------------------------------------ state
 
@@ -167,7 +224,6 @@ class FusedStep:
         self._reason = ""
         parts: dict[Any, Part] = {}
         counts = self._counts
-        self._counts = {}
         kind = _KINDS[type(optimizer)]
         for number, group in enumerate(optimizer.param_groups):
             names = group.get("param_names")
@@ -183,7 +239,7 @@ class FusedStep:
                     return
                 state = optimizer.state.get(param) or {}
                 part = parts.setdefault((param.device, keys), Part(kind, param.device))
-                if param.grad is None and not state:
+                if param.grad is None and not state and keys:  # it gets its state with its first gradient
                     part.idle.append(param)
                     continue
                 part.params.append(param)
@@ -198,22 +254,24 @@ class FusedStep:
                     elif kind == "sgd" and id(state[key]) not in counts:
                         counts[id(state[key])] = (state[key], _count(1.0, param.device))
                     part.states[slot].append(state[key])
-                part.steps.append(self._applied(state, param, counts) if step is None else step)
+                part.steps.append(self._applied(state, param) if step is None else step)
+        kept = {id(state.get("momentum_buffer")) for state in optimizer.state.values()}
+        for gone in counts.keys() - kept:
+            del counts[gone]
         try:
             for part in parts.values():
-                part.build()
+                part.build(self._half_copies)
         except (TypeError, ValueError, RuntimeError) as error:
             self._reason = str(error).splitlines()[0]
         self.parts = list(parts.values())
         self._objects, self._layout = _objects(optimizer), _layout(optimizer)
 
-    def _applied(self, state: dict[str, Any], param: torch.Tensor, counts: dict[int, Any]) -> torch.Tensor:
+    def _applied(self, state: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
         """Return SGD's count of applied steps, kept with the momentum buffer that it is about."""
         buffer = state.get("momentum_buffer")
         if buffer is None:  # no momentum: the count decides nothing
             return _count(0.0, param.device)
-        self._counts[id(buffer)] = counts.get(id(buffer)) or (buffer, _count(0.0, param.device))
-        return self._counts[id(buffer)][1]
+        return self._counts.setdefault(id(buffer), (buffer, _count(0.0, param.device)))[1]
 
     def _as_torch_keeps_it(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the state dict with counts on the CPU and without the momentum buffers that no step has written."""
@@ -307,7 +365,7 @@ def _layout(optimizer: torch.optim.Optimizer) -> list[Any]:
     ]
 
 
-def _hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[list[float], list[torch.Tensor | None]]:
+def hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[list[float], list[torch.Tensor | None]]:
     """Return the numbers of all groups, in the order that FusedOptimizer reads, and learning rates on a GPU."""
     numbers: list[float] = []
     learning_rates: list[torch.Tensor | None] = []

@@ -5,15 +5,26 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from halfstep.autocast import AutocastContext
-from halfstep.config import MixedPrecisionConfig, check_number, check_scale
+from halfstep.config import (
+    MixedPrecisionConfig,
+    check_bool,
+    check_choice,
+    check_count,
+    check_number,
+    check_scale,
+)
 from halfstep.grad_scaler import GradScaler
+from halfstep.half_weights import RESIDUALS, HalfWeights
 from halfstep.reductions import remove_half_norms, use_half_norms
 from halfstep.statistics import MixedPrecisionStatistics
+from halfstep.step_graph import StepGraph, Training
 
 _HALF_TYPES = {"mixed_float16": torch.float16, "mixed_bfloat16": torch.bfloat16}
 
@@ -42,6 +53,9 @@ class PyTorchManager:
         self._device_type: str | None = None  # the model's, once there is one
         self._scaler: GradScaler | None = None
         self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        # Of all setups; neither models nor optimizers are kept alive.
+        self._trainings: list[tuple[weakref.ref[Any], weakref.ref[Any], GradScaler]] = []
+        self._half: weakref.WeakKeyDictionary[torch.nn.Module, list[HalfWeights]] = weakref.WeakKeyDictionary()
 
     @property
     def device_type(self) -> str:
@@ -69,6 +83,8 @@ class PyTorchManager:
         self._scaler = scaler
         self._models.add(model)
         self._apply_policy(model)
+        others = [training for training in self._trainings if training[1]() not in (None, optimizer)]
+        self._trainings = [*others, (weakref.ref(model), weakref.ref(optimizer), scaler)]
         if scaler_device == "cpu" and self.config.precision_policy == "mixed_float16":
             _warn_of_emulated_float16()
         return scaler
@@ -124,6 +140,76 @@ class PyTorchManager:
             enabled=enabled,
             half_cross_entropy="cross_entropy" in self.config.half_reductions,
         )
+
+    def capture(
+        self,
+        step: Callable[..., Any],
+        example: tuple[Any, ...] | None,
+        *,
+        residual: str,
+        half_weights: bool,
+        recheck: str,
+        warmup: int,
+        max_graphs: int,
+        copy_outputs: bool,
+    ) -> StepGraph:
+        """Return the step as one that is captured and replayed. Parameters: MixedPrecisionManager.capture."""
+        if not callable(step):
+            raise TypeError(f"step is {type(step).__name__}, expected a function that trains one step")
+        check_choice(*RESIDUALS)("residual", residual)
+        check_choice("version", "always")("recheck", recheck)
+        check_bool("half_weights", half_weights)
+        check_bool("copy_outputs", copy_outputs)
+        check_number("an integer >= 2", lambda value: value >= 2 and int(value) == value)("warmup", warmup)
+        check_count("max_graphs", max_graphs)
+        if example is not None and not isinstance(example, tuple):
+            raise TypeError(f"example is {type(example).__name__}, expected a tuple: the arguments of one step")
+        trainings = [Training(model(), optimizer(), scaler) for model, optimizer, scaler in self._trainings]
+        trainings = [
+            training for training in trainings if training.model is not None and training.optimizer is not None
+        ]
+        if not trainings:
+            raise RuntimeError(
+                "capture() needs to know model, optimizer and scaler: call setup_pytorch_training() first"
+            )
+        models = list({training.model: None for training in trainings})
+
+        def make_half() -> list[HalfWeights]:
+            dtype = _HALF_TYPES.get(self.config.precision_policy)
+            if not half_weights or dtype is None or not self.config.enable_autocast:
+                return []
+            return [self._half_of(model, dtype, residual, always=recheck == "always") for model in models]
+
+        graph = StepGraph(
+            step,
+            trainings,
+            make_half,
+            lambda: self.config,
+            warmup=warmup,
+            max_graphs=max_graphs,
+            copy_outputs=copy_outputs,
+        )
+        if example is not None:
+            graph.expect(example)
+        return graph
+
+    def _half_of(self, model: torch.nn.Module, dtype: torch.dtype, residual: str, *, always: bool) -> HalfWeights:
+        """Return the model's half weights, the same ones for all captured steps that ask for the same kind."""
+        known = [half for half in self._half.get(model, []) if half.is_current()]
+        for half in known:
+            if (half.dtype, half.residual, half.always) == (dtype, residual, always):
+                break
+        else:
+            half = HalfWeights(model, dtype, residual, always=always)
+            known.append(half)
+        self._half[model] = known
+        return half
+
+    def invalidate(self) -> None:
+        """Copy all half weights anew."""
+        for halves in self._half.values():
+            for half in halves:
+                half.refresh(everything=True)
 
     def apply_config(self, config: MixedPrecisionConfig, changed: set[str]) -> None:
         """Put a checked new configuration into force, on the running scaler and the models of setup() too."""

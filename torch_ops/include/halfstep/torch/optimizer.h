@@ -54,12 +54,15 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
                  std::vector<at::Tensor> steps, std::vector<std::int64_t> groups, std::vector<at::Tensor> idle = {});
 
   // Finds the gradients of now; parameters without one are left out. Changes nothing. Returns "", kNoLongerIdle if an
-  // idle parameter has a gradient, or why these gradients cannot be stepped here: a sparse one, a float16 one unless
-  // `allow_float16`, another device ...
+  // idle parameter has a gradient, or why these gradients cannot be stepped here: a sparse one, a float16 one of a
+  // float16 parameter unless `allow_float16`, another device ...
   static constexpr const char* kNoLongerIdle = "no longer idle";
   std::string collect(bool allow_float16 = true);
   // In place of collect(): one gradient per parameter, in order, that collect() would accept.
   void set_gradients(at::TensorList grads);
+  // Steps also write these half copies of the float32 parameters at `positions`: float16 or bfloat16, of the
+  // parameter's strides. In place of those set before; no positions, no copies.
+  void set_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies);
   // How many gradients were collected, and the positions of their parameters.
   std::int64_t count() const { return static_cast<std::int64_t>(positions_.size()); }
   const std::vector<std::int64_t>& collected() const { return positions_; }
@@ -71,6 +74,12 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   // Steps what collect() found, then forgets the gradients. Throws if one of them was replaced in between.
   void step(const std::vector<OptimizerGroup>& groups, const std::optional<at::Tensor>& found,
             const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& norm, double max_norm);
+
+  // For a CUDA graph: reserve() before the capture, step() once in it, then the object belongs to that graph and
+  // set_groups() before each replay lets it follow the hyperparameters. Synchronise the device between the end of the
+  // capture and the first replay: the table is filled on another stream meanwhile.
+  void reserve(std::int64_t groups);
+  void set_groups(const std::vector<OptimizerGroup>& groups);
   at::Device device() const { return params_.empty() ? at::Device(at::kCPU) : params_[0].device(); }
 
  private:
@@ -83,6 +92,7 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   std::vector<at::Tensor> params_, steps_, idle_;
   std::vector<std::vector<at::Tensor>> states_;
   std::vector<std::int64_t> groups_;
+  std::vector<at::Tensor> half_copies_;  // none, or one per parameter, undefined where it has none
   // Of the collected gradients, in order. They are not held: counting references costs more than all else here.
   std::vector<std::int64_t> positions_;
   std::vector<const at::TensorImpl*> gradients_;
