@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -101,6 +102,7 @@ class PyTorchManager:
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         self._models.discard(model)
         remove_half_norms(model)
+        self.config = dataclasses.replace(self.config)  # another object: captured steps are captured anew
 
     def _kind(self, config: MixedPrecisionConfig) -> str:
         """Return what the scaler is for: to "scale" the loss, to "check" gradients without a scale, or for nothing."""
