@@ -42,6 +42,7 @@ bench: setup
 	@$(BIN)/python bench/gradients.py
 	@$(BIN)/python bench/scaler_path.py
 	@$(BIN)/python bench/reductions.py
+	@$(BIN)/python bench/train_step.py
 
 format: tools
 	@$(BIN)/clang-format -i $(CXX_FILES)

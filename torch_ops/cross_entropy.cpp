@@ -5,6 +5,7 @@
 #include <string_view>
 #include <tuple>
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
@@ -248,11 +249,14 @@ at::Tensor cross_entropy_op(const at::Tensor& input, const at::Tensor& target, c
 thread_local bool half_reductions = false;
 
 // Autocast has no kernel of its own here: torch's function is made of others, which it runs in float32.
+// Where saved tensors are packed by hooks it stays torch's: checkpointing, which works so, computes the loss again in
+// backward(), on a thread whose switch is off, and must find the same tensors saved.
 at::Tensor autocast_cross_entropy(c10::DispatchKeySet keys, const at::Tensor& input, const at::Tensor& target,
                                   const OptionalTensor& weight, std::int64_t reduction, c10::SymInt ignore_index,
                                   double label_smoothing) {
   const bool is_half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
-  if (half_reductions && is_half && is_ours(input, target))
+  const bool packed = at::SavedTensorDefaultHooks::get_hooks().has_value();
+  if (half_reductions && is_half && !packed && is_ours(input, target))
     return halfstep::cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
   const c10::DispatchKeySet below(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::AutocastCUDA);
   return at::_ops::cross_entropy_loss::redispatch(keys & below, input, target, weight, reduction,

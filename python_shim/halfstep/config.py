@@ -8,6 +8,7 @@ from typing import Any
 
 POLICIES = ("mixed_float16", "mixed_bfloat16", "float32")
 DEVICE_TYPES = ("cuda", "cpu")
+HALF_REDUCTIONS = ("layer_norm", "rms_norm", "group_norm", "cross_entropy")
 
 
 @dataclasses.dataclass
@@ -26,6 +27,10 @@ class MixedPrecisionConfig:
         that was given a config clips with it in scaler.step(), unless the loop has called scaler.unscale_() itself.
     numerical_stability_check: also check gradients, and skip steps with infinite or NaN ones, where the policy needs
         no loss scale (mixed_bfloat16) or scaling is off.
+    half_reductions: which of "layer_norm", "rms_norm", "group_norm" and "cross_entropy" read half, compute in float32
+        and write half (cross entropy: a float32 loss) under the mixed policies, instead of going through float32
+        copies. They are differentiable once; (), or a tuple without the one in question, gives torch's own back. A
+        list is stored as a tuple.
     """
 
     precision_policy: str = "mixed_float16"
@@ -37,13 +42,14 @@ class MixedPrecisionConfig:
     autocast_device_type: str = "cuda"
     gradient_clipping_threshold: float = 1.0
     numerical_stability_check: bool = True
+    half_reductions: tuple[str, ...] = HALF_REDUCTIONS
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = _CHECKS.get(name)
         if check is None:
             raise AttributeError(f"MixedPrecisionConfig has no field {name!r}; it has {', '.join(_CHECKS)}")
         check(name, value)
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
 
 def _fail(name: str, value: Any, expected: str, error: type[Exception] = ValueError) -> None:
@@ -89,6 +95,14 @@ def check_count(name: str, value: Any) -> None:
         _fail(name, value, expected)
 
 
+def _check_reductions(name: str, value: Any) -> None:
+    expected = "a tuple of names out of " + ", ".join(map(repr, HALF_REDUCTIONS))
+    if not isinstance(value, (tuple, list)):
+        _fail(name, value, expected, TypeError)
+    if any(entry not in HALF_REDUCTIONS for entry in value):
+        _fail(name, value, expected)
+
+
 def check_bool(name: str, value: Any) -> None:
     """Check that the value is True or False."""
     if not isinstance(value, bool):
@@ -113,4 +127,5 @@ _CHECKS = {
     "autocast_device_type": check_choice(*DEVICE_TYPES),
     "gradient_clipping_threshold": check_number("a number > 0 (math.inf: no clipping)", lambda value: value > 0),
     "numerical_stability_check": check_bool,
+    "half_reductions": _check_reductions,
 }

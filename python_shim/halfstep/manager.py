@@ -77,8 +77,20 @@ class MixedPrecisionManager:
         return dataclasses.replace(self._manager.config)
 
     def setup_pytorch_training(self, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
-        """Return (model, optimizer, scaler): the two objects as they came in, and the GradScaler for their loop."""
+        """Return (model, optimizer, scaler): the two objects that came in, and the GradScaler for their loop.
+
+        Under a mixed policy the model's LayerNorm, RMSNorm and GroupNorm modules get another `forward`
+        (MixedPrecisionConfig.half_reductions); parameters, buffers, state_dict and classes stay as they are.
+        """
         return model, optimizer, self._manager.setup(model, optimizer)
+
+    def remove_policy(self, model: Any) -> None:
+        """Give the model its own `forward` methods back, as they were before setup_pytorch_training().
+
+        For torch.jit.script, and for a pickle of the whole model that is to be read without halfstep. TypeError if
+        `model` is no torch.nn.Module; one that was never set up stays as it is.
+        """
+        self._manager.remove_policy(model)
 
     def autocast_context(self) -> Any:
         """Return a context manager for the forward pass. Contexts nest, and each drops its weight casts at its end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from halfstep.config import (
 )
 from halfstep.grad_scaler import GradScaler
 from halfstep.half_weights import RESIDUALS, HalfWeights
+from halfstep.reductions import remove_half_norms, use_half_norms
 from halfstep.statistics import MixedPrecisionStatistics
 from halfstep.step_graph import StepGraph, Training
 
@@ -40,7 +42,7 @@ _NOTES = {
 
 
 class PyTorchManager:
-    """Autocast and loss scaling for a PyTorch loop, from one configuration."""
+    """Autocast, loss scaling and the half reductions of a PyTorch loop, from one configuration."""
 
     framework = "pytorch"
 
@@ -51,6 +53,7 @@ class PyTorchManager:
         self._clip = clip
         self._device_type: str | None = None  # the model's, once there is one
         self._scaler: GradScaler | None = None
+        self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # Of all setups; neither models nor optimizers are kept alive.
         self._trainings: list[tuple[weakref.ref[Any], weakref.ref[Any], GradScaler]] = []
         self._half: weakref.WeakSet[HalfWeights] = weakref.WeakSet()  # of the captured steps
@@ -65,7 +68,7 @@ class PyTorchManager:
         return self.config.autocast_device_type
 
     def setup(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> GradScaler:
-        """Remember where the model lives and return the scaler for its loop. Neither object is changed."""
+        """Put the policy into the model's norms and return the scaler for the loop. The optimizer is not changed."""
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -79,11 +82,27 @@ class PyTorchManager:
         scaler = self._make_scaler(scaler_device)
         self._device_type = scaler_device
         self._scaler = scaler
+        self._models.add(model)
+        self._apply_policy(model)
         others = [training for training in self._trainings if training[1]() not in (None, optimizer)]
         self._trainings = [*others, (weakref.ref(model), weakref.ref(optimizer), scaler)]
         if scaler_device == "cpu" and self.config.precision_policy == "mixed_float16":
             _warn_of_emulated_float16()
         return scaler
+
+    def _apply_policy(self, model: torch.nn.Module) -> None:
+        """Let the model's norms run as the configuration says, whatever was set up before."""
+        config = self.config
+        mixed = config.precision_policy in _HALF_TYPES and config.enable_autocast
+        use_half_norms(model, config.half_reductions if mixed else ())
+
+    def remove_policy(self, model: torch.nn.Module) -> None:
+        """Take out of the model what setup() has put in."""
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
+        self._models.discard(model)
+        remove_half_norms(model)
+        self.config = dataclasses.replace(self.config)  # another object: captured steps are captured anew
 
     def _kind(self, config: MixedPrecisionConfig) -> str:
         """Return what the scaler is for: to "scale" the loss, to "check" gradients without a scale, or for nothing."""
@@ -117,7 +136,12 @@ class PyTorchManager:
         """Return a new context manager for the forward pass."""
         half = _HALF_TYPES.get(self.config.precision_policy)
         enabled = half is not None and self.config.enable_autocast
-        return AutocastContext(self.device_type, dtype=half or torch.bfloat16, enabled=enabled)
+        return AutocastContext(
+            self.device_type,
+            dtype=half or torch.bfloat16,
+            enabled=enabled,
+            half_cross_entropy="cross_entropy" in self.config.half_reductions,
+        )
 
     def capture(
         self,
@@ -187,7 +211,7 @@ class PyTorchManager:
             half.refresh(everything=True)
 
     def apply_config(self, config: MixedPrecisionConfig, changed: set[str]) -> None:
-        """Put a checked new configuration into force, on the running scaler too."""
+        """Put a checked new configuration into force, on the running scaler and the models of setup() too."""
         scaler = self._scaler
         if scaler is not None and self._kind(config) != self._kind(self.config):
             raise ValueError(
@@ -195,6 +219,8 @@ class PyTorchManager:
                 "nothing; after setup_pytorch_training that cannot change. Make a new MixedPrecisionManager."
             )
         self.config = config
+        for model in self._models:
+            self._apply_policy(model)
         self._clip |= "gradient_clipping_threshold" in changed
         if scaler is None:
             return

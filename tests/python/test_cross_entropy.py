@@ -224,6 +224,16 @@ def test_torchs_function_under_autocast(device: torch.device) -> None:
     assert "CrossEntropyFunction" not in again[0].grad_fn.name(), "float32 logits stay torch's"
 
 
+def test_under_saved_tensor_hooks_it_stays_torchs(device: torch.device) -> None:
+    """Checkpointing computes it again in backward(), where the thread's switch is off."""
+    logits, target = problem(40, 1001, torch.bfloat16, device)
+    with cuda_autocast(), half_reductions(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        loss, gradient = loss_and_gradient(F.cross_entropy, logits, target)
+    assert "CrossEntropyFunction" not in loss.grad_fn.name()
+    for value, expected in zip((loss, gradient), loss_and_gradient(ours, logits, target), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.cuda
 def test_autocast_on_a_gpu() -> None:
     logits, target = problem(40, 1001, torch.float16, torch.device("cuda"))

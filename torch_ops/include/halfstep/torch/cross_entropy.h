@@ -27,7 +27,8 @@ HALFSTEP_API at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor&
 
 // Whether torch's cross_entropy under CUDA autocast runs as the op above where that takes its arguments (half logits of
 // one or two dimensions, int64 targets), for this thread. Off at first; returns what was. Everything else stays as it
-// is, and so does a torch version that has an autocast kernel of its own there.
+// is, and so do calls under hooks for saved tensors (activation checkpointing without reentrance, save_on_cpu) and a
+// torch version that has an autocast kernel of its own there.
 HALFSTEP_API bool set_half_reductions(bool enabled);
 
 // The same for a block: at its end, also by an exception, the switch is as before.

@@ -1,0 +1,97 @@
+"""Half-precision norms inside a model: torch's norm modules call halfstep's ops where autocast is on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep._library import load_library
+
+load_library()
+_ops = torch.ops.halfstep
+
+_HALF = (torch.float16, torch.bfloat16)
+_PARAMETERS = (torch.float32, *_HALF)
+_FASTER_ON_CPU = (nn.RMSNorm,)  # torch's other two read half there already, and its kernels are the faster ones
+_NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm, "group_norm": nn.GroupNorm}
+
+
+class HalfNorm:
+    """The `forward` of one LayerNorm, RMSNorm or GroupNorm: half in, float32 arithmetic, half out.
+
+    It acts on a strided float16 or bfloat16 input while autocast is on for the input's device, and returns the dtype of
+    the input, where autocast on CUDA returns float32 or computes in several passes. Everything else is the forward of
+    the module's class, untouched: other dtypes (a float32 residual stream stays float32), autocast off, a float64
+    weight, and what torch does better:
+
+    - layer_norm and group_norm on the CPU;
+    - group_norm on an input that is not contiguous, such as channels_last: torch's keeps the memory format.
+
+    It holds the module and reads the weights when it is called. So copies, pickles and torch.func.functional_call use
+    the weights they should.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what the module's class returns, of the input's dtype where this acts (see the class)."""
+        module = self.module
+        if kwargs or len(args) != 1 or not _takes(module, args[0]):
+            return type(module).forward(module, *args, **kwargs)
+        if isinstance(module, nn.LayerNorm):
+            return _ops.layer_norm(args[0], module.normalized_shape, module.weight, module.bias, module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return _ops.rms_norm(args[0], module.normalized_shape, module.weight, module.eps)
+        return _ops.group_norm(args[0], module.num_groups, module.weight, module.bias, module.eps)
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """What torch.jit.script asks a forward for first. It compiles source code, and this is an object."""
+        raise AttributeError(
+            "torch.jit.script cannot compile the half-precision norms of halfstep: call manager.remove_policy(model) "
+            "first (torch.jit.trace, torch.compile and torch.export need no such call)"
+        )
+
+
+def _takes(module: nn.Module, x: Any) -> bool:
+    """Whether halfstep's op computes `module` on `x`."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in _HALF or x.layout is not torch.strided or x.is_nested:
+        return False
+    device = x.device.type
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
+        return False
+    if device == "cpu" and not isinstance(module, _FASTER_ON_CPU):
+        return False
+    if isinstance(module, nn.GroupNorm) and not x.is_contiguous():
+        return False
+    return module.weight is None or module.weight.dtype in _PARAMETERS
+
+
+def use_half_norms(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the norms of `model` that `names` lists, and no others, run as HalfNorm says.
+
+    names: out of "layer_norm", "rms_norm" and "group_norm"; others are none of a module's.
+    Takes modules of exactly torch's classes. Left alone are subclasses, parametrized ones, those whose `forward`
+    somebody else has replaced, and all inside of torch.nn.DataParallel, whose replicas share this object.
+    """
+    kinds = {_NORMS[name] for name in names if name in _NORMS}
+    replicated = {inner for outer in model.modules() if isinstance(outer, nn.DataParallel) for inner in outer.modules()}
+    for module in model.modules():
+        wanted = type(module) in kinds and module not in replicated
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, HalfNorm) and not (wanted and forward.module is module):
+            del module.forward
+            forward = None
+        if wanted and forward is None:  # one that is there stays: compiled code is made for it
+            module.forward = HalfNorm(module)
+
+
+def remove_half_norms(model: nn.Module) -> None:
+    """Undo use_half_norms(): no trace of it stays in `model`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), HalfNorm):
+            del module.forward
