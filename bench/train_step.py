@@ -1,13 +1,13 @@
 """A whole training step, clipped to a norm of 1, with fused Adam: halfstep against torch.amp, with peak memory.
 
-    python bench/train_step.py [--device cuda|cpu] [--dtype float16|bfloat16] [--models mlp,resnet50,gpt2]
+    python bench/train_step.py [--device cuda|cpu] [--dtype float16|bfloat16] [--models mlp,resnet50,gpt2,gpt2-transformers]
                                [--only COLUMN,...] [--repeats 25] [--json PATH] [--profile COLUMN]
 
 Columns: "amp" and "ours" run the model as written, "... compiled" under torch.compile; "captured" is manager.capture
 around the same step. Each has a new model from the same seed, and one batch that it learns by heart. Peak memory is
 that of the variant's whole life, from building the model. Losses are those of the first step and of a fixed later one.
-A CPU has no capture, and runs the MLP in bfloat16 so that the script can be tried. GPT-2 needs transformers, ResNet-50
-needs torchvision.
+A CPU has no capture, and runs the MLP in bfloat16 so that the script can be tried. ResNet-50 needs torchvision,
+gpt2-transformers needs transformers.
 """
 
 from __future__ import annotations

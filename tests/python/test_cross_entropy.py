@@ -231,7 +231,7 @@ def test_under_saved_tensor_hooks_it_stays_torchs(device: torch.device) -> None:
         loss, gradient = loss_and_gradient(F.cross_entropy, logits, target)
     assert "CrossEntropyFunction" not in loss.grad_fn.name()
     for value, expected in zip((loss, gradient), loss_and_gradient(ours, logits, target), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-5, check_dtype=False)
+        torch.testing.assert_close(value, expected, rtol=2e-2, atol=1e-4, check_dtype=False)
 
 
 @pytest.mark.cuda

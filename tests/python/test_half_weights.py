@@ -138,7 +138,8 @@ def test_a_tied_weight_sums_its_gradients(device: torch.device) -> None:
     reference = Run(device, capture=False)
     reference.losses(1)
     mine = run.step.gradients()["embedding.weight"]
-    torch.testing.assert_close(mine, reference.model.embedding.weight.grad, rtol=0.1, atol=2e-3)
+    expected = reference.model.embedding.weight.grad
+    assert (mine - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_float32_use_beside_the_half_one_adds_to_the_gradient(device: torch.device) -> None:
@@ -454,3 +455,4 @@ def test_compiled_models_compute_on_copies_in_one_graph(device: torch.device, ho
     assert run.losses(6) == pytest.approx(plain.losses(6), rel=1e-2)
     assert counter.frame_count == 1
     assert copies_match(run)
+    assert run.model.block.linear1.weight in run.half.gradients

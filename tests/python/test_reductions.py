@@ -151,7 +151,7 @@ def test_everything_else_is_torchs_own(device: torch.device, kind: str) -> None:
     if kind == "group_norm":
         image = x.bfloat16().to(memory_format=torch.channels_last)
         calls.append(("channels_last", True, lambda norm: norm(image)))
-        assert scoped(image.float()).is_contiguous(memory_format=torch.channels_last)
+        assert scoped(image.float()).stride() == norm(image.float()).stride()
     for name, autocast, call in calls:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             got, expected = call(scoped), call(norm)

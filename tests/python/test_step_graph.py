@@ -259,7 +259,8 @@ def test_a_change_of_structure_is_captured_anew(change: str) -> None:
             run.optimizer.add_param_group({"params": [extra]})
         run.go(range(8, 20))
     assert_same(*runs)
-    assert runs[0].step.captures == (1 if change == "eager step" else 2), runs[0].step.explain()
+    # An eager step leaves gradients behind, which the first capture did not begin with.
+    assert runs[0].step.captures == 2, runs[0].step.explain()
 
 
 @pytest.mark.cuda
