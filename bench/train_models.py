@@ -41,6 +41,8 @@ def resnet50(device: torch.device) -> Problem:
 
 
 class Block(nn.Module):
+    """Attention and a small network, each behind a layer norm and added to its input."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -49,6 +51,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the next residual stream, of x's shape [batch, length, width]."""
         batch, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         heads = F.scaled_dot_product_attention(*qkv.unbind(0), is_causal=True)
@@ -57,9 +60,9 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 in plain torch, without dropout; the last layer shares the embedding's weight."""
+    """GPT-2 in plain torch, without dropout, its 50257 tokens padded to a multiple of 64; the head is tied."""
 
-    def __init__(self, tokens: int = 50257, length: int = 1024, width: int = 768, layers: int = 12, heads: int = 12):
+    def __init__(self, tokens: int = 50304, length: int = 1024, width: int = 768, layers: int = 12, heads: int = 12):
         super().__init__()
         self.token, self.position = nn.Embedding(tokens, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
@@ -70,12 +73,13 @@ class GPT2(nn.Module):
         self.head.weight = self.token.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, length, tokens] of tokens [batch, length]."""
         hidden = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
         return self.head(self.norm(self.blocks(hidden)))
 
 
 def gpt2(device: torch.device) -> Problem:
-    tokens = torch.randint(50257, (8, 1025), device=device)
+    tokens = torch.randint(50304, (8, 1025), device=device)
 
     def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten())

@@ -1,6 +1,6 @@
 """A whole training step, clipped to a norm of 1, with fused Adam: halfstep against torch.amp, with peak memory.
 
-    python bench/train_step.py [--device cuda|cpu] [--dtype float16|bfloat16] [--models mlp,resnet50,gpt2,gpt2-transformers]
+    python bench/train_step.py [--device cuda|cpu] [--dtype float16|bfloat16] [--models mlp,resnet50,gpt2,...]
                                [--only COLUMN,...] [--repeats 25] [--json PATH] [--profile COLUMN]
 
 Columns: "amp" and "ours" run the model as written, "... compiled" under torch.compile; "captured" is manager.capture

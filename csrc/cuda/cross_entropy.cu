@@ -173,16 +173,15 @@ __global__ __launch_bounds__(kRowBlock<kThreads>) void backward_kernel(
     float scale = gradient.grad_loss[call.reduction == LossReduction::kNone ? row : 0];
     if (call.reduction == LossReduction::kMean) scale /= gradient.totals[0];
     const float own = ignored ? 0.0F : scale * (1.0F - smoothing) * (call.weight ? call.weight[target] : 1.0F);
-    const float q = scale * smoothing / static_cast<float>(call.classes);
+    const float q = ignored ? 0.0F : scale * smoothing / static_cast<float>(call.classes);
     const float p = own + q * gradient.totals[1];
     const float lse = gradient.lse[row];
-    const auto derive = [&](std::int64_t column, float value) {
-      float result = p * exponential<Storage>(value - lse);
-      if (smoothing > 0.0F) result -= q * (call.weight ? call.weight[column] : 1.0F);
-      return column == target ? result - own : result;
-    };
+    const auto smoothed = [&](std::int64_t column) { return q * (call.weight ? call.weight[column] : 1.0F); };
     const auto write_one = [&](std::int64_t column) {
-      grad[column] = narrow_device<Storage>(ignored ? 0.0F : derive(column, widen_device(x[column])));
+      float result = ignored ? 0.0F : p * exponential<Storage>(widen_device(x[column]) - lse);
+      if (smoothing > 0.0F) result -= smoothed(column);
+      if (column == target && !ignored) result -= own;
+      grad[column] = narrow_device<Storage>(result);
     };
 
     Split<Storage> split(grad, call.classes);
@@ -206,7 +205,16 @@ __global__ __launch_bounds__(kRowBlock<kThreads>) void backward_kernel(
         float values[kWidth];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e)
-          values[e] = ignored ? 0.0F : derive(first + e, widen_device(packs[k].elements[e]));
+          values[e] = ignored ? 0.0F : p * exponential<Storage>(widen_device(packs[k].elements[e]) - lse);
+        // What few rows or few columns need is decided once per pack: per element it took longer than the rest.
+        if (smoothing > 0.0F) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) values[e] -= smoothed(first + e);
+        }
+        if (target >= first && target < first + kWidth && !ignored) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) values[e] -= target == first + e ? own : 0.0F;
+        }
         store_pack<Storage>(grad, first, values);
       }
     }
