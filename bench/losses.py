@@ -21,7 +21,7 @@ from timing import machine
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-LAST = 20
+LAST, RATE = 20, 6e-4
 RUNS = ("float32", "torch.amp", "ours", "ours captured, residual half", "ours captured, residual float32")
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -73,9 +73,9 @@ def read_text() -> tuple[torch.Tensor, int]:
     return torch.tensor([numbers[character] for character in text]), len(numbers)
 
 
-def make_step(run: str, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Step | None:
+def make_step(run: str, model: nn.Module, dtype: torch.dtype, device: torch.device, steps: int) -> Step | None:
     """Return the training step of one run; None where there is no capture."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
     ours = run.startswith("ours")
     if ours:
         policy = f"mixed_{str(dtype).removeprefix('torch.')}"
@@ -97,11 +97,19 @@ def make_step(run: str, model: nn.Module, dtype: torch.dtype, device: torch.devi
         scaler.update()
         return loss.detach()
 
-    if "captured" not in run:
-        return step
-    if device.type != "cuda":
-        return None
-    return manager.capture(step, residual=run.rpartition(" ")[2])
+    if "captured" in run:
+        if device.type != "cuda":
+            return None
+        step = manager.capture(step, residual=run.rpartition(" ")[2])
+    # Up, and down to nothing: at a constant rate chance decides over the last digits of a loss.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.15)
+
+    def scheduled(text: torch.Tensor) -> torch.Tensor:
+        loss = step(text)
+        schedule.step()
+        return loss
+
+    return scheduled
 
 
 def final_loss(run: str, seed: int, options: argparse.Namespace) -> float | None:
@@ -110,7 +118,7 @@ def final_loss(run: str, seed: int, options: argparse.Namespace) -> float | None
     batch, length, width = (64, 256, 384) if device.type == "cuda" else (8, 64, 64)
     torch.manual_seed(seed)
     model = CharacterModel(characters, length, width).to(device)
-    step = make_step(run, model, getattr(torch, options.dtype), device)
+    step = make_step(run, model, getattr(torch, options.dtype), device, options.steps)
     if step is None:
         return None
     generator = torch.Generator().manual_seed(seed)
