@@ -1,4 +1,6 @@
 // halfstep::GradScaler for torch::optim. Contract: halfstep/torch/scaling.h.
+#include <algorithm>
+
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/ones.h>
 #include <torch/nn/utils/clip_grad.h>
@@ -72,6 +74,7 @@ void GradScaler::unscale_(torch::optim::Optimizer& optimizer) {
 // The step by halfstep's kernels; nullopt, and nothing done, where torch must take it.
 std::optional<StepResult> GradScaler::fused_step(torch::optim::Optimizer& optimizer, std::optional<double> max_norm) {
   if (!torch_ops::TorchOptimStep::supports(optimizer)) return std::nullopt;
+  TORCH_CHECK(!capturing_ || fused_.contains(&optimizer), "the optimizer was not stepped before the capture");
   auto& fused = fused_[&optimizer];
   if (!fused) fused = std::make_unique<torch_ops::TorchOptimStep>();
   if (!fused->collect(optimizer, options_.allow_fp16_gradients).empty()) {
@@ -180,6 +183,46 @@ void GradScaler::load(torch::serialize::InputArchive& archive) {
   state_ = GradScalerState::restore(snapshot);  // throws before anything has changed
   options_.rule = state_->rule();
   optimizers_.clear();
+}
+
+// ------------------------------------------------------------------------------------------------- in a CUDA graph
+
+CapturedOptimizers::CapturedOptimizers(GradScaler& scaler)
+    : scaler_(scaler), state_(scaler.state_), rule_(scaler.state_->rule()) {
+  for (const auto& [optimizer, step] : scaler.fused_) steps_.emplace(optimizer, step->for_capture(*optimizer));
+}
+
+CapturedOptimizers::~CapturedOptimizers() = default;
+
+void CapturedOptimizers::enter() {
+  optimizers_ = scaler_.optimizers_;
+  found_ = state_->found_;
+  norm_ = state_->norm_;
+  std::swap(scaler_.fused_, steps_);
+  scaler_.capturing_ = true;
+}
+
+void CapturedOptimizers::leave(bool keep) {
+  std::swap(scaler_.fused_, steps_);
+  scaler_.capturing_ = false;
+  if (!keep) {
+    scaler_.optimizers_ = std::move(optimizers_);
+    state_->found_ = std::move(found_);
+    state_->norm_ = std::move(norm_);
+  }
+  optimizers_.clear();
+  found_.clear();
+  norm_.clear();
+}
+
+bool CapturedOptimizers::outdated() const {
+  if (scaler_.state_ != state_ || !(state_->rule() == rule_)) return true;
+  return std::any_of(steps_.begin(), steps_.end(),
+                     [](const auto& entry) { return entry.second->outdated(*entry.first); });
+}
+
+void CapturedOptimizers::follow() {
+  for (const auto& [optimizer, step] : steps_) step->follow(*optimizer);
 }
 
 }  // namespace halfstep

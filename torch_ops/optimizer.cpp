@@ -230,15 +230,15 @@ void FusedOptimizer::set_half_copies(const std::vector<std::int64_t>& positions,
                     " half copies");
   std::vector<at::Tensor> mine(positions.empty() ? 0 : params_.size());
   for (std::size_t k = 0; k < positions.size(); ++k) {
-    TORCH_CHECK_INDEX(positions[k] >= 0 && positions[k] < static_cast<std::int64_t>(params_.size()), op,
-                      ": position ", positions[k], " of ", params_.size(), " parameters");
+    TORCH_CHECK_INDEX(positions[k] >= 0 && positions[k] < static_cast<std::int64_t>(params_.size()), op, ": position ",
+                      positions[k], " of ", params_.size(), " parameters");
     const at::Tensor& param = params_[static_cast<std::size_t>(positions[k])];
     const at::ScalarType dtype = copies[k].scalar_type();
     TORCH_CHECK_VALUE(param.scalar_type() == at::kFloat && (dtype == at::kHalf || dtype == at::kBFloat16) &&
                           copies[k].device() == param.device() && same_layout(copies[k], param),
                       op, ": the half copy of params[", positions[k], "] is ", copies[k].toString(), " of sizes ",
-                      copies[k].sizes(), " and strides ", copies[k].strides(), ", expected Half or BFloat16 of a Float's ",
-                      param.sizes(), ", ", param.strides());
+                      copies[k].sizes(), " and strides ", copies[k].strides(),
+                      ", expected Half or BFloat16 of a Float's ", param.sizes(), ", ", param.strides());
     mine[static_cast<std::size_t>(positions[k])] = copies[k];
   }
   half_copies_ = std::move(mine);
@@ -454,10 +454,10 @@ void define_optimizer(torch::Library& library) {
       .def("set_half_copies", [](const Self& self, const std::vector<std::int64_t>& positions,
                                  const std::vector<at::Tensor>& copies) { self->set_half_copies(positions, copies); })
       .def("reserve", [](const Self& self, std::int64_t groups) { self->reserve(groups); })
-      .def("set_groups", [](const Self& self, const std::vector<double>& numbers,
-                            const std::vector<OptionalTensor>& learning_rates) {
-        self->set_groups(unpack_groups(numbers, learning_rates, self->device()));
-      });
+      .def("set_groups",
+           [](const Self& self, const std::vector<double>& numbers, const std::vector<OptionalTensor>& learning_rates) {
+             self->set_groups(unpack_groups(numbers, learning_rates, self->device()));
+           });
 }
 
 void implement_optimizer_cpu(torch::Library& library) {

@@ -98,6 +98,7 @@ struct TorchOptimStep::Part {
   std::vector<std::vector<at::Tensor>> state_lists{3};
   std::vector<std::int64_t> groups;
   std::optional<FusedOptimizer> fused;
+  std::vector<std::int64_t> stepped;  // positions of the last step
 };
 
 namespace {
@@ -164,7 +165,7 @@ void TorchOptimStep::rebuild(Optimizer& optimizer) {
     }
     for (const auto& part : parts_)
       part->fused.emplace(Traits::kind, part->params, part->state_lists, part->steps, part->groups, part->idle);
-    seen_ = look<Traits, Seen>(optimizer);
+    seen_ = std::make_shared<std::vector<Seen>>(look<Traits, Seen>(optimizer));
   });
 }
 
@@ -178,10 +179,13 @@ std::string TorchOptimStep::collect_parts(bool allow_float16) {
 
 std::string TorchOptimStep::collect(Optimizer& optimizer, bool allow_float16) {
   const at::NoGradGuard no_grad;
-  const auto now = dispatch(optimizer, [&](auto traits) { return look<decltype(traits), Seen>(optimizer); });
-  if (parts_.empty() || now != seen_) rebuild(optimizer);
+  if (parts_.empty() || outdated(optimizer)) {
+    TORCH_CHECK(!for_capture_, "the optimizer has changed since the step before the capture");
+    rebuild(optimizer);
+  }
   std::string reason = collect_parts(allow_float16);
   if (reason == FusedOptimizer::kNoLongerIdle) {
+    TORCH_CHECK(!for_capture_, "a parameter has its first gradient in the capture");
     rebuild(optimizer);
     reason = collect_parts(allow_float16);
   }
@@ -216,13 +220,56 @@ void TorchOptimStep::step(Optimizer& optimizer, const at::Tensor& found, const s
       const auto near_if = [&](const std::optional<at::Tensor>& tensor) {
         return tensor ? std::optional(near(*tensor)) : std::nullopt;
       };
-      for (const std::int64_t position : part->fused->collected())
-        if (auto* const state = state_of<Traits>(optimizer, part->params[static_cast<std::size_t>(position)]))
-          Traits::set_step(*state, Traits::step(*state) + 1);
+      part->stepped = part->fused->collected();
       part->fused->step(groups, near(found), near_if(scale), near_if(norm), max_norm);
     }
-    seen_ = look<Traits, Seen>(optimizer);
   });
+  if (!for_capture_) count_on_host(optimizer);  // a capture steps nothing
+}
+
+void TorchOptimStep::count_on_host(Optimizer& optimizer) {
+  dispatch(optimizer, [&](auto traits) {
+    using Traits = decltype(traits);
+    for (const auto& part : parts_)
+      for (const std::int64_t position : part->stepped)
+        if (auto* const state = state_of<Traits>(optimizer, part->params[static_cast<std::size_t>(position)]))
+          Traits::set_step(*state, Traits::step(*state) + 1);
+    *seen_ = look<Traits, Seen>(optimizer);
+  });
+}
+
+std::unique_ptr<TorchOptimStep> TorchOptimStep::for_capture(const Optimizer& optimizer) const {
+  auto copy = std::make_unique<TorchOptimStep>();
+  copy->for_capture_ = true;
+  copy->seen_ = seen_;
+  dispatch(optimizer, [&](auto traits) {
+    for (const auto& part : parts_) {
+      auto mine = std::make_shared<Part>(part->device, part->states);
+      mine->params = part->params;
+      mine->steps = part->steps;
+      mine->idle = part->idle;
+      mine->state_lists = part->state_lists;
+      mine->groups = part->groups;
+      mine->fused.emplace(decltype(traits)::kind, mine->params, mine->state_lists, mine->steps, mine->groups,
+                          mine->idle);
+      mine->fused->reserve(static_cast<std::int64_t>(optimizer.param_groups().size()));
+      copy->parts_.push_back(std::move(mine));
+    }
+  });
+  return copy;
+}
+
+bool TorchOptimStep::outdated(Optimizer& optimizer) const {
+  return dispatch(optimizer, [&](auto traits) { return look<decltype(traits), Seen>(optimizer) != *seen_; });
+}
+
+void TorchOptimStep::follow(Optimizer& optimizer) {
+  dispatch(optimizer, [&](auto traits) {
+    std::vector<OptimizerGroup> groups;
+    for (const OptimizerParamGroup& group : optimizer.param_groups()) groups.push_back(decltype(traits)::group(group));
+    for (const auto& part : parts_) part->fused->set_groups(groups);
+  });
+  count_on_host(optimizer);
 }
 
 void TorchOptimStep::write_back(Optimizer& optimizer) {
@@ -242,7 +289,7 @@ void TorchOptimStep::write_back(Optimizer& optimizer) {
       }
     }
     parts_.clear();
-    seen_.clear();
+    seen_->clear();
   });
 }
 

@@ -35,6 +35,14 @@ class TorchOptimStep {
   void step(torch::optim::Optimizer& optimizer, const at::Tensor& found, const std::optional<at::Tensor>& scale,
             const std::optional<at::Tensor>& norm, double max_norm);
 
+  // For a CUDA graph: a copy that shares the states and counts of this one and has a table of its own. It is made after
+  // a step and before the capture, collects and steps once in it, and then belongs to that graph.
+  std::unique_ptr<TorchOptimStep> for_capture(const torch::optim::Optimizer& optimizer) const;
+  // Whether the optimizer's parameters, states or groups are others than the captured ones.
+  bool outdated(torch::optim::Optimizer& optimizer) const;
+  // Before a replay: gives the captured step the hyperparameters of now, and counts the step on the host.
+  void follow(torch::optim::Optimizer& optimizer);
+
   // The host's counts, and no momentum buffer that no step has written. Waits for the device.
   void write_back(torch::optim::Optimizer& optimizer);
 
@@ -57,8 +65,11 @@ class TorchOptimStep {
   std::string collect_parts(bool allow_float16);
   void rebuild(torch::optim::Optimizer& optimizer);
 
+  void count_on_host(torch::optim::Optimizer& optimizer);
+
+  bool for_capture_ = false;
   std::vector<std::shared_ptr<Part>> parts_;
-  std::vector<Seen> seen_;
+  std::shared_ptr<std::vector<Seen>> seen_ = std::make_shared<std::vector<Seen>>();  // one for all copies
 };
 
 }  // namespace halfstep::torch_ops

@@ -167,6 +167,7 @@ class HalfWeights:
         self.gradients = {}
         before = {parameter: parameter._version for parameter in self.parameters}
         trainable = self._trainable()
+        grad_dtypes = [parameter.grad_dtype for parameter in trainable]
         hooks = []
         for parameter in trainable:
             parameter.grad_dtype = None  # any
@@ -177,13 +178,13 @@ class HalfWeights:
         finally:
             for hook in hooks:
                 hook.remove()
-            for parameter in trainable:
+            for parameter, grad_dtype in zip(trainable, grad_dtypes, strict=True):
                 if parameter.grad is not None and parameter.grad.dtype is self.dtype:
                     if parameter in self._written:
                         self.gradients[parameter], parameter.grad = parameter.grad, None
                     else:  # nothing has used it yet: it is the user's
                         self.to_float32([parameter])
-                parameter.grad_dtype = parameter.dtype
+                parameter.grad_dtype = grad_dtype
         self._stale = [
             parameter
             for parameter in trainable

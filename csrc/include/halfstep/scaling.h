@@ -43,6 +43,8 @@ struct ScaleRule {
   std::int64_t hysteresis = 1;  // the scale backs off on this many-th overflow of a credit
   Refill refill = Refill::kOnCleanStep;
   std::int64_t growth_delay = 0;  // clean steps after a start or an overflow that do not count towards growth
+
+  bool operator==(const ScaleRule&) const = default;
 };
 
 // "torch", "keras", "megatron", "deepspeed", "apex" or "paddle": the named peer's rule with its default parameters.

@@ -69,6 +69,7 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
   bool restored_ = false;  // state from a snapshot waits on the CPU for the first scaled tensor to name the device
   at::Tensor scale_, growth_tracker_, hysteresis_left_, counters_, history_;
   std::vector<at::Tensor> found_, norm_;  // since the last update
+  friend class CapturedOptimizers;
 };
 
 // Loss scaling around a torch::optim optimizer, with the protocol of torch.amp.GradScaler:
@@ -150,11 +151,36 @@ class HALFSTEP_API GradScaler {
   static void check_unchanged(torch::optim::Optimizer& optimizer, const PerOptimizer& mine);
   std::optional<StepResult> fused_step(torch::optim::Optimizer& optimizer, std::optional<double> max_norm);
 
+  friend class CapturedOptimizers;
+  bool capturing_ = false;
   std::int64_t host_syncs_ = 0;
-  std::unordered_map<const torch::optim::Optimizer*, std::unique_ptr<torch_ops::TorchOptimStep>> fused_;
+  std::unordered_map<torch::optim::Optimizer*, std::unique_ptr<torch_ops::TorchOptimStep>> fused_;
   GradScalerOptions options_;
   c10::intrusive_ptr<GradScalerState> state_;
   std::unordered_map<const torch::optim::Optimizer*, PerOptimizer> optimizers_;
+};
+
+// What a captured step holds of a scaler and of the optimizers that the scaler has stepped: tables of their own. For
+// StepGraph (halfstep/torch/step_graph.h), which a program uses instead.
+class HALFSTEP_API CapturedOptimizers {
+ public:
+  explicit CapturedOptimizers(GradScaler& scaler);  // after a step, before the capture
+  CapturedOptimizers(const CapturedOptimizers&) = delete;
+  CapturedOptimizers& operator=(const CapturedOptimizers&) = delete;
+  ~CapturedOptimizers();
+
+  void enter();           // the scaler's next steps are captured
+  void leave(bool keep);  // as before; without `keep` nothing of what the scaler has noted since enter() remains
+  bool outdated() const;  // rule, parameters, states or groups are others than the captured ones
+  void follow();          // before a replay: hyperparameters of now, and one step more on the host
+
+ private:
+  GradScaler& scaler_;
+  std::unordered_map<torch::optim::Optimizer*, std::unique_ptr<torch_ops::TorchOptimStep>> steps_;
+  c10::intrusive_ptr<GradScalerState> state_;
+  ScaleRule rule_;
+  std::unordered_map<const torch::optim::Optimizer*, GradScaler::PerOptimizer> optimizers_;
+  std::vector<at::Tensor> found_, norm_;
 };
 
 }  // namespace halfstep
