@@ -18,7 +18,6 @@ namespace halfstep::cuda {
 namespace {
 
 constexpr int kUnroll = 4;  // independent 16-byte loads in flight per thread
-constexpr int kBackwardUnroll = 2;
 constexpr int kTotalsThreads = 1024;
 
 // The hardware's exponential, 2 units in the last place near 0, is finer than half precision by far.
@@ -61,14 +60,9 @@ struct Online {
   __device__ void add(float value) { sum += exponential<Storage>(value - shift()); }
 };
 
-// With 64 registers a thread two blocks of 512 fit on a multiprocessor; one alone leaves the memory waiting.
-template <int kThreads>
-constexpr int kBlocksAtOnce = 1024 / kRowBlock<kThreads>;
-
 template <class Storage, int kThreads>
-__global__ __launch_bounds__(kRowBlock<kThreads>,
-                             kBlocksAtOnce<kThreads>) void forward_kernel(const __grid_constant__ CrossEntropy call,
-                                                                          float* losses, float* lse) {
+__global__ __launch_bounds__(kRowBlock<kThreads>) void forward_kernel(const __grid_constant__ CrossEntropy call,
+                                                                      float* losses, float* lse) {
   constexpr int kWidth = Split<Storage>::kWidth;
   const auto smoothing = static_cast<float>(call.label_smoothing);
   const int lane = static_cast<int>(threadIdx.x) % kThreads;
@@ -165,7 +159,7 @@ __global__ __launch_bounds__(kTotalsThreads) void totals_kernel(const __grid_con
 }
 
 template <class Storage, int kThreads>
-__global__ __launch_bounds__(kRowBlock<kThreads>, kBlocksAtOnce<kThreads>) void backward_kernel(
+__global__ __launch_bounds__(kRowBlock<kThreads>) void backward_kernel(
     const __grid_constant__ CrossEntropy call, const __grid_constant__ CrossEntropyGradient gradient) {
   constexpr int kWidth = Split<Storage>::kWidth;
   const auto smoothing = static_cast<float>(call.label_smoothing);
@@ -196,15 +190,15 @@ __global__ __launch_bounds__(kRowBlock<kThreads>, kBlocksAtOnce<kThreads>) void 
       split.packs = 0;
     }
     for (std::int64_t i = lane; i < split.head; i += kThreads) write_one(i);
-    for (std::int64_t base = lane; base < split.packs; base += kThreads * kBackwardUnroll) {
-      Pack<Storage, kWidth> packs[kBackwardUnroll];
+    for (std::int64_t base = lane; base < split.packs; base += kThreads * kUnroll) {
+      Pack<Storage, kWidth> packs[kUnroll];
 #pragma unroll
-      for (int k = 0; k < kBackwardUnroll; ++k) {
+      for (int k = 0; k < kUnroll; ++k) {
         const std::int64_t i = base + k * kThreads;
         if (i < split.packs && !ignored) packs[k] = load_pack<Storage, kWidth>(x, split.head + i * kWidth);
       }
 #pragma unroll
-      for (int k = 0; k < kBackwardUnroll; ++k) {
+      for (int k = 0; k < kUnroll; ++k) {
         const std::int64_t i = base + k * kThreads;
         if (i >= split.packs) break;
         const std::int64_t first = split.head + i * kWidth;
