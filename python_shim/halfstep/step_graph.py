@@ -190,7 +190,7 @@ class StepGraph:
     def _capture(self, entry: _Entry, arguments: Any) -> None:
         copies = {parameter: copy for half in self._half for parameter, copy in half.copies.items()}
         fused = {optimizer: FusedStep(optimizer, copies) for optimizer in self._fused}
-        scalers = list({id(training.scaler): training.scaler for training in self._trainings}.values())
+        scalers = list({training.scaler: None for training in self._trainings if training.scaler.is_enabled()})
         before = pool_bytes(self._pool)
         try:
             entry.graph = CapturedStep(
