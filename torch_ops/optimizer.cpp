@@ -101,7 +101,8 @@ struct FusedOptimizer::Table {
       groups_.clear();
     }
     // Captured, the copies would be made again by each replay; and the groups must stay free to change.
-    const auto copy_stream = capturing ? c10::cuda::getStreamFromPool(false, device.index()) : stream;
+    auto copy_stream = stream;
+    while (capturing && copy_stream == stream) copy_stream = c10::cuda::getStreamFromPool(false, device.index());
     const CudaStream copies{copy_stream.stream()};
     // Each is forgotten before it is set, so that a failure leaves nothing that looks set.
     if (rows != rows_) {

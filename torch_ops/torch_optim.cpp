@@ -107,13 +107,15 @@ namespace {
 template <class Traits, class Seen>
 std::vector<Seen> look(Optimizer& optimizer) {
   std::vector<Seen> seen;
+  std::int64_t number = 0;
   for (const OptimizerParamGroup& group : optimizer.param_groups()) {
     const std::size_t states = Traits::states(group);
     for (const at::Tensor& param : group.params()) {
       auto* const state = state_of<Traits>(optimizer, param);
       seen.push_back({param, state, state && states > 0 ? Traits::state(*state, 0) : at::Tensor(),
-                      state ? Traits::step(*state) : 0, states});
+                      state ? Traits::step(*state) : 0, states, number});
     }
+    ++number;
   }
   return seen;
 }

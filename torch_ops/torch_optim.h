@@ -55,10 +55,11 @@ class TorchOptimStep {
     at::Tensor first;
     std::int64_t step;
     std::size_t states;
+    std::int64_t group;
 
     bool operator==(const Seen& other) const {
       return param.is_same(other.param) && state == other.state && first.is_same(other.first) && step == other.step &&
-             states == other.states;
+             states == other.states && group == other.group;
     }
   };
 

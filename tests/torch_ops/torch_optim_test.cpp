@@ -75,6 +75,27 @@ TEST_P(TorchOptim, SgdIsTorchs) {
   compare<torch::optim::SGD>(Options(0.1).momentum(0.9).nesterov(true), Options(0.01).momentum(0.5));
 }
 
+TEST_P(TorchOptim, AParameterThatMovesToAnotherGroupTakesItsOptions) {
+  const at::Tensor p = parameter({1.0F}), q = parameter({1.0F});
+  std::vector<torch::optim::OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<at::Tensor>{p, q}, std::make_unique<torch::optim::SGDOptions>(0.5));
+  groups.emplace_back(std::vector<at::Tensor>{}, std::make_unique<torch::optim::SGDOptions>(0.0));
+  torch::optim::SGD sgd(groups, torch::optim::SGDOptions(0.5));
+  GradScaler scaler;
+  const auto step = [&] {
+    sgd.zero_grad();
+    scaler.scale((p + q).sum()).backward();
+    scaler.step(sgd);
+    scaler.update();
+  };
+  step();
+  sgd.param_groups()[0].params().pop_back();
+  sgd.param_groups()[1].params().push_back(q);
+  step();
+  EXPECT_EQ(values(p)[0], 0.0F);
+  EXPECT_EQ(values(q)[0], 0.5F);
+}
+
 TEST_P(TorchOptim, ReleaseCountsAppliedStepsAndCheckpointsGoOn) {
   const auto make = [&](const at::Tensor& p) { return torch::optim::Adam({p}, torch::optim::AdamOptions(0.1)); };
   const auto iterate = [](torch::optim::Adam& adam, GradScaler& scaler, const at::Tensor& p, float factor) {
