@@ -304,7 +304,12 @@ void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const Optio
   table_->step(kind_, device(), std::move(rows), std::move(addresses), groups,
                make_control(found, scale, norm, max_norm));
   // States need no new version: nothing that requires a gradient is computed from them.
-  for (const std::int64_t position : positions_) torch_ops::bump_version(params_[static_cast<std::size_t>(position)]);
+  for (const std::int64_t position : positions_) {
+    const auto i = static_cast<std::size_t>(position);
+    torch_ops::bump_version(params_[i]);
+    // A backward pass that comes after the step must fail, not go on with the new weights.
+    if (!half_copies_.empty() && half_copies_[i].defined()) torch_ops::bump_version(half_copies_[i]);
+  }
   forget();
 }
 

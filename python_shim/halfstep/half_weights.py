@@ -101,7 +101,7 @@ class HalfWeights:
         }
         self.parameters = list(self.copies)
         self._versions: list[int] = []
-        self._stale = self._trainable()  # to be copied at the start of a step, since nothing rewrites them in it
+        self._stale = self.parameters  # to be copied at the start of a step, since nothing rewrites them in it
         self._written: dict[nn.Parameter, int] = {}
         self._summed: set[nn.Parameter] = set()
         self.accumulates = False  # several backward passes per step: their sum is kept in float32
@@ -187,7 +187,7 @@ class HalfWeights:
                 parameter.grad_dtype = grad_dtype
         self._stale = [
             parameter
-            for parameter in trainable
+            for parameter in self.parameters  # frozen ones too: a step may move them, as averages of others
             if parameter._version != self._written.get(parameter, before[parameter])
         ]
 

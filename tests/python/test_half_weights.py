@@ -284,6 +284,38 @@ def test_explicit_unscale_and_clip_see_float32_gradients(device: torch.device) -
     assert same_parameters(*runs)
 
 
+def test_a_frozen_average_that_the_step_moves_is_followed(device: torch.device) -> None:
+    runs = [Run(device, residual="float32"), Run(device, capture=False)]
+    for run in runs:
+        plain = run.train
+
+        def averaging(run=run, plain=plain):
+            loss = plain()
+            with torch.no_grad():
+                run.model.frozen.weight.lerp_(run.model.twice.weight, 0.5)
+            return loss
+
+        run.step = run.manager.capture(averaging, residual="float32") if run is runs[0] else averaging
+    assert runs[0].losses(8) == runs[1].losses(8)
+    assert same_parameters(*runs)
+    assert [id(parameter) for parameter in runs[0].half._stale] == [id(runs[0].model.frozen.weight)]
+
+
+def test_a_backward_pass_after_the_step_is_an_error(device: torch.device) -> None:
+    run = Run(device)
+
+    def late():
+        run.optimizer.zero_grad()
+        loss = run.loss()
+        run.scaler.scale(loss).backward(retain_graph=True)
+        run.scaler.step(run.optimizer)
+        run.scaler.scale(loss).backward()  # of weights that are gone
+
+    run.step = run.manager.capture(late)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run.step()
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 def test_an_optimizer_that_torch_steps_gets_float32_gradients(device: torch.device, scaled: bool) -> None:
     runs = [Run(device, residual="float32"), Run(device, capture=False)]
