@@ -229,6 +229,7 @@ class GradScaler(ScalerState):
         ready = known is None or known["stage"] is OptState.READY
         if ready and not torch_is_fused and optimizer._optimizer_step_pre_hooks:
             self.unscale_(optimizer)  # the hooks see the gradients that torch would show them
+            fused.collect(optimizer, allow_float16=True)  # half ones were replaced
             ready = False
         state = self._per_optimizer_states[id(optimizer)]
         if ready:

@@ -301,6 +301,22 @@ def test_a_frozen_average_that_the_step_moves_is_followed(device: torch.device) 
     assert [id(parameter) for parameter in runs[0].half._stale] == [id(runs[0].model.frozen.weight)]
 
 
+def test_a_hook_before_the_step_sees_true_float32_gradients(device: torch.device) -> None:
+    runs = [Run(device, residual="float32"), Run(device, capture=False)]
+    seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    for number, run in enumerate(runs):
+
+        def look(optimizer, args, kwargs, run=run, number=number):
+            seen[number].append(run.model.twice.weight.grad.clone())
+
+        run.optimizer.register_step_pre_hook(look)
+    assert runs[0].losses(5) == runs[1].losses(5)
+    for mine, other in zip(seen[0], seen[1], strict=True):
+        assert mine.dtype is torch.float32
+        assert torch.equal(mine, other)
+    assert same_parameters(*runs)
+
+
 def test_a_backward_pass_after_the_step_is_an_error(device: torch.device) -> None:
     run = Run(device)
 
