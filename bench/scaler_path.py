@@ -11,11 +11,10 @@ measured in the same run.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 from halfstep import GradScaler
-from timing import copy_bandwidth, machine, measure
+from timing import copy_bandwidth, machine, measure, replayed
 from torch import nn
 
 OPTIMIZERS = {
@@ -79,18 +78,6 @@ class Run:
         self.scaler.step(self.optimizer, max_norm=1.0)
         self.scaler.update()
 
-    def captured(self) -> Callable[[], None]:
-        """Return ours as the replay of a CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.ours()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.ours()
-        return graph.replay
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,7 +100,7 @@ def main() -> None:
             del run
         run = Run(shapes, device, arguments.optimizer, GradScaler)
         times["ours"] = measure(run.ours, device)
-        captured = f"{measure(run.captured(), device):.3f}" if device.type == "cuda" else "-"
+        captured = f"{measure(replayed(run.ours, device), device):.3f}" if device.type == "cuda" else "-"
         assert run.scaler.host_syncs == 0
         del run
         limit = elements * bytes_per_element / bandwidth * 1e3

@@ -32,6 +32,22 @@ def measure(run: Callable[[], object], device: torch.device, repeats: int = 25, 
     return statistics.median(times)
 
 
+def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Return `run` as the replay of a CUDA graph, which leaves the time of the launches out; itself on a CPU."""
+    if device.type != "cuda":
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def copy_bandwidth(device: torch.device, nbytes: int = 2**31) -> float:
     """Return bytes per second of a large copy, counting what is read plus what is written."""
     nbytes = nbytes if device.type == "cuda" else 2**28

@@ -1,10 +1,12 @@
 // halfstep/dtype.h's conversions with the GPU's own instructions: widen_device(storage) -> float or double,
-// narrow_device<Storage>(value). Same values as widen and narrow, NaN payloads of float16 excepted.
+// narrow_device<Storage>(value), narrow_pair<Storage>(first, second) -> both as they lie in memory. Same values as
+// widen and narrow, NaN payloads of half precision excepted.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "halfstep/dtype.h"
@@ -29,11 +31,21 @@ __device__ Storage narrow_device(Compute x) {
   if constexpr (std::is_same_v<Storage, Half>) {
     return {__half_as_ushort(__float2half_rn(x))};
   } else if constexpr (std::is_same_v<Storage, BFloat16>) {
-    const std::uint32_t bits = __float_as_uint(x);
-    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    return {static_cast<std::uint16_t>(isnan(x) ? (bits >> 16) | 0x0040U : rounded)};
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
   } else {
     return x;
+  }
+}
+
+template <class Storage>
+__device__ std::uint32_t narrow_pair(float first, float second) {
+  static_assert(sizeof(Storage) == 2);
+  if constexpr (std::is_same_v<Storage, Half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return __half_as_ushort(pair.x) | static_cast<std::uint32_t>(__half_as_ushort(pair.y)) << 16;
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return __bfloat16_as_ushort(pair.x) | static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
   }
 }
 

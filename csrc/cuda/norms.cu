@@ -7,6 +7,7 @@
 // Limit: the bytes of input and output over the memory bandwidth; backward reads two tensors and writes one, and reads
 // the two once more for the parameters' gradients.
 #include <algorithm>
+#include <type_traits>
 
 #include "halfstep/norms.h"
 #include "pack.cuh"
@@ -42,38 +43,42 @@ struct Layout {
 
 namespace {
 
-// The weights or biases of elements col .. col + kWidth - 1 of a row; `neutral` without any.
-template <int kWidth>
-__device__ void load_parameters(const TensorView& view, const NormShape& shape, std::int64_t row, std::int64_t col,
-                                float neutral, float (&values)[kWidth]) {
-  if (!view.data) {
+// How the weights or biases of the elements col .. col + kWidth - 1 of a row are found; `neutral` without any.
+struct Neutral {
+  template <int kWidth>
+  static __device__ void fill(float neutral, float (&values)[kWidth]) {
 #pragma unroll
     for (float& value : values) value = neutral;
-    return;
   }
-  with_storage(view.dtype, [&](auto storage) {
-    using Storage = decltype(storage);
-    if (shape.spatial == 1 && shape.groups == 1) {
-      const auto pack = load_pack<Storage, kWidth>(view.data, col);
+};
+
+// One for each element of a row, stored as Stored: layer norm and RMS norm.
+template <class Stored>
+struct ByColumn : Neutral {
+  template <int kWidth>
+  static __device__ void load(const TensorView& view, const NormShape&, std::int64_t, std::int64_t col, float neutral,
+                              float (&values)[kWidth]) {
+    if (!view.data) return fill(neutral, values);
+    const auto pack = load_pack<Stored, kWidth>(view.data, col);
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) values[e] = widen_device(pack.elements[e]);
-      return;
-    }
-    const auto* const of_row = static_cast<const Storage*>(view.data) + row % shape.groups * shape.channels;
-    std::int64_t channel = col / shape.spatial;
-    std::int64_t left = (channel + 1) * shape.spatial - col;
-    float value = widen_device(of_row[channel]);
-#pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-      if (left == 0) {
-        value = widen_device(of_row[++channel]);
-        left = shape.spatial;
-      }
-      values[e] = value;
-      --left;
-    }
-  });
-}
+    for (int e = 0; e < kWidth; ++e) values[e] = widen_device(pack.elements[e]);
+  }
+};
+
+// One for the pack, whose elements are of the same channel: group norm on images.
+struct ByPack : Neutral {
+  template <int kWidth>
+  static __device__ void load(const TensorView& view, const NormShape& shape, std::int64_t row, std::int64_t col,
+                              float neutral, float (&values)[kWidth]) {
+    if (!view.data) return fill(neutral, values);
+    const std::int64_t channel = row % shape.groups * shape.channels + col / shape.spatial;
+    float value;
+    with_storage(view.dtype, [&](auto storage) {
+      value = widen_device(static_cast<const decltype(storage)*>(view.data)[channel]);
+    });
+    fill(value, values);
+  }
+};
 
 // Elements of one thread, and their sum and sum of squares about their own mean.
 struct Moments {
@@ -91,7 +96,7 @@ struct Moments {
   }
 };
 
-template <class Storage, class Layout>
+template <class Storage, class Layout, class Parameters>
 __global__ __launch_bounds__(Layout::kBlock) void normalize_kernel(const __grid_constant__ NormForward call) {
   constexpr int kWidth = Layout::kWidth;
   constexpr int kGroup = Layout::kGroup;
@@ -158,27 +163,25 @@ __global__ __launch_bounds__(Layout::kBlock) void normalize_kernel(const __grid_
     // 3. The result.
     Layout::for_groups(packs, [&](std::int64_t base) {
       if constexpr (!Layout::kHeld) load(base);
-      with_storage(call.out.dtype, [&](auto storage) {
 #pragma unroll
-        for (int k = 0; k < kGroup; ++k) {
-          const std::int64_t col = (base + k * kThreads) * kWidth;
-          if (col >= cols) break;
-          float weight[kWidth];
-          float bias[kWidth];
-          load_parameters(call.weight, call.shape, row, col, 1.0F, weight);
-          load_parameters(call.bias, call.shape, row, col, 0.0F, bias);
-          float out[kWidth];
+      for (int k = 0; k < kGroup; ++k) {
+        const std::int64_t col = (base + k * kThreads) * kWidth;
+        if (col >= cols) break;
+        float weight[kWidth];
+        float bias[kWidth];
+        Parameters::load(call.weight, call.shape, row, col, 1.0F, weight);
+        Parameters::load(call.bias, call.shape, row, col, 0.0F, bias);
+        float out[kWidth];
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e)
-            out[e] = (widen_device(x[k].elements[e]) - mean) * rstd * weight[e] + bias[e];
-          store_pack<decltype(storage)>(call.out.data, row * cols + col, out);
-        }
-      });
+        for (int e = 0; e < kWidth; ++e) out[e] = (widen_device(x[k].elements[e]) - mean) * rstd * weight[e] + bias[e];
+        with_storage(call.out.dtype,
+                     [&](auto storage) { store_pack<decltype(storage)>(call.out.data, row * cols + col, out); });
+      }
     });
   });
 }
 
-template <class Storage, class Layout>
+template <class Storage, class Layout, class Parameters>
 __global__ __launch_bounds__(Layout::kBlock) void backward_kernel(const __grid_constant__ NormBackward call) {
   constexpr int kWidth = Layout::kWidth;
   constexpr int kGroup = Layout::kGroup;
@@ -189,10 +192,12 @@ __global__ __launch_bounds__(Layout::kBlock) void backward_kernel(const __grid_c
   for_rows<Layout::kThreads>(call.shape.rows, [&](std::int64_t row) {
     const float mean = call.center ? call.mean[row] : 0.0F;
     const float rstd = call.rstd[row];
+    // As read, and grad_out * weight. What follows from x is computed twice, which takes fewer registers than a float
+    // for each element.
+    Pack<Storage, kWidth> x[kGroup];
     float g[kGroup][kWidth];
-    float h[kGroup][kWidth];
+    const auto h = [&](Storage element) { return (widen_device(element) - mean) * rstd; };
     const auto load = [&](std::int64_t base) {
-      Pack<Storage, kWidth> x[kGroup];
 #pragma unroll
       for (int k = 0; k < kGroup; ++k)
         if (base + k * kThreads < packs)
@@ -214,12 +219,9 @@ __global__ __launch_bounds__(Layout::kBlock) void backward_kernel(const __grid_c
         const std::int64_t col = (base + k * kThreads) * kWidth;
         if (col >= cols) break;
         float weight[kWidth];
-        load_parameters(call.weight, call.shape, row, col, 1.0F, weight);
+        Parameters::load(call.weight, call.shape, row, col, 1.0F, weight);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          g[k][e] *= weight[e];
-          h[k][e] = (widen_device(x[k].elements[e]) - mean) * rstd;
-        }
+        for (int e = 0; e < kWidth; ++e) g[k][e] *= weight[e];
       }
     };
 
@@ -232,7 +234,7 @@ __global__ __launch_bounds__(Layout::kBlock) void backward_kernel(const __grid_c
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           sums.x += g[k][e];
-          sums.y += g[k][e] * h[k][e];
+          sums.y += g[k][e] * h(x[k].elements[e]);
         }
       }
     });
@@ -246,7 +248,7 @@ __global__ __launch_bounds__(Layout::kBlock) void backward_kernel(const __grid_c
         const std::int64_t col = (base + k * kThreads) * kWidth;
         if (col >= cols) break;
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) g[k][e] = rstd * (g[k][e] - mean_g - h[k][e] * mean_gh);
+        for (int e = 0; e < kWidth; ++e) g[k][e] = rstd * (g[k][e] - mean_g - h(x[k].elements[e]) * mean_gh);
         store_pack<Storage>(call.grad_input, row * cols + col, g[k]);
       }
     });
@@ -332,18 +334,24 @@ __global__ __launch_bounds__(Layout::kBlock) void channel_kernel(const __grid_co
   });
 }
 
-// result[i] = sum over strips of partials[strip][i], for 32 neighbouring i a block.
-constexpr int kStripWarps = 8;
+// Of weights (y = 0) and biases (y = 1): result[i] = sum over strips of partials[strip][i], 32 neighbouring i a block.
+constexpr int kStripWarps = 16;
 
-__global__ __launch_bounds__(kStripWarps* kWarp) void strips_kernel(const float* partials, std::int64_t strips,
-                                                                    std::int64_t size, float* result) {
+__global__ __launch_bounds__(kStripWarps* kWarp) void strips_kernel(const float* weights, const float* biases,
+                                                                    std::int64_t strips, std::int64_t size,
+                                                                    float* grad_weight, float* grad_bias) {
+  float* const result = blockIdx.y == 0 ? grad_weight : grad_bias;
+  if (!result) return;
+  const float* const partials = blockIdx.y == 0 ? weights : biases;
   __shared__ double shared[kStripWarps][kWarp];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarp + lane;
   double sum = 0.0;
-  if (i < size)
+  if (i < size) {
+#pragma unroll 4
     for (std::int64_t strip = warp; strip < strips; strip += kStripWarps) sum += partials[strip * size + i];
+  }
   shared[warp][lane] = sum;
   __syncthreads();
   if (warp != 0 || i >= size) return;
@@ -365,29 +373,43 @@ std::int64_t strips_of(const NormShape& shape) {
                   std::max<std::int64_t>(1, kBlocks / std::max<std::int64_t>(1, tiles)));
 }
 
-// Calls run(Layout) with the one for a row of `cols` elements.
+// Calls run(Layout, Parameters) with those for the rows of `shape`; parameters are absent or of one dtype each.
 template <class Storage, int kHoldOfWarp, class Run>
-void with_layout(std::int64_t cols, bool aligned, const Run& run) {
+void with_layout(const NormShape& shape, bool aligned, const TensorView& weight, const TensorView& bias,
+                 const Run& run) {
   constexpr int kWidth = 16 / sizeof(Storage);
-  if (!aligned || cols % kWidth != 0) {
-    if (cols <= 1024) return run(Layout<1, kWarp, 0>{});
-    return run(Layout<1, 512, 0>{});
-  }
-  const std::int64_t packs = cols / kWidth;
-  if (packs <= kWarp * kHoldOfWarp) return run(Layout<kWidth, kWarp, kHoldOfWarp>{});
-  if (packs <= 256 * 4) return run(Layout<kWidth, 256, 4>{});
-  return run(Layout<kWidth, 512, 0>{});
+  const std::int64_t cols = shape.cols();
+  const auto narrow = [&] {
+    if (cols <= 1024) return run(Layout<1, kWarp, 0>{}, ByPack{});
+    return run(Layout<1, 512, 0>{}, ByPack{});
+  };
+  const auto wide = [&](auto parameters) {
+    const std::int64_t packs = cols / kWidth;
+    if (packs <= kWarp * kHoldOfWarp) return run(Layout<kWidth, kWarp, kHoldOfWarp>{}, parameters);
+    if (packs <= 256 * 4) return run(Layout<kWidth, 256, 4>{}, parameters);
+    return run(Layout<kWidth, 512, 0>{}, parameters);
+  };
+  if (!aligned || cols % kWidth != 0) return narrow();
+  if (!by_column(shape)) return shape.spatial % kWidth == 0 ? wide(ByPack{}) : narrow();
+  const auto are = [&](DType dtype) {
+    return (!weight.data || weight.dtype == dtype) && (!bias.data || bias.dtype == dtype);
+  };
+  if (are(DType::kFloat32)) return wide(ByColumn<float>{});
+  constexpr DType kOwn = std::is_same_v<Storage, Half> ? DType::kFloat16 : DType::kBFloat16;
+  if constexpr (!std::is_same_v<Storage, float>)
+    if (are(kOwn)) return wide(ByColumn<Storage>{});
+  return narrow();
 }
 
 template <class Storage>
 void launch_forward(const NormForward& call, cudaStream_t stream) {
   const bool aligned = starts_on_16_bytes(call.input.data) && starts_on_16_bytes(call.out.data) &&
                        starts_on_16_bytes(call.weight.data) && starts_on_16_bytes(call.bias.data);
-  with_layout<Storage, /*kHoldOfWarp=*/8>(call.shape.cols(), aligned, [&](auto layout) {
-    using Layout = decltype(layout);
-    normalize_kernel<Storage, Layout>
-        <<<blocks_for(call.shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);
-  });
+  with_layout<Storage, /*kHoldOfWarp=*/8>(
+      call.shape, aligned, call.weight, call.bias, [&]<class Layout, class Parameters>(Layout, Parameters) {
+        normalize_kernel<Storage, Layout, Parameters>
+            <<<blocks_for(call.shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);
+      });
   HS_CUDA_TRY(cudaGetLastError());
 }
 
@@ -432,11 +454,11 @@ void launch_backward(const NormBackward& call, float* workspace, cudaStream_t st
                        starts_on_16_bytes(call.weight.data) && starts_on_16_bytes(call.grad_input);
   const bool elements = shape.rows > 0 && shape.cols() > 0;
   if (call.grad_input && elements) {
-    with_layout<Storage, /*kHoldOfWarp=*/4>(shape.cols(), aligned, [&](auto layout) {
-      using Layout = decltype(layout);
-      backward_kernel<Storage, Layout>
-          <<<blocks_for(shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);
-    });
+    with_layout<Storage, /*kHoldOfWarp=*/4>(
+        shape, aligned, call.weight, {}, [&]<class Layout, class Parameters>(Layout, Parameters) {
+          backward_kernel<Storage, Layout, Parameters>
+              <<<blocks_for(shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);
+        });
     HS_CUDA_TRY(cudaGetLastError());
   }
   const std::int64_t size = shape.parameters();
@@ -445,14 +467,9 @@ void launch_backward(const NormBackward& call, float* workspace, cudaStream_t st
   float* const weights = workspace;
   float* const biases = workspace + strips * size;
   if (elements) launch_parameters<Storage>(call, aligned, weights, biases, stream);
-  const auto finish = [&](const float* partials, float* result) {
-    if (!result) return;
-    const unsigned blocks = blocks_for(size, kWarp);
-    strips_kernel<<<blocks, kStripWarps * kWarp, 0, stream>>>(partials, strips, size, result);
-    HS_CUDA_TRY(cudaGetLastError());
-  };
-  finish(weights, call.grad_weight);
-  finish(biases, call.grad_bias);
+  strips_kernel<<<dim3(blocks_for(size, kWarp), 2), kStripWarps * kWarp, 0, stream>>>(weights, biases, strips, size,
+                                                                                      call.grad_weight, call.grad_bias);
+  HS_CUDA_TRY(cudaGetLastError());
 }
 
 }  // namespace

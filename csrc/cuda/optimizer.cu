@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "convert.cuh"
 #include "halfstep/optimizer.h"
 #include "halfstep/status.h"
 #include "optimizer_math.h"
+#include "pack.cuh"
 #include "try.h"
 
 namespace halfstep::cuda {
@@ -105,28 +105,15 @@ __global__ void prepare_kernel(Addresses table, int tensors, StepControl control
 }
 
 template <class Storage, int count>
-struct alignas(count * sizeof(Storage)) Vector {
-  Storage elements[count];
-};
-
-template <class Storage, int count>
 __device__ bool is_aligned(const void* array) {
-  return reinterpret_cast<std::uintptr_t>(array) % sizeof(Vector<Storage, count>) == 0;
+  return reinterpret_cast<std::uintptr_t>(array) % (count * sizeof(Storage)) == 0;
 }
 
 template <class Storage, int count, class Compute>
 __device__ void load(const void* array, std::int64_t vector, Compute (&values)[count]) {
-  const auto loaded = static_cast<const Vector<Storage, count>*>(array)[vector];
+  const auto loaded = load_pack<Storage, count>(array, vector * count);
 #pragma unroll
   for (int k = 0; k < count; ++k) values[k] = widen_device(loaded.elements[k]);
-}
-
-template <class Storage, int count, class Compute>
-__device__ void store(void* array, std::int64_t vector, const Compute (&values)[count]) {
-  Vector<Storage, count> stored;
-#pragma unroll
-  for (int k = 0; k < count; ++k) stored.elements[k] = narrow_device<Storage>(values[k]);
-  static_cast<Vector<Storage, count>*>(array)[vector] = stored;
 }
 
 // Elements [begin, end) of a tensor: as vectors if every array of it is aligned, else one by one.
@@ -160,12 +147,12 @@ __device__ void update(const OptimizerTensor& tensor, const void* gradient, Grad
 #pragma unroll
       for (int s = 0; s < states; ++s) state[s][k] = mine[s];
     }
-    store<Value>(tensor.values, i, param);
+    store_pack<Value>(tensor.values, i * count, param);
 #pragma unroll
-    for (int s = 0; s < states; ++s) store<Value>(tensor.state[s], i, state[s]);
+    for (int s = 0; s < states; ++s) store_pack<Value>(tensor.state[s], i * count, state[s]);
     if constexpr (can_copy) {
-      if (copy_float16) store<Half>(tensor.half_copy, i, param);
-      if (copy_bfloat16) store<BFloat16>(tensor.half_copy, i, param);
+      if (copy_float16) store_pack<Half>(tensor.half_copy, i * count, param);
+      if (copy_bfloat16) store_pack<BFloat16>(tensor.half_copy, i * count, param);
     }
   }
   for (std::int64_t i = vector_end * count + threadIdx.x; i < end; i += kThreads) {

@@ -8,7 +8,7 @@ from typing import Any
 
 POLICIES = ("mixed_float16", "mixed_bfloat16", "float32")
 DEVICE_TYPES = ("cuda", "cpu")
-HALF_REDUCTIONS = ("layer_norm", "rms_norm", "group_norm", "cross_entropy")
+HALF_REDUCTIONS = ("layer_norm", "rms_norm", "group_norm", "cross_entropy", "float32_input")
 
 
 @dataclasses.dataclass
@@ -29,8 +29,10 @@ class MixedPrecisionConfig:
         no loss scale (mixed_bfloat16) or scaling is off.
     half_reductions: which of "layer_norm", "rms_norm", "group_norm" and "cross_entropy" read half, compute in float32
         and write half (cross entropy: a float32 loss) under the mixed policies, instead of going through float32
-        copies. They are differentiable once; (), or a tuple without the one in question, gives torch's own back. A
-        list is stored as a tuple.
+        copies. "float32_input": these norms also take a float32 residual stream and write half, which the next layer
+        would cast it to; where norms are what carries the stream on (post-norm models), the stream becomes half by it.
+        They are differentiable once; (), or a tuple without the one in question, gives torch's own back. A list is
+        stored as a tuple.
     """
 
     precision_policy: str = "mixed_float16"

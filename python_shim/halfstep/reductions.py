@@ -20,12 +20,12 @@ _NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm, "group_norm": nn.G
 
 
 class HalfNorm:
-    """The `forward` of one LayerNorm, RMSNorm or GroupNorm: half in, float32 arithmetic, half out.
+    """The `forward` of one LayerNorm, RMSNorm or GroupNorm: float32 arithmetic, half out.
 
-    It acts on a strided float16 or bfloat16 input while autocast is on for the input's device, and returns the dtype of
-    the input, where autocast on CUDA returns float32 or computes in several passes. Everything else is the forward of
-    the module's class, untouched: other dtypes (a float32 residual stream stays float32), autocast off, a float64
-    weight, and what torch does better:
+    It acts on a strided input while autocast is on for the input's device. A float16 or bfloat16 input gives its own
+    dtype, where autocast on CUDA gives float32 or computes in several passes. With `float32_input` a float32 one, a
+    residual stream, gives autocast's dtype, which the next product would cast it to. Everything else is the forward of
+    the module's class, untouched: other dtypes, autocast off, a float64 weight, and what torch does better:
 
     - layer_norm and group_norm on the CPU;
     - group_norm on an input that is not contiguous, such as channels_last: torch's keeps the memory format.
@@ -34,19 +34,22 @@ class HalfNorm:
     the weights they should.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, float32_input: bool) -> None:
         self.module = module
+        self.float32_input = float32_input
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return what the module's class returns, of the input's dtype where this acts (see the class)."""
         module = self.module
-        if kwargs or len(args) != 1 or not _takes(module, args[0]):
+        if kwargs or len(args) != 1 or not _takes(module, args[0], float32_input=self.float32_input):
             return type(module).forward(module, *args, **kwargs)
+        x = args[0]
+        dtype = torch.get_autocast_dtype(x.device.type) if x.dtype is torch.float32 else x.dtype
         if isinstance(module, nn.LayerNorm):
-            return _ops.layer_norm(args[0], module.normalized_shape, module.weight, module.bias, module.eps)
+            return _ops.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps, out_dtype=dtype)
         if isinstance(module, nn.RMSNorm):
-            return _ops.rms_norm(args[0], module.normalized_shape, module.weight, module.eps)
-        return _ops.group_norm(args[0], module.num_groups, module.weight, module.bias, module.eps)
+            return _ops.rms_norm(x, module.normalized_shape, module.weight, module.eps, out_dtype=dtype)
+        return _ops.group_norm(x, module.num_groups, module.weight, module.bias, module.eps, out_dtype=dtype)
 
     @property
     def __globals__(self) -> dict[str, Any]:
@@ -57,9 +60,11 @@ class HalfNorm:
         )
 
 
-def _takes(module: nn.Module, x: Any) -> bool:
+def _takes(module: nn.Module, x: Any, *, float32_input: bool) -> bool:
     """Whether halfstep's op computes `module` on `x`."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in _HALF or x.layout is not torch.strided or x.is_nested:
+    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or x.is_nested:
+        return False
+    if x.dtype not in _HALF and not (float32_input and x.dtype is torch.float32):
         return False
     device = x.device.type
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
@@ -74,11 +79,14 @@ def _takes(module: nn.Module, x: Any) -> bool:
 def use_half_norms(model: nn.Module, names: Iterable[str]) -> None:
     """Let the norms of `model` that `names` lists, and no others, run as HalfNorm says.
 
-    names: out of "layer_norm", "rms_norm" and "group_norm"; others are none of a module's.
+    names: out of "layer_norm", "rms_norm" and "group_norm", and "float32_input", that they take float32 inputs too;
+    others are none of a module's.
     Takes modules of exactly torch's classes. Left alone are subclasses, parametrized ones, those whose `forward`
     somebody else has replaced, and all inside of torch.nn.DataParallel, whose replicas share this object.
     """
-    kinds = {_NORMS[name] for name in names if name in _NORMS}
+    names = set(names)
+    kinds = {kind for name, kind in _NORMS.items() if name in names}
+    float32_input = "float32_input" in names
     replicated = {inner for outer in model.modules() if isinstance(outer, nn.DataParallel) for inner in outer.modules()}
     for module in model.modules():
         wanted = type(module) in kinds and module not in replicated
@@ -87,7 +95,9 @@ def use_half_norms(model: nn.Module, names: Iterable[str]) -> None:
             del module.forward
             forward = None
         if wanted and forward is None:  # one that is there stays: compiled code is made for it
-            module.forward = HalfNorm(module)
+            module.forward = HalfNorm(module, float32_input=float32_input)
+        elif wanted and isinstance(forward, HalfNorm):
+            forward.float32_input = float32_input
 
 
 def remove_half_norms(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from halfstep.reductions import HalfNorm, remove_half_norms, use_half_norms
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-ALL = ("layer_norm", "rms_norm", "group_norm", "cross_entropy")
+ALL = ("layer_norm", "rms_norm", "group_norm", "cross_entropy", "float32_input")
 HALF = [torch.float16, torch.bfloat16]
 NORMS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "layer_norm": (lambda **options: nn.LayerNorm(64, **options), (32, 64)),
@@ -91,6 +91,51 @@ def test_half_out_and_never_further_from_float64_than_torchs_path(device, kind: 
         error, peer_error = ((value.double() - expected).abs().max().item() for value in (ours, torchs))
         slack = 2e-6 * expected.abs().max().item()  # float32 sums in another order
         assert error <= 1.05 * peer_error + slack, f"ours is off by {error:.3g}, torch's path by {peer_error:.3g}"
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_float32_stream_gives_half_in_one_pass(device, kind: str, dtype: torch.dtype) -> None:
+    norm, x = make(kind, device)
+    x.requires_grad_()
+    grad = torch.randn_like(x, dtype=dtype)
+    inputs = [x, *norm.parameters()]
+
+    def run(*names: str) -> list[torch.Tensor]:
+        use_half_norms(norm, names)
+        with half(device, dtype):
+            out = norm(x)
+            cast = out.to(dtype)  # torch's path: what the next product does
+        assert is_ours(out) == ("float32_input" in names)
+        assert out.dtype is (dtype if is_ours(out) else torch.float32)
+        return [cast, *torch.autograd.grad(cast, inputs, grad)]
+
+    got, peer = run(kind, "float32_input"), run(kind)
+    assert got[1].dtype is torch.float32, "the stream's gradient is float32 too"
+    wide = [value.detach().double().requires_grad_() for value in inputs]
+    reference = torch.func.functional_call(
+        copy.deepcopy(norm).double(),
+        dict(zip([name for name, _ in norm.named_parameters()], wide[1:], strict=True)),
+        wide[0],
+    )
+    exact = [reference, *torch.autograd.grad(reference, wide, grad.double())]
+    for ours, torchs, expected in zip(got, peer, exact, strict=True):
+        error, peer_error = ((value.double() - expected).abs().max().item() for value in (ours, torchs))
+        slack = 2e-6 * expected.abs().max().item()  # float32 sums in another order
+        assert error <= 1.05 * peer_error + slack, f"ours is off by {error:.3g}, torch's path by {peer_error:.3g}"
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_the_rule_for_float32_inputs_may_change_under_way(device: torch.device) -> None:
+    norm, x = make("layer_norm", device)
+    forwards = []
+    for names, dtype in ((ALL, torch.bfloat16), (("layer_norm",), torch.float32), (ALL, torch.bfloat16)):
+        use_half_norms(norm, names)
+        forwards.append(norm.__dict__["forward"])
+        with half(device):
+            assert norm(x).dtype is dtype
+    assert forwards[0] is forwards[1] is forwards[2]
 
 
 @pytest.mark.usefixtures("everywhere")
