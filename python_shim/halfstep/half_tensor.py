@@ -7,6 +7,7 @@ that writes. Which parameters these are is told to the owner, so that they have 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -40,13 +41,13 @@ class Owner(Protocol):
 class HalfTensor(torch.Tensor):
     """A half copy that knows its parameter. Results of operations are plain tensors."""
 
-    _source: tuple[Owner, nn.Parameter, torch.Tensor, int]
+    _source: tuple[Owner, nn.Parameter, torch.Tensor]
 
     @classmethod
     def of(cls, owner: Owner, parameter: nn.Parameter, half: torch.Tensor) -> HalfTensor:
         """Return what stands for the parameter."""
         tensor = half.as_subclass(cls)
-        tensor._source = (owner, parameter, half, _depth())
+        tensor._source = (owner, parameter, half)
         return tensor
 
     @classmethod
@@ -73,23 +74,32 @@ def _resolved(value: Any, reason: str) -> Any:
     source = value.__dict__.get("_source")
     if source is None:
         return value
-    owner, parameter, half, depth = source
-    # Compiled code runs without autocast too, for which it was made. That is no context that somebody has entered.
-    if not owner.applies() and depth != _depth():
+    owner, parameter, half = source
+    if not owner.applies():
         reason = AUTOCAST_OFF
+    if not reason and parameter not in owner.noted:
+        return half
     if torch._guards.TracingContext.try_get() is not None:  # a compiler looks at what the compiled code will get
         if reason == AUTOCAST_OFF:
             owner.noted.setdefault(parameter, reason)
         return half
-    if reason:
-        owner.noted.setdefault(parameter, reason)
-    return parameter if parameter in owner.noted else half
+    if _in_compiled_code():
+        return half
+    owner.noted.setdefault(parameter, reason)
+    return parameter
 
 
-def _depth() -> int:
-    """Return how many contexts of autocast have been entered."""
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+def _in_compiled_code() -> bool:
+    """Return whether code that a compiler made of a function calls. It runs without autocast, on what it was made for.
+
+    Asked for seldom, and costs a walk up the stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(("torch._functorch._aot_autograd", "torch._inductor")):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:

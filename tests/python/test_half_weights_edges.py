@@ -275,17 +275,17 @@ def test_a_region_without_weights_keeps_a_compiled_module_half(device: torch.dev
     assert torch.autocast.__enter__.__module__ == "torch.amp.autocast_mode"
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_compiled_function_takes_half_weights(device: torch.device, backend: str) -> None:
     torch._dynamo.reset()
-    product = torch.compile(lambda x, weight, bias: linear(x, weight, bias), backend=backend, fullgraph=True)
+    product = torch.compile(lambda x, weight, bias: x @ weight.t() + bias, backend=backend, fullgraph=True)
 
     class Calls(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return product(x, self.weight, self.bias)
 
     half, plain = pair(device, linear_of_width(Calls))
-    assert_alike(half, plain)
+    assert half.losses(6) == pytest.approx(plain.losses(6), rel=1e-3)
     assert half.model.middle.weight in half.half.copies
 
 
