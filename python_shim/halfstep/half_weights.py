@@ -3,7 +3,7 @@
 Autocast casts every weight in every forward pass and every weight gradient back. Here each parameter has a half copy
 that the optimizer's own pass rewrites. While a module's forward runs, its parameters are replaced by their copies;
 gradients arrive in half on the parameter itself, and the fused step reads them so. Everything outside of a step sees
-float32 parameters, and nothing of this.
+float32 parameters, and nothing of this. A parameter that a forward turns out to need in float32 loses its copy.
 """
 
 from __future__ import annotations
@@ -12,31 +12,25 @@ import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from halfstep.half_tensor import WRITTEN, HalfOf, HalfTensor, regions_without_autocast
 
 RESIDUALS = ("half", "float32")
 
 # Layers whose arithmetic autocast runs in half anyway: half copies change none of their results.
 _PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNCellBase)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# Hooks before forward that make the weight anew of other parameters.
+_REWRITERS = (SpectralNorm, WeightNorm)
 
 Place = tuple[nn.Module, str, nn.Parameter]
-
-
-class _HalfOf(torch.autograd.Function):
-    """The half copy of a parameter. The gradient goes to the parameter as it is, without a cast."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        return copy.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
 
 
 def _is_product(module: nn.Module) -> bool:
@@ -54,7 +48,8 @@ def _obstacle(module: nn.Module, parameter: nn.Parameter, device: torch.device, 
         return "weights of norms stay float32"
     if isinstance(module, nn.RNNBase):
         return f"{type(module).__name__} keeps its weights in one buffer"
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+    hooks = module._forward_pre_hooks.values()
+    if isinstance(module, nn.utils.parametrize.ParametrizationList) or any(isinstance(h, _REWRITERS) for h in hooks):
         return "it is parametrized"
     if getattr(module, "sparse", False) or getattr(module, "max_norm", None) is not None:
         return "sparse gradients and max_norm need the parameter itself"
@@ -83,29 +78,36 @@ class HalfWeights:
         self.always = always
         self.kept: dict[str, str] = {}  # qualified name: why it stays float32
         self.places: list[Place] = []
+        self._names: dict[tuple[nn.Module, str], str] = {}
         first = next(model.parameters(), None)
-        self._device = torch.device("cpu") if first is None else first.device
+        self.device = torch.device("cpu") if first is None else first.device
         reduced = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
         for prefix, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 reason = "DistributedDataParallel reads its gradient" if reduced else ""
-                reason = reason or _obstacle(module, parameter, self._device, residual)
+                reason = reason or _obstacle(module, parameter, self.device, residual)
+                self._names[module, name] = f"{prefix}.{name}" if prefix else name
                 if reason:
-                    self.kept[f"{prefix}.{name}" if prefix else name] = reason
+                    self.kept[self._names[module, name]] = reason
                 else:
                     self.places.append((module, name, parameter))
         self.copies = {
             parameter: torch.empty_like(parameter, dtype=dtype, requires_grad=False) for _, _, parameter in self.places
         }
         self.parameters = list(self.copies)
+        self.generation = 0  # how often parameters have lost their copies: what was captured before is void
         self._versions: list[int] = []
         self._stale = self.parameters  # to be copied at the start of a step, since nothing rewrites them in it
         self._written: dict[nn.Parameter, int] = {}
-        self._summed: set[nn.Parameter] = set()
-        self.accumulates = False  # several backward passes per step: their sum is kept in float32
+        self._current: dict[nn.Parameter, tuple[int, int]] = {}  # versions of parameter and copy when they were equal
+        self.noted: dict[nn.Parameter, str] = {}  # why these must be seen in float32
+        self.held: dict[nn.Parameter, list[torch.Tensor]] = {}  # gradients under way, see HalfOf
+        self._closure_hooks: list[Any] = []
         self.gradients: dict[nn.Parameter, torch.Tensor] = {}  # half, of the last step
+        self.looked = False  # whether a compiled module ran as it is in the last step
+        self._looked_into: set[Any] = set()
         self._replaced: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}  # attribute: what was and what is there
 
     def _trainable(self) -> list[nn.Parameter]:
@@ -137,6 +139,10 @@ class HalfWeights:
         if parameters:
             with torch.no_grad():
                 torch._foreach_copy_([self.copies[parameter] for parameter in parameters], parameters)
+            self._note_current(parameters)
+
+    def _note_current(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._current.update((each, (each._version, self.copies[each]._version)) for each in parameters)
 
     def refresh(self, *, everything: bool = False) -> None:
         """Copy what was changed since the last step, by its version; before the first step everything."""
@@ -148,9 +154,12 @@ class HalfWeights:
             self._copy([parameter for parameter, new, old in pairs if new != old])
         self._versions = now
 
-    def written(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Note that the optimizer has just written these parameters together with their copies."""
-        self._written.update((parameter, parameter._version) for parameter in parameters if parameter in self.copies)
+    def written(self, parameters: Iterable[nn.Parameter], copies: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Note that the optimizer has just written these parameters together with these copies."""
+        # A parameter of two models has a copy for each, and the optimizer writes one.
+        mine = [each for each in parameters if each in self.copies and copies.get(each) is self.copies[each]]
+        self._written.update((parameter, parameter._version) for parameter in mine)
+        self._note_current(mine)
 
     def stepped(self) -> None:
         """Note the versions after a step that wrote its own copies."""
@@ -162,8 +171,9 @@ class HalfWeights:
     def active(self) -> Iterator[None]:
         """Let the modules compute on the copies; afterwards everything is as it was, but for new gradients."""
         self._copy(self.parameters if self.always else self._stale)
+        self._note_current(self.parameters)
         self._written.clear()
-        self._summed.clear()
+        self.looked = False
         self.gradients = {}
         before = {parameter: parameter._version for parameter in self.parameters}
         trainable = self._trainable()
@@ -171,11 +181,13 @@ class HalfWeights:
         hooks = []
         for parameter in trainable:
             parameter.grad_dtype = None  # any
-            hooks.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
+            hooks.append(parameter.register_hook(functools.partial(self._arrived, parameter)))
         try:
             with self._installed():
                 yield
         finally:
+            self.held.clear()
+            self.end_closure()
             for hook in hooks:
                 hook.remove()
             for parameter, grad_dtype in zip(trainable, grad_dtypes, strict=True):
@@ -190,14 +202,39 @@ class HalfWeights:
             for parameter in self.parameters  # frozen ones too: a step may move them, as averages of others
             if parameter._version != self._written.get(parameter, before[parameter])
         ]
+        if self.noted:
+            self._keep_noted()
 
-    def _accumulated(self, parameter: nn.Parameter) -> None:
-        """After a backward pass has added its gradient: half for one pass, a float32 sum for several."""
-        if parameter in self._summed:
-            self.accumulates = True
-        self._summed.add(parameter)
-        if self.accumulates:
-            self.to_float32([parameter])
+    def _keep_noted(self) -> None:
+        """Drop the copies of the parameters that must be seen in float32."""
+        for module, name, parameter in self.places:
+            if parameter in self.noted:
+                self.kept[self._names[module, name]] = self.noted[parameter]
+        self.places = [place for place in self.places if place[2] not in self.noted]
+        self.copies = {parameter: copy for parameter, copy in self.copies.items() if parameter not in self.noted}
+        self.parameters = list(self.copies)
+        self._stale = [parameter for parameter in self._stale if parameter in self.copies]
+        self._versions = []
+        self.noted.clear()
+        self.generation += 1
+
+    def _arrived(self, parameter: nn.Parameter, grad: torch.Tensor) -> None:
+        """Before a backward pass adds its gradient to .grad: a sum is float32."""
+        self.held.pop(parameter, None)
+        self.to_float32([parameter])
+
+    def begin_closure(self) -> None:
+        """Let backward passes leave float32 gradients: an optimizer that torch steps makes them itself."""
+        self._closure_hooks += [
+            parameter.register_post_accumulate_grad_hook(lambda parameter: self.to_float32([parameter]))
+            for parameter in self._trainable()
+        ]
+
+    def end_closure(self) -> None:
+        """Let gradients be half again."""
+        for hook in self._closure_hooks:
+            hook.remove()
+        self._closure_hooks.clear()
 
     def to_float32(self, parameters: Iterable[torch.Tensor]) -> None:
         """Turn the half gradients of these parameters into float32 ones, for whoever else reads them."""
@@ -206,31 +243,50 @@ class HalfWeights:
             if parameter in self.copies and grad is not None and grad.dtype is self.dtype:
                 parameter.grad = grad.float()
 
-    def _applies(self) -> bool:
-        kind = self._device.type
+    def applies(self) -> bool:
+        """Return whether autocast computes in the copies' dtype here."""
+        kind = self.device.type
         return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is self.dtype
 
+    def _half_of(self, parameter: nn.Parameter, *, plain: bool) -> torch.Tensor:
+        """Return what stands for the parameter in a forward. plain: a tensor of torch's own class."""
+        copy = self.copies[parameter]
+        half = HalfOf.apply(parameter, copy, self) if parameter.requires_grad and torch.is_grad_enabled() else copy
+        return half if plain else HalfTensor.of(self, parameter, half)
+
     @contextlib.contextmanager
-    def _swapped(self, places: list[Place]) -> Iterator[None]:
-        if not self._applies():
+    def _swapped(self, places: list[Place], *, plain: bool = False) -> Iterator[None]:
+        if not self.applies():
             yield
             return
-        half: dict[nn.Parameter, torch.Tensor] = {}
-        swapped: list[Place] = []
-        for module, name, parameter in places:
-            if module._parameters.get(name) is not parameter:
-                continue  # an outer forward has done it
-            if parameter not in half:
-                needs_grad = parameter.requires_grad and torch.is_grad_enabled()
-                copy = self.copies[parameter]
-                half[parameter] = _HalfOf.apply(parameter, copy) if needs_grad else copy
+        # An outer forward may have replaced some already.
+        swapped = [
+            place for place in places if place[0]._parameters.get(place[1]) is place[2] and place[2] not in self.noted
+        ]
+        parameters = dict.fromkeys(parameter for _, _, parameter in swapped)
+        # Changed earlier in this step, and not by the fused optimizer.
+        self._copy([each for each in parameters if each._version != self._current[each][0]])
+        half = {parameter: self._half_of(parameter, plain=plain) for parameter in parameters}
+        for module, name, parameter in swapped:
             module._parameters[name] = half[parameter]
-            swapped.append((module, name, parameter))
         try:
             yield
         finally:
             for module, name, parameter in swapped:
-                module._parameters[name] = parameter
+                if module._parameters.get(name) is half[parameter]:
+                    module._parameters[name] = parameter
+            self._refuse_lost_writes(swapped)
+
+    def _refuse_lost_writes(self, places: list[Place]) -> None:
+        """Raise if a forward has written to a copy in a way that could not be led to the parameter."""
+        for module, name, parameter in places:
+            if self.copies[parameter]._version != self._current[parameter][1]:
+                self.noted[parameter] = WRITTEN
+                raise RuntimeError(
+                    f"{self._names[module, name]} was written within forward, through a view of it or in compiled "
+                    "code. That went to its half copy and is lost. From the next call on the parameter has no half "
+                    "copy; capture(..., half_weights=False) gives copies to none."
+                )
 
     @contextlib.contextmanager
     def _installed(self) -> Iterator[None]:
@@ -274,15 +330,25 @@ class HalfWeights:
                 module.__dict__[name] = value
 
     def _call_compiled(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a compiled module with all parameters below it replaced, and nothing else within it."""
+        """Call a compiled module with all parameters below it replaced, and nothing else within it.
+
+        Where it leaves autocast, it first runs once as it is, to find out which parameters are used there.
+        """
         below = set(module.modules())
         keys = [key for key in self._replaced if key[0] in below]
+        places = [place for place in self.places if place[0] in below]
+        kind = module, module.training, torch.is_grad_enabled()
+        look = bool(places) and self.applies() and kind not in self._looked_into
         self._put(keys, 0)
         try:
-            with self._swapped([place for place in self.places if place[0] in below]):
+            regions = regions_without_autocast(self) if look else contextlib.nullcontext()
+            with self._swapped(places, plain=True), regions:
                 return call(*args, **kwargs)
         finally:
             self._put(keys, 1)
+        self._looked_into.add(kind)
+        self.looked = True
+        return module._call_impl(*args, **kwargs)
 
 
 class _Forward:

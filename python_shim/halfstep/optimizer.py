@@ -120,7 +120,7 @@ class FusedStep:
         self, optimizer: torch.optim.Optimizer, half_copies: Mapping[torch.Tensor, torch.Tensor] | None = None
     ) -> None:
         self.parts: list[Part] = []
-        self._half_copies = half_copies or {}
+        self.half_copies = half_copies or {}
         self._objects: list[Any] = []  # what the parts were made of
         self._layout: list[Any] = []
         self._reason = ""
@@ -187,7 +187,7 @@ class FusedStep:
                     max_norm or 0.0,
                 )
 
-        stepped = [part.params[i] for part in self.parts for i in part.fused.collected()] if self._half_copies else []
+        stepped = [part.params[i] for part in self.parts for i in part.fused.collected()] if self.half_copies else []
         torch.optim.Optimizer.profile_hook_step(apply)(optimizer)
         optimizer._opt_called = True  # or LRScheduler.step() warns
         return stepped
@@ -260,7 +260,7 @@ class FusedStep:
             del counts[gone]
         try:
             for part in parts.values():
-                part.build(self._half_copies)
+                part.build(self.half_copies)
         except (TypeError, ValueError, RuntimeError) as error:
             self._reason = str(error).splitlines()[0]
         self.parts = list(parts.values())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from halfstep.arguments import UnsupportedArgument, flatten, rebuild
 from halfstep.half_weights import HalfWeights
@@ -41,7 +41,10 @@ class Recorder:
         before = getattr(current, "recorder", None)
         if before is not None:
             raise RuntimeError("a captured step was called within a captured step")
-        hook = register_optimizer_step_pre_hook(self._before_step)
+        hooks = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
         current.recorder = self
         try:
             with contextlib.ExitStack() as stack:
@@ -50,7 +53,8 @@ class Recorder:
                 yield
         finally:
             current.recorder = None
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def fused_step(self, optimizer: torch.optim.Optimizer) -> FusedStep:
         """Return the fused step that belongs to this step."""
@@ -71,9 +75,10 @@ class Recorder:
 
     def stepped(self, parameters: list[torch.Tensor]) -> None:
         """Note which parameters, and their copies with them, the fused step has written."""
+        copies = self._fused[self._stepping].half_copies
         self._stepping = None
         for half in self._half:
-            half.written(parameters)
+            half.written(parameters, copies)
 
     def before_unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer float32 gradients."""
@@ -82,8 +87,17 @@ class Recorder:
             half.to_float32(parameters)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is not self._stepping:
-            self.before_unscale(optimizer)
+        if optimizer is self._stepping:
+            return
+        self.before_unscale(optimizer)
+        if any(value is not None for value in (*args[1:2], kwargs.get("closure"))):
+            self.reason = f"{type(optimizer).__name__} is stepped with a closure"
+            for half in self._half:
+                half.begin_closure()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for half in self._half:
+            half.end_closure()
 
 
 class Watch:

@@ -94,8 +94,20 @@ class StepGraph:
         self._half = self._make_half()
         for half in self._half:
             half.refresh(everything=True)  # `parameter.data = other` moves a parameter without a new version
+        self._generations = self._generations_now()
         self._watch = Watch([training.model for training in self._trainings])
         self._set = self._settings()
+
+    def _generations_now(self) -> list[int]:
+        return [half.generation for half in self._half]
+
+    def _changed(self) -> str:
+        """Return "" or what has changed that all captures are made of."""
+        if self._settings() is not self._set:
+            return "the manager's settings changed"
+        if self._generations_now() != self._generations:
+            return "a parameter has no half copy any more"
+        return self._watch.changed()
 
     # ------------------------------------------------------------------------------------------------------- calls
 
@@ -104,7 +116,7 @@ class StepGraph:
         tensors: list[torch.Tensor] = []
         key = self._key((args, kwargs), tensors)
         entry = self._entries.get(key)
-        changed = self._watch.changed() or ("" if self._settings() is self._set else "the manager's settings changed")
+        changed = self._changed()
         if not changed and entry is not None and entry.graph is not None:
             changed = entry.graph.outdated()
         if changed:
@@ -162,7 +174,8 @@ class StepGraph:
             last = entry.warm == self._warmup - 1
             with self._beside(), _noticed_waits(last) as waits, recorder.recording():
                 result = detached(self._step(*args, **kwargs))
-            entry.warm += 1
+            if not any(half.looked for half in self._half):  # else a compiler has not run yet
+                entry.warm += 1
             if recorder.reason:
                 entry.reason = recorder.reason
             elif waits:

@@ -252,12 +252,6 @@ def test_several_backward_passes_are_summed_in_float32(device: torch.device) -> 
             return loss.detach()
 
         run.step = run.manager.capture(accumulating, residual="float32") if run is runs[0] else accumulating
-    first, second = runs[0].losses(1), runs[1].losses(1)
-    assert first == second
-    assert runs[0].half.accumulates
-    for run in runs:  # the very first step has learned it in its second pass; from here on the bits are equal
-        run.model.load_state_dict(runs[1].model.state_dict())
-        run.optimizer.load_state_dict(copy.deepcopy(runs[1].optimizer.state_dict()))
     assert runs[0].losses(6) == runs[1].losses(6)
     assert same_parameters(*runs)
 
