@@ -2,6 +2,7 @@
 #include "halfstep/torch/optimizer.h"
 
 #include <numeric>
+#include <utility>
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -29,6 +30,11 @@ using torch_ops::to_dtype;
 
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return a.sizes() == b.sizes() && (a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous()));
+}
+
+// Tensor::grad() without its warning for tensors that are no leaves, which costs a virtual call a parameter.
+const at::Tensor& gradient_of(const at::Tensor& param) {
+  return std::as_const(*param.unsafeGetTensorImpl()).grad();
 }
 
 // "" or what keeps the fused step from this parameter's gradient.
@@ -78,8 +84,10 @@ void check_control(const char* op, at::Device device, const OptionalTensor& foun
 
 // The device's table and what it holds. On the CPU there is none: rows are read where they are.
 struct FusedOptimizer::Table {
-  void step(OptimizerKind kind, at::Device device, std::vector<OptimizerTensor> rows,
-            std::vector<const void*> gradients, const std::vector<OptimizerGroup>& groups, const StepControl& control) {
+  // Takes rows and gradients where they are others than in the step before, and leaves those of then in their place.
+  void step(OptimizerKind kind, at::Device device, std::vector<OptimizerTensor>& rows,
+            std::vector<const void*>& gradients, const std::vector<OptimizerGroup>& groups,
+            const StepControl& control) {
     if (device.is_cpu()) {
       cpu::optimizer_step(kind, rows, gradients, groups, control, torch_ops::TorchExecutor());
       return;
@@ -108,12 +116,12 @@ struct FusedOptimizer::Table {
     if (rows != rows_) {
       rows_.clear();
       table_->set_tensors(kind, rows, copies);
-      rows_ = std::move(rows);
+      rows_.swap(rows);
     }
     if (gradients != gradients_) {
       gradients_.clear();
       table_->set_gradients(gradients, copies);
-      gradients_ = std::move(gradients);
+      gradients_.swap(gradients);
     }
     set_groups(groups, copies);
     cuda::optimizer_step(kind, *table_, control, {stream.stream()});
@@ -183,26 +191,34 @@ void FusedOptimizer::forget() {
   gradients_.clear();
   views_.clear();
   copies_.clear();
+  reordered_.clear();
+}
+
+void FusedOptimizer::take(std::size_t position, const at::Tensor& grad) {
+  if (!same_layout(grad, params_[position])) reordered_.push_back(views_.size());
+  positions_.push_back(static_cast<std::int64_t>(position));
+  gradients_.push_back(grad.unsafeGetTensorImpl());
+  views_.push_back({grad.unsafeGetTensorImpl()->mutable_data(), grad.numel(), *to_dtype(grad.scalar_type())});
 }
 
 // Gradients in another memory order than their parameter's are copied into it.
-void FusedOptimizer::take(std::size_t position, const at::Tensor& grad) {
-  const at::Tensor& param = params_[position];
-  const bool in_place = same_layout(grad, param);
-  if (!in_place) copies_.push_back(at::empty_like(param, grad.options()).copy_(grad));
-  const at::Tensor& mine = in_place ? grad : copies_.back();
-  positions_.push_back(static_cast<std::int64_t>(position));
-  gradients_.push_back(grad.unsafeGetTensorImpl());
-  views_.push_back({const_cast<void*>(mine.const_data_ptr()), mine.numel(), *to_dtype(mine.scalar_type())});
+void FusedOptimizer::reorder(const std::function<const at::Tensor&(std::size_t)>& gradient) {
+  const at::NoGradGuard no_grad;
+  for (const std::size_t k : std::exchange(reordered_, {})) {
+    const auto position = static_cast<std::size_t>(positions_[k]);
+    const at::Tensor& grad = gradient(position);
+    copies_.push_back(at::empty_like(params_[position], grad.options()).copy_(grad));
+    views_[k].data = copies_.back().data_ptr();
+  }
 }
 
 std::string FusedOptimizer::collect(bool allow_float16) {
   forget();
   from_parameters_ = true;
   for (const at::Tensor& param : idle_)
-    if (param.grad().defined()) return kNoLongerIdle;
-  for (std::size_t i = 0; i < params_.size(); ++i) {  // all of them before one is copied
-    const at::Tensor& grad = params_[i].grad();
+    if (gradient_of(param).defined()) return kNoLongerIdle;
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    const at::Tensor& grad = gradient_of(params_[i]);
     if (!grad.defined()) continue;
     // Torch's own step knows what to do with a subclass, such as a sharded gradient.
     const bool subclass = grad.key_set().has(c10::DispatchKey::Python);
@@ -210,19 +226,21 @@ std::string FusedOptimizer::collect(bool allow_float16) {
     // A float16 gradient of a float32 parameter was asked for, by the parameter's grad_dtype.
     const bool float16 = grad.scalar_type() == at::kHalf && params_[i].scalar_type() == at::kHalf;
     if (reason.empty() && !allow_float16 && float16) reason = "its gradient is Half";
-    if (!reason.empty()) return c10::str("parameter ", i, ": ", reason);
+    if (!reason.empty()) {
+      forget();
+      return c10::str("parameter ", i, ": ", reason);
+    }
+    take(i, grad);
   }
-  const at::NoGradGuard no_grad;
-  for (std::size_t i = 0; i < params_.size(); ++i)
-    if (const at::Tensor& grad = params_[i].grad(); grad.defined()) take(i, grad);
+  reorder([this](std::size_t position) -> const at::Tensor& { return gradient_of(params_[position]); });
   return "";
 }
 
 void FusedOptimizer::set_gradients(at::TensorList grads) {
   forget();
   from_parameters_ = false;
-  const at::NoGradGuard no_grad;
   for (std::size_t i = 0; i < grads.size(); ++i) take(i, grads[i]);
+  reorder([grads](std::size_t position) -> const at::Tensor& { return grads[position]; });
 }
 
 void FusedOptimizer::set_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies) {
@@ -275,17 +293,15 @@ void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const Optio
 #ifdef HALFSTEP_CUDA
   const c10::cuda::OptionalCUDAGuard guard(device().is_cuda() ? std::optional(device()) : std::nullopt);
 #endif
-  std::vector<OptimizerTensor> rows;
-  std::vector<const void*> addresses;
-  rows.reserve(positions_.size());
-  addresses.reserve(positions_.size());
+  rows_.clear();
+  addresses_.clear();
   for (std::size_t k = 0; k < positions_.size(); ++k) {
     const auto i = static_cast<std::size_t>(positions_[k]);
-    TORCH_CHECK(!from_parameters_ || params_[i].grad().unsafeGetTensorImpl() == gradients_[k],
+    TORCH_CHECK(!from_parameters_ || gradient_of(params_[i]).unsafeGetTensorImpl() == gradients_[k],
                 "FusedOptimizer: the gradient of parameter ", i, " was replaced between collect() and step()");
     // Addresses are looked up in each step: `param.data = other` moves them.
     const auto address = [](const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->mutable_data(); };
-    OptimizerTensor row{};
+    OptimizerTensor& row = rows_.emplace_back();
     row.values = address(params_[i]);
     for (std::size_t s = 0; s < 3; ++s)
       if (!states_[s].empty()) row.state[s] = address(states_[s][i]);
@@ -298,11 +314,9 @@ void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const Optio
     row.group = static_cast<std::int32_t>(groups_[i]);
     row.dtype = *to_dtype(params_[i].scalar_type());
     row.gradient_dtype = views_[k].dtype;
-    rows.push_back(row);
-    addresses.push_back(views_[k].data);
+    addresses_.push_back(views_[k].data);
   }
-  table_->step(kind_, device(), std::move(rows), std::move(addresses), groups,
-               make_control(found, scale, norm, max_norm));
+  table_->step(kind_, device(), rows_, addresses_, groups, make_control(found, scale, norm, max_norm));
   // States need no new version: nothing that requires a gradient is computed from them.
   for (const std::int64_t position : positions_) {
     const auto i = static_cast<std::size_t>(position);

@@ -21,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from halfstep.half_tensor import WRITTEN, HalfOf, HalfTensor, regions_without_autocast
+from halfstep.reductions import float32_stream_kept
 
 RESIDUALS = ("half", "float32")
 
@@ -182,8 +183,9 @@ class HalfWeights:
         for parameter in trainable:
             parameter.grad_dtype = None  # any
             hooks.append(parameter.register_hook(functools.partial(self._arrived, parameter)))
+        stream = float32_stream_kept(self.model) if self.residual == "float32" else contextlib.nullcontext()
         try:
-            with self._installed():
+            with stream, self._installed():
                 yield
         finally:
             self.held.clear()

@@ -11,7 +11,7 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ _library.load_library()
 _KINDS = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd"}
 _STEPS = {kind: kind.step for kind in _KINDS}  # before torch has put its hooks around them
 _NO_LONGER_IDLE = "no longer idle"
+_END = object()
 _fused_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, FusedStep] = weakref.WeakKeyDictionary()
 # SGD keeps no step count; its first applied step writes the momentum buffer in another way than later ones.
 # Per optimizer: id(buffer): (buffer, applied steps).
@@ -121,7 +122,7 @@ class FusedStep:
     ) -> None:
         self.parts: list[Part] = []
         self.half_copies = half_copies or {}
-        self._objects: list[Any] = []  # what the parts were made of
+        self._objects: list[Any] = [None]  # what the parts were made of: nothing
         self._layout: list[Any] = []
         self._reason = ""
         self._hyperparameters: Any = None  # those that a captured step reads
@@ -148,10 +149,8 @@ class FusedStep:
 
     def is_outdated(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether parameters, states or their layout are others than this was made of."""
-        # Objects by identity: == would compare the tensors' values.
-        now, before = _objects(optimizer), self._objects
-        same = len(now) == len(before) and all(map(operator.is_, now, before))
-        return not same or _layout(optimizer) != self._layout
+        # Objects by identity: == would compare the tensors' values. _END tells a list from a longer one.
+        return not all(map(operator.is_, _objects(optimizer), self._objects)) or _layout(optimizer) != self._layout
 
     def _collect_parts(self, allow_float16: bool) -> str:
         if self._reason:
@@ -235,7 +234,7 @@ class FusedStep:
                 elif param.device.type not in ("cpu", "cuda"):
                     self._reason = f"{name} is on {param.device}"
                 if self._reason:
-                    self._objects, self._layout = _objects(optimizer), _layout(optimizer)
+                    self._objects, self._layout = list(_objects(optimizer)), _layout(optimizer)
                     return
                 state = optimizer.state.get(param) or {}
                 part = parts.setdefault((param.device, keys), Part(kind, param.device))
@@ -264,7 +263,7 @@ class FusedStep:
         except (TypeError, ValueError, RuntimeError) as error:
             self._reason = str(error).splitlines()[0]
         self.parts = list(parts.values())
-        self._objects, self._layout = _objects(optimizer), _layout(optimizer)
+        self._objects, self._layout = list(_objects(optimizer)), _layout(optimizer)
 
     def _applied(self, state: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
         """Return SGD's count of applied steps, kept with the momentum buffer that it is about."""
@@ -349,12 +348,13 @@ def _state_keys(kind: str, group: dict[str, Any]) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
-def _objects(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Return all parameters and all that their states hold."""
-    return [
-        *itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups),
-        *itertools.chain.from_iterable(map(dict.values, optimizer.state.values())),
-    ]
+def _objects(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    """Return all parameters, all that their states hold, and _END."""
+    return itertools.chain(
+        *(group["params"] for group in optimizer.param_groups),
+        itertools.chain.from_iterable(map(dict.values, optimizer.state.values())),
+        (_END,),
+    )
 
 
 def _layout(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -98,6 +99,20 @@ def use_half_norms(model: nn.Module, names: Iterable[str]) -> None:
             module.forward = HalfNorm(module, float32_input=float32_input)
         elif wanted and isinstance(forward, HalfNorm):
             forward.float32_input = float32_input
+
+
+@contextlib.contextmanager
+def float32_stream_kept(model: nn.Module) -> Iterator[None]:
+    """Leave norms of float32 inputs to torch, which returns float32: where norms carry the residual stream on."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    acting = [forward for forward in forwards if isinstance(forward, HalfNorm) and forward.float32_input]
+    for forward in acting:
+        forward.float32_input = False
+    try:
+        yield
+    finally:
+        for forward in acting:
+            forward.float32_input = True
 
 
 def remove_half_norms(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
-from halfstep import MixedPrecisionConfig, MixedPrecisionManager
+from halfstep import MixedPrecisionConfig, MixedPrecisionManager, reductions
 from torch import nn
 
 WORDS, WIDTH, LENGTH = 40, 32, 8
@@ -52,9 +52,10 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad], lr=1e-2
         )
-        self.manager = MixedPrecisionManager(
-            framework="pytorch", config=MixedPrecisionConfig(precision_policy="mixed_bfloat16")
-        )
+        config = MixedPrecisionConfig(precision_policy="mixed_bfloat16")
+        if not capture:  # a float32 stream stays one, as under autocast and with residual="float32"
+            config.half_reductions = config.half_reductions[:-1]
+        self.manager = MixedPrecisionManager(framework="pytorch", config=config)
         _, _, self.scaler = self.manager.setup_pytorch_training(self.model, self.optimizer)
         self.words = torch.randint(0, WORDS, (4, LENGTH), device=device)
         self.targets = (self.words * 7 + 3) % WORDS
@@ -498,3 +499,30 @@ def test_compiled_models_compute_on_copies_in_one_graph(device: torch.device, ho
     assert counter.frame_count == 1
     assert copies_match(run)
     assert run.model.block.linear1.weight in run.half.gradients
+
+
+class Stream(nn.Module):
+    """A residual stream that norms carry on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear, self.head = (
+            nn.Embedding(WORDS, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WORDS),
+        )
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(words)
+        self.stream = self.norm(hidden + self.linear(hidden))
+        return self.head(self.stream)
+
+
+def test_norms_pass_a_float32_residual_on_in_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reductions, "_FASTER_ON_CPU", (nn.Module,))
+    run = Run(device, Stream(), residual="float32")
+    run.step()
+    assert run.model.stream.dtype is torch.float32
+    run.train()
+    assert run.model.stream.dtype is torch.bfloat16, "outside of the step the rule of the policy stands"

@@ -1,6 +1,7 @@
 // Adam, AdamW and SGD in one pass, with unscaling, clipping and skipping folded in (contract: halfstep/optimizer.h).
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -85,6 +86,7 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
  private:
   struct Table;
   void take(std::size_t position, const at::Tensor& grad);
+  void reorder(const std::function<const at::Tensor&(std::size_t)>& gradient);
   void forget();
   bool from_parameters_ = true;  // collect(), not set_gradients()
 
@@ -97,7 +99,11 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   std::vector<std::int64_t> positions_;
   std::vector<const at::TensorImpl*> gradients_;
   std::vector<TensorView> views_;
+  std::vector<std::size_t> reordered_;  // positions in views_
   std::vector<at::Tensor> copies_;
+  // Of a step, kept for their memory alone.
+  std::vector<OptimizerTensor> rows_;
+  std::vector<const void*> addresses_;
   std::shared_ptr<Table> table_;
 };
 
