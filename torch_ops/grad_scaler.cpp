@@ -1,8 +1,9 @@
 // halfstep::GradScaler for torch::optim. Contract: halfstep/torch/scaling.h.
-#include <algorithm>
+#include <typeinfo>
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/ones.h>
+#include <c10/util/Type.h>
 #include <torch/nn/utils/clip_grad.h>
 #include <torch/optim/optimizer.h>
 #include <torch/serialize/archive.h>
@@ -74,7 +75,8 @@ void GradScaler::unscale_(torch::optim::Optimizer& optimizer) {
 // The step by halfstep's kernels; nullopt, and nothing done, where torch must take it.
 std::optional<StepResult> GradScaler::fused_step(torch::optim::Optimizer& optimizer, std::optional<double> max_norm) {
   if (!torch_ops::TorchOptimStep::supports(optimizer)) return std::nullopt;
-  TORCH_CHECK(!capturing_ || fused_.contains(&optimizer), "the optimizer was not stepped before the capture");
+  TORCH_CHECK(!capturing_ || fused_.contains(&optimizer),
+              "an optimizer is stepped for the first time, or StepGraph was not given it");
   auto& fused = fused_[&optimizer];
   if (!fused) fused = std::make_unique<torch_ops::TorchOptimStep>();
   if (!fused->collect(optimizer, options_.allow_fp16_gradients).empty()) {
@@ -187,9 +189,12 @@ void GradScaler::load(torch::serialize::InputArchive& archive) {
 
 // ------------------------------------------------------------------------------------------------- in a CUDA graph
 
-CapturedOptimizers::CapturedOptimizers(GradScaler& scaler)
+CapturedOptimizers::CapturedOptimizers(GradScaler& scaler, const std::vector<torch::optim::Optimizer*>& optimizers)
     : scaler_(scaler), state_(scaler.state_), rule_(scaler.state_->rule()) {
-  for (const auto& [optimizer, step] : scaler.fused_) steps_.emplace(optimizer, step->for_capture(*optimizer));
+  // Only these: others that the scaler has ever stepped may be gone.
+  for (torch::optim::Optimizer* const optimizer : optimizers)
+    if (const auto known = scaler.fused_.find(optimizer); known != scaler.fused_.end())
+      steps_.try_emplace(optimizer, known->second->for_capture(*optimizer));
 }
 
 CapturedOptimizers::~CapturedOptimizers() = default;
@@ -215,10 +220,22 @@ void CapturedOptimizers::leave(bool keep) {
   norm_.clear();
 }
 
-bool CapturedOptimizers::outdated() const {
-  if (scaler_.state_ != state_ || !(state_->rule() == rule_)) return true;
-  return std::any_of(steps_.begin(), steps_.end(),
-                     [](const auto& entry) { return entry.second->outdated(*entry.first); });
+bool CapturedOptimizers::awaits_update(const GradScaler& scaler) {
+  return !scaler.optimizers_.empty() || !scaler.state_->found_.empty();
+}
+
+std::int64_t CapturedOptimizers::steps(const GradScaler& scaler, torch::optim::Optimizer& optimizer) {
+  const auto known = scaler.fused_.find(&optimizer);
+  return known == scaler.fused_.end() ? -1 : known->second->steps();
+}
+
+std::string CapturedOptimizers::outdated() const {
+  if (scaler_.state_ != state_) return "the scaler's state was loaded or replaced";
+  if (!(state_->rule() == rule_)) return "the scaler's rule changed";
+  for (const auto& [optimizer, step] : steps_)
+    if (step->outdated(*optimizer))
+      return "parameters, states or groups of " + c10::demangle(typeid(*optimizer).name()) + " changed";
+  return "";
 }
 
 void CapturedOptimizers::follow() {

@@ -226,6 +226,7 @@ void TorchOptimStep::step(Optimizer& optimizer, const at::Tensor& found, const s
       part->fused->step(groups, near(found), near_if(scale), near_if(norm), max_norm);
     }
   });
+  ++steps_;
   if (!for_capture_) count_on_host(optimizer);  // a capture steps nothing
 }
 

@@ -26,6 +26,7 @@ class TorchOptimStep {
   // Finds the gradients of now. "" or why torch must take this step; nothing has changed then.
   std::string collect(torch::optim::Optimizer& optimizer, bool allow_float16);
   bool has_gradients() const;
+  std::int64_t steps() const { return steps_; }  // taken by this object, skipped and captured ones among them
 
   struct Checked {
     std::vector<at::Tensor> found, norm;  // one per part
@@ -69,6 +70,7 @@ class TorchOptimStep {
   void count_on_host(torch::optim::Optimizer& optimizer);
 
   bool for_capture_ = false;
+  std::int64_t steps_ = 0;
   std::vector<std::shared_ptr<Part>> parts_;
   std::shared_ptr<std::vector<Seen>> seen_ = std::make_shared<std::vector<Seen>>();  // one for all copies
 };

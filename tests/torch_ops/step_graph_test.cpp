@@ -151,6 +151,9 @@ TEST_P(StepGraphs, RefuseWhatCannotBe) {
   StepGraphOptions none;
   none.warmup = 0;
   EXPECT_NE(message_of([&] { StepGraph(scaler, {&adam}, step, none); }).find("warmup is 0"), std::string::npos);
+  StepGraphOptions null;
+  null.modules.push_back(nullptr);
+  EXPECT_NE(message_of([&] { StepGraph(scaler, {&adam}, step, null); }).find("a module is null"), std::string::npos);
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, StepGraphs, testing::Values(at::kCPU, at::kCUDA), test::device_name);

@@ -160,19 +160,27 @@ class HALFSTEP_API GradScaler {
   std::unordered_map<const torch::optim::Optimizer*, PerOptimizer> optimizers_;
 };
 
-// What a captured step holds of a scaler and of the optimizers that the scaler has stepped: tables of their own. For
-// StepGraph (halfstep/torch/step_graph.h), which a program uses instead.
+// What a captured step holds of a scaler and of those of its optimizers that the scaler has stepped: tables of their
+// own. For StepGraph (halfstep/torch/step_graph.h), which a program uses instead.
 class HALFSTEP_API CapturedOptimizers {
  public:
-  explicit CapturedOptimizers(GradScaler& scaler);  // after a step, before the capture
+  // After a step, before the capture.
+  CapturedOptimizers(GradScaler& scaler, const std::vector<torch::optim::Optimizer*>& optimizers);
   CapturedOptimizers(const CapturedOptimizers&) = delete;
   CapturedOptimizers& operator=(const CapturedOptimizers&) = delete;
   ~CapturedOptimizers();
 
+  // Whether checks of gradients or steps wait for the scaler's update().
+  static bool awaits_update(const GradScaler& scaler);
+  // How many steps of this optimizer halfstep's kernels have taken for the scaler; -1 if it never came to that. While
+  // entered: in the capture.
+  static std::int64_t steps(const GradScaler& scaler, torch::optim::Optimizer& optimizer);
+
   void enter();           // the scaler's next steps are captured
   void leave(bool keep);  // as before; without `keep` nothing of what the scaler has noted since enter() remains
-  bool outdated() const;  // rule, parameters, states or groups are others than the captured ones
-  void follow();          // before a replay: hyperparameters of now, and one step more on the host
+  // "" or what is another than the captured one: the scaler's state or rule, an optimizer's parameters, states, groups.
+  std::string outdated() const;
+  void follow();  // before a replay: hyperparameters of now, and one step more on the host
 
  private:
   GradScaler& scaler_;
