@@ -119,6 +119,7 @@ def clean_up() -> None:
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream, or they count in the next variant's peak
         torch.cuda.empty_cache()
 
 

@@ -15,8 +15,10 @@ class UnsupportedArgument(TypeError):
 def flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
     """Append the tensors in `value` and return all the rest of it, with their shapes, as something to compare by."""
     if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or value.is_nested:
+            raise UnsupportedArgument(f"it has a tensor of layout {value.layout}, nested or not")
         tensors.append(value)
-        return value.shape, value.stride(), value.dtype, value.device
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     kind = type(value)
     if isinstance(value, (tuple, list)):
         return kind, tuple([flatten(item, tensors) for item in value])

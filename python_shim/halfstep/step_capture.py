@@ -101,29 +101,32 @@ class Recorder:
 
 
 class Watch:
-    """The parameters and buffers of models: which objects they are, where they lie and whether they are trained."""
+    """Modules, parameters and buffers of models: which objects they are, where they lie, whether they are trained."""
 
     def __init__(self, models: list[torch.nn.Module]) -> None:
-        modules = [module for model in models for module in model.modules()]
-        self._slots = [
-            (held, name, tensor)
-            for module in modules
-            for held in (module._parameters, module._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
+        self._modules = [module for model in models for module in model.modules()]
+        self._held = [
+            held for module in self._modules for held in (module._parameters, module._buffers, module._modules)
         ]
+        self._slots = [(held, name, value) for held in self._held for name, value in held.items()]
         self.parameters = list({parameter: None for model in models for parameter in model.parameters()})
-        self._tensors = [tensor for _, _, tensor in self._slots]
+        self._tensors = [value for _, _, value in self._slots if isinstance(value, torch.Tensor)]
         self._now = self._look()
+
+    def modes(self) -> tuple[bool, ...]:
+        """Return which modules are in training mode."""
+        return tuple([module.training for module in self._modules])
 
     def _look(self) -> tuple[list[int], list[bool]]:
         return list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_requires_grad, self.parameters))
 
     def changed(self) -> str:
         """Return "" or what has changed."""
-        for held, name, tensor in self._slots:
-            if held.get(name) is not tensor:
+        for held, name, value in self._slots:
+            if held.get(name) is not value:
                 return f"{name} was replaced"
+        if sum(map(len, self._held)) != len(self._slots):
+            return "a module, parameter or buffer was added"
         pointers, trained = self._look()
         if pointers != self._now[0]:
             return "a parameter or buffer has moved"

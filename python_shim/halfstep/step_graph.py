@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import warnings
@@ -79,7 +80,7 @@ class StepGraph:
             self._stream = torch.cuda.Stream(self._device)
         self._entries: dict[Any, _Entry] = {}
         self._fused: FusedSteps = {}  # of the steps that are not replayed
-        self._restarts: list[str] = []
+        self._restarts: collections.deque[str] = collections.deque(maxlen=5)
         self.captures = 0
         self.replays = 0
         self._start()
@@ -113,21 +114,24 @@ class StepGraph:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Train one step."""
+        changed = self._changed()
+        if changed:
+            self.reset(changed)
         tensors: list[torch.Tensor] = []
         key = self._key((args, kwargs), tensors)
         entry = self._entries.get(key)
-        changed = self._changed()
-        if not changed and entry is not None and entry.graph is not None:
-            changed = entry.graph.outdated()
-        if changed:
-            self.reset(changed)
+        outdated = entry.graph.outdated() if entry is not None and entry.graph is not None else ""
+        if outdated:
+            self.reset(outdated)
             entry = None
         if entry is None:
             entry = self._entries[key] = _Entry(describe((args, kwargs)), self._obstacle(key, tensors))
         for half in self._half:
             half.refresh()
         if entry.graph is None and not entry.reason and entry.warm >= self._warmup:
-            self._capture(entry, (args, kwargs))
+            entry.reason = self._no_room()  # shapes may have warmed up side by side
+            if not entry.reason:
+                self._capture(entry, (args, kwargs))
         if entry.graph is None:
             return self._run(entry, args, kwargs)
         self.replays += 1
@@ -143,7 +147,7 @@ class StepGraph:
     def _key(self, arguments: Any, tensors: list[torch.Tensor]) -> Any:
         """Return what tells captures apart, or a string that says why the arguments cannot be captured."""
         try:
-            return flatten(arguments, tensors), *[training.model.training for training in self._trainings]
+            return flatten(arguments, tensors), self._watch.modes()
         except UnsupportedArgument as error:
             return f"an argument cannot be captured: {error}"
 
@@ -158,6 +162,9 @@ class StepGraph:
                 return f"an argument is on {tensor.device}, the model on {self._device}: move it before the call"
             if tensor.requires_grad:
                 return "an argument requires a gradient"
+        return self._no_room()
+
+    def _no_room(self) -> str:
         if sum(entry.graph is not None for entry in self._entries.values()) >= self._max_graphs:
             return f"there are max_graphs = {self._max_graphs} captures already"
         return ""
@@ -261,7 +268,7 @@ class StepGraph:
             else:
                 state = f"warming up, {entry.warm} of {self._warmup}"
             lines.append(f"  {entry.shapes}: {state}")
-        lines += [f"  started anew: {reason}" for reason in self._restarts[-5:]]
+        lines += [f"  started anew: {reason}" for reason in self._restarts]
         for half in self._half:
             lines.append(half.explain())
         return "\n".join(lines)
