@@ -13,7 +13,7 @@ import torch
 
 from halfstep.arguments import UnsupportedArgument, describe, flatten
 from halfstep.half_weights import HalfWeights
-from halfstep.optimizer import FusedStep, hyperparameters
+from halfstep.optimizer import FusedStep, hyperparameters, obstacle
 from halfstep.step_capture import CapturedStep, FusedSteps, NotCapturable, Recorder, Watch, detached, pool_bytes
 
 _PROTOTYPE = "Synchronization debug mode is a prototype"
@@ -194,7 +194,8 @@ class StepGraph:
         return result
 
     def _hyperparameters(self) -> list[Any]:
-        return [hyperparameters(training.optimizer)[0] for training in self._trainings]
+        optimizers = [training.optimizer for training in self._trainings]
+        return [hyperparameters(optimizer)[0] for optimizer in optimizers if not obstacle(optimizer)]
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:

@@ -140,7 +140,8 @@ def test_a_tied_weight_sums_its_gradients(device: torch.device) -> None:
     reference.losses(1)
     mine = run.step.gradients()["embedding.weight"]
     expected = reference.model.embedding.weight.grad
-    assert (mine - expected).norm() < 0.02 * expected.norm()
+    # bfloat16 throughout, in another order; with one of the two uses missing it would be off by far more.
+    assert (mine - expected).norm() < 0.04 * expected.norm()
 
 
 def test_a_float32_use_beside_the_half_one_adds_to_the_gradient(device: torch.device) -> None:
