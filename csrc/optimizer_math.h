@@ -32,21 +32,13 @@ struct SgdConstants {
   bool first, nesterov, maximize;
 };
 
-// a * b + c, rounded once, where torch's compiler fuses the product and the sum. Not every processor can: on the CPU
-// float32 goes through float64, whose product is exact and whose second rounding changes one result in 2^29.
+// a * b + c, rounded once, where torch's compiler fuses the product and the sum. Processors without the instruction
+// (older than 2013) call the C library, slowly, for the same bits.
 HS_HOST_DEVICE float multiply_add(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
   return fmaf(a, b, c);
-#else
-  return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
-#endif
 }
 HS_HOST_DEVICE double multiply_add(double a, double b, double c) {
-#ifdef __CUDA_ARCH__
   return fma(a, b, c);
-#else
-  return a * b + c;
-#endif
 }
 
 template <class Compute>

@@ -454,7 +454,7 @@ void launch_backward(const NormBackward& call, float* workspace, cudaStream_t st
                        starts_on_16_bytes(call.weight.data) && starts_on_16_bytes(call.grad_input);
   const bool elements = shape.rows > 0 && shape.cols() > 0;
   if (call.grad_input && elements) {
-    with_layout<Storage, /*kHoldOfWarp=*/4>(
+    with_layout<Storage, /*kHoldOfWarp=*/sizeof(Storage) == 2 ? 4 : 8>(  // 1024 elements of a row
         shape, aligned, call.weight, {}, [&]<class Layout, class Parameters>(Layout, Parameters) {
           backward_kernel<Storage, Layout, Parameters>
               <<<blocks_for(shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);
