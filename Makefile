@@ -43,6 +43,7 @@ bench: setup
 	@$(BIN)/python bench/scaler_path.py
 	@$(BIN)/python bench/reductions.py
 	@$(BIN)/python bench/train_step.py
+	@$(BIN)/python bench/losses.py
 
 format: tools
 	@$(BIN)/clang-format -i $(CXX_FILES)

@@ -82,23 +82,27 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--optimizer", default="adam", choices=OPTIMIZERS)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: one after the other")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    for optimizer in [arguments.optimizer] if arguments.optimizer else OPTIMIZERS:
+        print_table(torch.device(arguments.device), optimizer)
+
+
+def print_table(device: torch.device, optimizer: str) -> None:
     bandwidth = copy_bandwidth(device)
-    states = OPTIMIZERS[arguments.optimizer][2]
+    states = OPTIMIZERS[optimizer][2]
     bytes_per_element = 4 * (2 + 2 + 2 * states)
-    print(f"{machine(device)}, copy {bandwidth / 1e9:.0f} GB/s, {arguments.optimizer}, ms\n")
+    print(f"{machine(device)}, copy {bandwidth / 1e9:.0f} GB/s, {optimizer}, ms\n")
     print("| parameters | torch fused | torch foreach | ours | ours captured | limit | torch fused / ours |")
     print("|---|---|---|---|---|---|---|")
     for name, shapes in workloads(device).items():
         elements = sum(torch.Size(shape).numel() for shape in shapes)
         times: dict[str, float] = {}
         for column, settings in (("fused", {"fused": True}), ("foreach", {"foreach": True})):
-            run = Run(shapes, device, arguments.optimizer, torch.amp.GradScaler, **settings)
+            run = Run(shapes, device, optimizer, torch.amp.GradScaler, **settings)
             times[column] = measure(run.torchs, device)
             del run
-        run = Run(shapes, device, arguments.optimizer, GradScaler)
+        run = Run(shapes, device, optimizer, GradScaler)
         times["ours"] = measure(run.ours, device)
         captured = f"{measure(replayed(run.ours, device), device):.3f}" if device.type == "cuda" else "-"
         assert run.scaler.host_syncs == 0
@@ -109,6 +113,7 @@ def main() -> None:
             f"| {times['ours']:.3f} | {captured} | {limit:.3f} | {times['fused'] / times['ours']:.2f}x |",
             flush=True,
         )
+    print()
 
 
 if __name__ == "__main__":

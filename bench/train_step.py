@@ -95,8 +95,8 @@ def run_variant(name: str, column: str, options: argparse.Namespace) -> dict[str
     ms = measure(run, device, options.repeats, WARMUP)
     for _ in range(LATER):
         loss = run()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return {"ms": ms, "peak_bytes": peak, "first_loss": first, "later_loss": loss.item()}
+    measured = {"ms": ms, "first_loss": first, "later_loss": loss.item()}
+    return measured | ({"peak_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
 
 
 def profile(run: Callable[[], object], device: torch.device, steps: int = 10) -> None:
@@ -135,10 +135,11 @@ def print_tables(results: dict[str, dict[str, dict[str, float]]], columns: list[
         return f"{row[column]['ms']:.3f}{ratio}"
 
     table("ms (times as fast as torch.amp, eager or compiled):", time)
-    table("peak, MB:", lambda row, column: f"{row[column]['peak_bytes'] / 1e6:.0f}")
+    if any("peak_bytes" in cells for row in results.values() for cells in row.values()):
+        table("peak, MB:", lambda row, column: f"{row[column]['peak_bytes'] / 1e6:.0f}")
     table(
         "loss, first and later step:",
-        lambda row, column: f"{row[column]['first_loss']:.4f} {row[column]['later_loss']:.4g}",
+        lambda row, column: f"{row[column]['first_loss']:.4f} {row[column]['later_loss']:.4f}",
     )
 
 
