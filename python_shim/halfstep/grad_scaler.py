@@ -26,7 +26,7 @@ from halfstep.gradients import (
     named_parameters,
     reduce_over_meshes,
 )
-from halfstep.optimizer import FusedStep, current, fused_step, obstacle, release
+from halfstep.optimizer import FusedStep, current, fused_step, has_step_hooks, obstacle, release
 from halfstep.scaler_state import ScalerState
 
 _ops = torch.ops.halfstep
@@ -56,6 +56,7 @@ class GradScaler(ScalerState):
     optimizers too; gradients that were freed, resized or added between unscale_() and step() are an error;
     last_step(), counters() and history() tell what happened. Adam, AdamW and SGD are stepped by halfstep's own kernels:
     gradients are read twice and never written, so that they stay scaled after step(), and nothing waits for the device.
+    With step hooks they are unscaled and clipped in place first, as the hooks would see them without halfstep.
     """
 
     def scale(self, outputs: Any) -> Any:
@@ -227,10 +228,17 @@ class GradScaler(ScalerState):
             return False
         known = self._per_optimizer_states.get(id(optimizer))
         ready = known is None or known["stage"] is OptState.READY
-        if ready and not torch_is_fused and optimizer._optimizer_step_pre_hooks:
-            self.unscale_(optimizer)  # the hooks see the gradients that torch would show them
+        if not torch_is_fused and has_step_hooks(optimizer):
+            if recorder is not None:
+                recorder.reason = recorder.reason or "step hooks run on the host"
+            # The hooks see the gradients that torch would show them.
+            if ready:
+                self.unscale_(optimizer)
+                ready = False
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named_parameters(optimizer)], max_norm)
+                max_norm = None
             fused.collect(optimizer, allow_float16=True)  # half ones were replaced
-            ready = False
         state = self._per_optimizer_states[id(optimizer)]
         if ready:
             norms = self._check_collected(fused, state, scale)

@@ -7,6 +7,7 @@ give it back on the CPU where torch would have it there.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import threading
@@ -15,6 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_pre_hook,
+)
 
 from halfstep import _library
 from halfstep.gradients import moved
@@ -32,6 +38,7 @@ _buffer_counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[int, tuple
     weakref.WeakKeyDictionary()
 )
 # .recorder: the step graph whose step this thread runs. It has fused steps of its own.
+# .stepping: the optimizer that this thread steps here, with its hooks.
 current = threading.local()
 
 
@@ -65,6 +72,35 @@ def fused_step(optimizer: torch.optim.Optimizer) -> FusedStep:
     if found is None:
         found = _fused_steps[optimizer] = FusedStep(optimizer)
     return found
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether somebody else's hooks run around the optimizer's steps."""
+    return _has_pre_hooks(optimizer) or _foreign(_global_optimizer_post_hooks, optimizer._optimizer_step_post_hooks)
+
+
+def _has_pre_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return _foreign(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
+
+
+def _foreign(*hooks: Mapping[int, Any]) -> bool:
+    each = itertools.chain.from_iterable(map(dict.values, hooks))
+    return any(not str(getattr(hook, "__module__", "")).startswith("halfstep.") for hook in each)
+
+
+@functools.cache
+def _watch_torchs_steps() -> None:
+    """Have every optimizer's step ask _before_step first. Not a hook of each optimizer: those rule out a capture."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Let torch take a step from where it would be itself: without buffers that no step has written (waits)."""
+    counts = _buffer_counts.get(optimizer)
+    if not counts or getattr(current, "stepping", None) is optimizer:
+        return
+    _drop_unwritten_buffers(counts, dict(optimizer.state), optimizer.state)
+    counts.clear()  # what is left was written, and whatever torch makes will be
 
 
 def release(optimizer: torch.optim.Optimizer) -> None:
@@ -133,7 +169,10 @@ class FusedStep:
             alive = mine()
             return None if alive is None else alive._as_torch_keeps_it(state_dict)
 
-        self._hook = optimizer.register_state_dict_post_hook(on_state_dict)
+        # Nothing stays behind on the optimizer when a step graph is dropped.
+        self._unhook = weakref.finalize(self, optimizer.register_state_dict_post_hook(on_state_dict).remove)
+        self._unhook.atexit = False
+        _watch_torchs_steps()
 
     # -------------------------------------------------------------------------------------------------- gradients
 
@@ -173,8 +212,13 @@ class FusedStep:
         max_norm: float | None,
     ) -> list[torch.Tensor]:
         """Step what collect() found, with the optimizer's hooks around it; return what it was, if any has copies."""
+        stepped: list[torch.Tensor] = []
 
         def apply(optimizer: torch.optim.Optimizer) -> None:
+            if _has_pre_hooks(optimizer):
+                self._collect_after_hooks(optimizer)
+            if self.half_copies:
+                stepped.extend(part.params[i] for part in self.parts for i in part.fused.collected())
             numbers, learning_rates = hyperparameters(optimizer)
             for part in self.parts:
                 part.fused.step(
@@ -186,10 +230,19 @@ class FusedStep:
                     max_norm or 0.0,
                 )
 
-        stepped = [part.params[i] for part in self.parts for i in part.fused.collected()] if self.half_copies else []
-        torch.optim.Optimizer.profile_hook_step(apply)(optimizer)
+        current.stepping = optimizer
+        try:
+            torch.optim.Optimizer.profile_hook_step(apply)(optimizer)
+        finally:
+            current.stepping = None
         optimizer._opt_called = True  # or LRScheduler.step() warns
         return stepped
+
+    def _collect_after_hooks(self, optimizer: torch.optim.Optimizer) -> None:
+        """Find the gradients that pre-hooks of this step have left: they may have replaced or dropped them."""
+        reason = self.collect(optimizer, allow_float16=True)
+        if reason:
+            raise RuntimeError(f"GradScaler.step: a hook before the step left what cannot be stepped here: {reason}")
 
     # --------------------------------------------------------------------------------------------- in a CUDA graph
 
@@ -214,7 +267,7 @@ class FusedStep:
 
     def close(self) -> None:
         """Forget the optimizer."""
-        self._hook.remove()
+        self._unhook()
 
     # ------------------------------------------------------------------------------------------------------ state
 
@@ -292,18 +345,11 @@ class FusedStep:
         }
         for key, value in zip(steps, _read(list(steps.values())), strict=True):
             target[key] = {**target[key], "step": torch.tensor(value, dtype=_step_dtype())}
-        buffers = {
-            key: self._counts[id(entry["momentum_buffer"])][1]
-            for key, entry in entries.items()
-            if id(entry.get("momentum_buffer")) in self._counts
-        }
-        for key, value in zip(buffers, _read(list(buffers.values())), strict=True):
-            if value == 0:
-                target[key] = {**target[key], "momentum_buffer": None}
+        _drop_unwritten_buffers(self._counts, entries, target)
 
     def release(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimizer's own state back as torch keeps it."""
-        self._hook.remove()
+        self._unhook()
         hosted = {
             param
             for group in optimizer.param_groups
@@ -311,6 +357,18 @@ class FusedStep:
             for param in group["params"]
         }
         self._to_host({param: entry for param, entry in optimizer.state.items() if param in hosted}, optimizer.state)
+        self._counts.clear()
+
+
+def _drop_unwritten_buffers(
+    counts: Mapping[int, tuple[torch.Tensor, torch.Tensor]], entries: dict[Any, dict[str, Any]], target: Any
+) -> None:
+    """Put None, as torch has it then, where no applied step has written the momentum buffer yet (waits)."""
+    buffers = {key: id(entry["momentum_buffer"]) for key, entry in entries.items() if "momentum_buffer" in entry}
+    buffers = {key: buffer for key, buffer in buffers.items() if buffer in counts}
+    for key, value in zip(buffers, _read([counts[buffer][1] for buffer in buffers.values()]), strict=True):
+        if value == 0:
+            target[key] = {**target[key], "momentum_buffer": None}
 
 
 def _device_step(state: dict[str, Any], param: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from halfstep import GradScaler, ScaleCollapsed
 from scaler_cases import one_parameter, used_scaler
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 def network(device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -539,3 +540,56 @@ def test_scale_warns_once_where_autocast_is_on() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             scaler.scale(parameter.sum())
+
+
+# ------------------------------------------------------------------------------------------------------ step hooks
+
+
+def replace(gradient) -> None:
+    def hook(optimizer, *_) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = gradient(parameter.grad)
+
+    return hook
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["instance", "global"])
+@pytest.mark.parametrize("name", ["before", "after", "halved", "in_place", "clamped", "dropped"])
+def test_step_hooks_see_and_do_what_they_do_with_torchs_scaler(
+    device: torch.device, name: str, everywhere: bool
+) -> None:
+    seen: list[list[float]] = []
+    hook = {
+        "halved": replace(lambda gradient: gradient / 2),
+        "in_place": replace(lambda gradient: gradient.mul_(3)),
+        "clamped": replace(lambda gradient: gradient.clamp(-0.5, 0.5)),
+        "dropped": replace(lambda gradient: None),
+    }.get(name, lambda optimizer, *_: seen.append(optimizer.param_groups[0]["params"][0].grad.tolist()))
+    results = []
+    for kind in (torch.amp.GradScaler, GradScaler):
+        parameter, optimizer = one_parameter(device=device)
+        scaler = kind(device.type, init_scale=8.0)
+        if everywhere:
+            register = {"after": register_optimizer_step_post_hook}.get(name, register_optimizer_step_pre_hook)
+        else:
+            register = optimizer.register_step_post_hook if name == "after" else optimizer.register_step_pre_hook
+        handle = register(hook)
+        try:
+            scaler.scale((parameter * torch.arange(3.0, device=device)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        finally:
+            handle.remove()
+        results.append((parameter.tolist(), parameter.grad is None))
+    assert results[0] == results[1]
+    assert seen[:1] == seen[1:]
+
+
+def test_a_hook_that_sets_what_cannot_be_stepped_is_named() -> None:
+    parameter, optimizer = one_parameter()
+    optimizer.register_step_pre_hook(replace(lambda gradient: gradient.to_sparse()))
+    scaler = GradScaler("cpu")
+    scaler.scale(parameter.sum()).backward()
+    with pytest.raises(RuntimeError, match="a hook before the step left .* layout Sparse"):
+        scaler.step(optimizer)
+    assert parameter.tolist() == [1.0] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 
@@ -10,6 +11,8 @@ import halfstep
 import pytest
 import torch
 from halfstep import GradScaler
+from halfstep.optimizer import FusedStep, has_step_hooks
+from halfstep.step_capture import Recorder
 from torch import nn
 from torch.testing import assert_close
 
@@ -275,6 +278,50 @@ def test_a_skipped_first_step_leaves_no_momentum_buffer(device: torch.device) ->
     one_step(reference, torchs, torch.amp.GradScaler(device.type, enabled=False))
     for got, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert_close(got, expected)
+
+
+def momentum_after(scaler, device: torch.device, way: str, dampening: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One parameter and its momentum buffer after a skipped step, one that torch takes by itself, and a clean one."""
+    param = nn.Parameter(torch.ones(3, device=device))
+    optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9, dampening=dampening)
+    for factor in (math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(param.sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == math.inf:
+            param.grad = torch.ones_like(param)
+            optimizer.step(*((lambda: None,) if way == "closure" else ()))
+            if way == "checkpoint":
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return param.detach(), optimizer.state[param]["momentum_buffer"]
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize("way", ["plain", "closure", "checkpoint"])
+def test_torchs_step_after_a_skipped_first_one_starts_the_momentum(
+    device: torch.device, way: str, dampening: float
+) -> None:
+    ours = momentum_after(GradScaler(device.type), device, way, dampening)
+    theirs = momentum_after(torch.amp.GradScaler(device.type), device, way, dampening)
+    assert_close(ours, theirs)
+
+
+def test_a_step_graphs_own_hooks_are_no_step_hooks(device: torch.device) -> None:
+    _, optimizer = small(device)
+    FusedStep(optimizer)
+    with Recorder({}, []).recording():
+        assert not has_step_hooks(optimizer)
+    optimizer.register_step_post_hook(print)
+    assert has_step_hooks(optimizer)
+
+
+def test_dropped_fused_steps_leave_no_hook(device: torch.device) -> None:
+    _, optimizer = small(device)
+    for _ in range(3):
+        FusedStep(optimizer)
+    gc.collect()
+    assert not optimizer._optimizer_state_dict_post_hooks
 
 
 def test_param_groups_schedulers_and_tensor_learning_rates(device: torch.device) -> None:
