@@ -1,6 +1,8 @@
 """Norms and cross entropy on half precision against autocast's path, which casts to float32 and back, and the limit.
 
-    python bench/reductions.py [--device cuda|cpu] [--rows 8192]
+    python bench/reductions.py [--device cuda|cpu] [--rows 8192] [--accuracy]
+
+With --accuracy: the largest error of result and gradients against float64, relative to the largest value, of both.
 
 On a GPU both are replayed from CUDA graphs, so that the kernels are timed and not their launches. A row or two of the
 table fits the L2 cache of a GPU and may then pass its limit.
@@ -25,6 +27,11 @@ ops = torch.ops.halfstep
 Case = tuple[str, int, int, Callable, Callable, list[torch.Tensor]]
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x as autocast casts it; the float64 of a reference stays."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
 def cases(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """Yield (name, passes over two bytes an element forward and backward, ours, autocast's path, the inputs)."""
 
@@ -40,7 +47,7 @@ def cases(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]
             2,
             3,
             lambda x, w, b: ops.layer_norm(x, x.shape[-1:], w, b),
-            lambda x, w, b: F.layer_norm(x.float(), x.shape[-1:], w, b).to(x.dtype),
+            lambda x, w, b: F.layer_norm(wide(x), x.shape[-1:], w, b).to(x.dtype),
             [half(rows, cols), *parameters(cols)],
         )
     yield (
@@ -48,7 +55,7 @@ def cases(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]
         3,
         5,
         lambda x, w, b: ops.layer_norm(x, x.shape[-1:], w, b, out_dtype=dtype),
-        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b).to(dtype),
+        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b).to(dtype if x.dtype is torch.float32 else x.dtype),
         [torch.randn(rows, 768, device=device, requires_grad=True), *parameters(768)],
     )
     yield (
@@ -56,7 +63,7 @@ def cases(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]
         2,
         3,
         lambda x, w: ops.rms_norm(x, x.shape[-1:], w),
-        lambda x, w: F.rms_norm(x.float(), x.shape[-1:], w).to(x.dtype),
+        lambda x, w: F.rms_norm(wide(x), x.shape[-1:], w).to(x.dtype),
         [half(rows, 4096), parameters(4096)[0]],
     )
     yield (
@@ -64,7 +71,7 @@ def cases(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]
         2,
         3,
         lambda x, w, b: ops.group_norm(x, 32, w, b),
-        lambda x, w, b: F.group_norm(x.float(), 32, w, b).to(x.dtype),
+        lambda x, w, b: F.group_norm(wide(x), 32, w, b).to(x.dtype),
         [half(32, 320, 64, 64), *parameters(320)],
     )
     target = torch.randint(50257, (rows,), device=device)
@@ -73,7 +80,7 @@ def cases(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]
         1,
         2,
         lambda logits: ops.cross_entropy(logits, target),
-        lambda logits: F.cross_entropy(logits.float(), target),
+        lambda logits: F.cross_entropy(wide(logits), target),
         [half(rows, 50257)],
     )
 
@@ -89,13 +96,41 @@ def steps(function: Callable, inputs: list[torch.Tensor]) -> tuple[Callable, Cal
     return forward, lambda: torch.autograd.grad(function(*inputs), inputs, grad)
 
 
+def results(function: Callable, inputs: list[torch.Tensor], grad: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Return what function returns, and the gradients of its inputs."""
+    out = function(*inputs)
+    grad = torch.ones_like(out) if grad is None or out.dim() == 0 else grad.to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def print_accuracy(rows: int, device: torch.device) -> None:
+    print("| op | dtype | of | torch's error | halfstep's error |")
+    print("|---|---|---|---|---|")
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, _, _, ours, torchs, inputs in cases(rows, dtype, device):
+            grad = torch.randn_like(inputs[0], dtype=dtype)
+            exact = results(torchs, [value.detach().double().requires_grad_() for value in inputs], grad)
+            got = zip(exact, results(torchs, inputs, grad), results(ours, inputs, grad), strict=True)
+            for of, (expected, *both) in zip(("result", "grad of input", "weight", "bias"), got, strict=False):
+                largest = expected.abs().max()
+                theirs, mine = (((value.double() - expected).abs().max() / largest).item() for value in both)
+                print(
+                    f"| {name} | {str(dtype).removeprefix('torch.')} | {of} | {theirs:.2e} | {mine:.2e} |", flush=True
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, help="tokens (default: 8192 on a GPU, 1024 on a CPU)")
+    parser.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     rows = arguments.rows or (8192 if device.type == "cuda" else 1024)
+    if arguments.accuracy:
+        print(f"{machine(device)}, halfstep {torch.ops.halfstep.version()}\n")
+        print_accuracy(rows, device)
+        return
     bandwidth = copy_bandwidth(device)
     print(f"{machine(device)}, halfstep {torch.ops.halfstep.version()}, copy {bandwidth / 1e9:.0f} GB/s\n")
     print("| op | dtype | direction | torch, ms | halfstep, ms | times torch | limit, ms | of copy bandwidth |")
