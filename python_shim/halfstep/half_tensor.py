@@ -1,15 +1,14 @@
 """The tensor that stands for a float32 parameter while a module's forward computes on half copies.
 
-Operations get its half copy. Whoever needs the parameter itself gets that: operations where autocast is off, and all
-that writes. Which parameters these are is told to the owner, so that they have no half copy from the next step on.
+Operations get its half copy. Whoever needs the parameter itself gets that: operations where autocast is off, those
+that fail in half, and all that writes. Which parameters these are is told to the owner, so that they have no half copy
+from the next step on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,10 @@ from torch import nn
 
 AUTOCAST_OFF = "forward uses it where autocast is off"
 WRITTEN = "forward writes to it, or could (in place, out=, .data, detach())"
+NOT_IN_HALF = "forward does something with it that fails in half"
+
+# What torch raises for a dtype, and more. No Exception of others': checkpoints leave a forward by one.
+ERRORS = (RuntimeError, TypeError, ValueError)
 
 # What hands out the parameter's memory, or its gradient, for a use that is not seen.
 _HANDLES = {"data", "grad", "detach", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
@@ -60,8 +63,47 @@ class HalfTensor(torch.Tensor):
             if torch.compiler.is_compiling():  # a compiled function that was given it
                 return func(*args, **kwargs)
             reason = WRITTEN if _writes(func, kwargs) else ""
-            args = tuple([_resolved(value, reason) for value in args])
-            return func(*args, **{key: _resolved(value, reason) for key, value in kwargs.items()})
+            try:
+                return func(*_resolved(args, reason), **_resolved(kwargs, reason))
+            except ERRORS as error:
+                result = [] if reason else _in_float32(func, args, kwargs, error)
+                if not result:
+                    raise
+                return result[0]
+
+
+def attempted(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """Return what the call returns, in a list that is empty if it raises."""
+    try:
+        return [call(*args, **kwargs)]
+    except Exception:
+        return []
+
+
+def _in_float32(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> list[Any]:
+    """Call func on the parameters, since it has failed on half copies; note them if that works."""
+    sources: list[tuple[Owner, nn.Parameter]] = []
+    args, kwargs = _parameters((args, kwargs), sources)
+    if not sources or isinstance(error, torch.OutOfMemoryError) or _is_traced() or _in_compiled_code():
+        return []
+    result = attempted(func, *args, **kwargs)
+    if result:
+        for owner, parameter in sources:
+            owner.noted.setdefault(parameter, NOT_IN_HALF)
+    return result
+
+
+def _parameters(value: Any, sources: list[tuple[Owner, nn.Parameter]]) -> Any:
+    """Return an argument with parameters instead of half copies, and append these parameters with their owners."""
+    if type(value) in (list, tuple):
+        return type(value)([_parameters(item, sources) for item in value])
+    if type(value) is dict:
+        return {key: _parameters(item, sources) for key, item in value.items()}
+    source = value.__dict__.get("_source") if type(value) is HalfTensor else None
+    if source is None:
+        return value
+    sources.append(source[:2])
+    return source[1]
 
 
 def _resolved(value: Any, reason: str) -> Any:
@@ -69,6 +111,8 @@ def _resolved(value: Any, reason: str) -> Any:
     kind = type(value)
     if kind is list or kind is tuple:
         return kind([_resolved(item, reason) for item in value])
+    if kind is dict:
+        return {key: _resolved(item, reason) for key, item in value.items()}
     if kind is not HalfTensor:
         return value
     source = value.__dict__.get("_source")
@@ -79,7 +123,7 @@ def _resolved(value: Any, reason: str) -> Any:
         reason = AUTOCAST_OFF
     if not reason and parameter not in owner.noted:
         return half
-    if torch._guards.TracingContext.try_get() is not None:  # a compiler looks at what the compiled code will get
+    if _is_traced():
         if reason == AUTOCAST_OFF:
             owner.noted.setdefault(parameter, reason)
         return half
@@ -87,6 +131,11 @@ def _resolved(value: Any, reason: str) -> Any:
         return half
     owner.noted.setdefault(parameter, reason)
     return parameter
+
+
+def _is_traced() -> bool:
+    """Return whether a compiler looks at what the compiled code will get."""
+    return torch._guards.TracingContext.try_get() is not None
 
 
 def _in_compiled_code() -> bool:
@@ -139,45 +188,3 @@ def _is_summed(parameter: nn.Parameter) -> bool:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
     except RuntimeError:  # torch's answer for parameters whose gradients are returned
         return False
-
-
-class _Region(BaseException):
-    """Leaves a compiled module before it enters a region without autocast. No handler of users' is meant to see it."""
-
-
-@contextlib.contextmanager
-def regions_without_autocast(owner: Owner) -> Iterator[list[bool]]:
-    """Stop the block where it would leave the owner's kind of autocast; then the list yielded is not empty.
-
-    For calls of compiled modules: while a compiler traces, it enters the contexts of the traced code for real.
-    """
-    kind, found = owner.device.type, []
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    _watching.append((threading.get_ident(), owner, found))
-    torch.autocast.__enter__ = _enter
-    try:
-        yield found
-    except BaseException:  # a compiler may have made another exception of it
-        if not found:
-            raise
-        torch.set_autocast_enabled(kind, enabled)
-        torch.set_autocast_dtype(kind, dtype)
-    finally:
-        _watching.pop()
-        if not _watching:
-            torch.autocast.__enter__ = _enter_of_torch
-
-
-def _enter(context: torch.autocast) -> Any:
-    """Stand in for torch.autocast.__enter__. One function for good, since compiled code is made for it."""
-    if not torch.compiler.is_compiling():
-        thread, owner, found = _watching[-1]
-        applies = context._enabled and context.fast_dtype is owner.dtype
-        if context.device == owner.device.type and not applies and thread == threading.get_ident():
-            found.append(True)
-            raise _Region
-    return _enter_of_torch(context)
-
-
-_enter_of_torch = torch.autocast.__enter__
-_watching: list[tuple[int, Owner, list[bool]]] = []

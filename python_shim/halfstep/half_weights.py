@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from halfstep.half_tensor import WRITTEN, HalfOf, HalfTensor, regions_without_autocast
+from halfstep.half_tensor import ERRORS, NOT_IN_HALF, WRITTEN, HalfOf, HalfTensor, attempted
 from halfstep.reductions import float32_stream_kept
 
 RESIDUALS = ("half", "float32")
@@ -107,6 +107,7 @@ class HalfWeights:
         self.held: dict[nn.Parameter, list[torch.Tensor]] = {}  # gradients under way, see HalfOf
         self._closure_hooks: list[Any] = []
         self.gradients: dict[nn.Parameter, torch.Tensor] = {}  # half, of the last step
+        self._final: BaseException | None = None  # an error that no second attempt is made after
         self.looked = False  # whether a compiled module ran as it is in the last step
         self._looked_into: set[Any] = set()
         self._replaced: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}  # attribute: what was and what is there
@@ -188,6 +189,7 @@ class HalfWeights:
             with stream, self._installed():
                 yield
         finally:
+            self._final = None
             self.held.clear()
             self.end_closure()
             for hook in hooks:
@@ -257,9 +259,10 @@ class HalfWeights:
         return half if plain else HalfTensor.of(self, parameter, half)
 
     @contextlib.contextmanager
-    def _swapped(self, places: list[Place], *, plain: bool = False) -> Iterator[None]:
+    def _swapped(self, places: list[Place], *, plain: bool = False) -> Iterator[bool]:
+        """Put half copies in the place of parameters; yield whether there are any."""
         if not self.applies():
-            yield
+            yield False
             return
         # An outer forward may have replaced some already.
         swapped = [
@@ -272,7 +275,7 @@ class HalfWeights:
         for module, name, parameter in swapped:
             module._parameters[name] = half[parameter]
         try:
-            yield
+            yield bool(swapped)
         finally:
             for module, name, parameter in swapped:
                 if module._parameters.get(name) is half[parameter]:
@@ -284,11 +287,19 @@ class HalfWeights:
         for module, name, parameter in places:
             if self.copies[parameter]._version != self._current[parameter][1]:
                 self.noted[parameter] = WRITTEN
-                raise RuntimeError(
+                self._final = RuntimeError(
                     f"{self._names[module, name]} was written within forward, through a view of it or in compiled "
                     "code. That went to its half copy and is lost. From the next call on the parameter has no half "
                     "copy; capture(..., half_weights=False) gives copies to none."
                 )
+                raise self._final
+
+    def _may_be_of_half(self, error: Exception) -> bool:
+        """Return whether a second attempt may help. One is made where an error comes from, not further out again."""
+        if error is self._final or isinstance(error, torch.OutOfMemoryError):
+            return False
+        self._final = error
+        return True
 
     @contextlib.contextmanager
     def _installed(self) -> Iterator[None]:
@@ -334,23 +345,36 @@ class HalfWeights:
     def _call_compiled(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a compiled module with all parameters below it replaced, and nothing else within it.
 
-        Where it leaves autocast, it first runs once as it is, to find out which parameters are used there.
+        In each mode it first runs once as it is, to find out which parameters must be seen in float32.
         """
         below = set(module.modules())
-        keys = [key for key in self._replaced if key[0] in below]
         places = [place for place in self.places if place[0] in below]
         kind = module, module.training, torch.is_grad_enabled()
-        look = bool(places) and self.applies() and kind not in self._looked_into
+        if places and self.applies() and kind not in self._looked_into:
+            self._looked_into.add(kind)
+            self.looked = True
+            with contextlib.suppress(torch.OutOfMemoryError):  # compiled it may need much less
+                return module._call_impl(*args, **kwargs)
+        swapped = False
+        try:
+            with self._without_replacements(below), self._swapped(places, plain=True) as swapped:
+                return call(*args, **kwargs)
+        except ERRORS as error:  # something that it has not done before
+            again = attempted(module._call_impl, *args, **kwargs) if swapped and self._may_be_of_half(error) else []
+            if not again:
+                raise
+            self.looked = True
+            return again[0]
+
+    @contextlib.contextmanager
+    def _without_replacements(self, modules: set[nn.Module]) -> Iterator[None]:
+        """Let these modules be what they are outside of the step."""
+        keys = [key for key in self._replaced if key[0] in modules]
         self._put(keys, 0)
         try:
-            regions = regions_without_autocast(self) if look else contextlib.nullcontext()
-            with self._swapped(places, plain=True), regions:
-                return call(*args, **kwargs)
+            yield
         finally:
             self._put(keys, 1)
-        self._looked_into.add(kind)
-        self.looked = True
-        return module._call_impl(*args, **kwargs)
 
 
 class _Forward:
@@ -364,8 +388,17 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # within a compiled function that is no module: autocast casts there
             return self._forward(*args, **kwargs)
-        with self._owner._swapped(self._places):
-            return self._forward(*args, **kwargs)
+        owner, swapped = self._owner, False
+        try:
+            with owner._swapped(self._places) as swapped:
+                return self._forward(*args, **kwargs)
+        except ERRORS as error:  # of an operation on something made of a half copy, as HalfTensor has seen to the rest
+            again = attempted(self._forward, *args, **kwargs) if swapped and owner._may_be_of_half(error) else []
+            if not again:
+                raise
+            for _, _, parameter in self._places:
+                owner.noted.setdefault(parameter, NOT_IN_HALF)
+            return again[0]
 
 
 _ABSENT = object()

@@ -137,12 +137,14 @@ class MixedPrecisionManager:
         max_graphs: how many shapes are captured; others run as they are.
         copy_outputs: False returns the capture's own results, which the next call overwrites.
 
-        A parameter that a module's forward uses where autocast is off, or writes to, is float32 there at once and has
-        no half copy from the next step on; explain() names it, and captures are made anew. A compiled module that
-        leaves autocast runs once without its compiler to find out. A write within forward to a view of a weight
-        (`self.weight[0].mul_(2)`), or in compiled code, raises RuntimeError once. Not noticed are, in forward: a
-        write in compiled code to `weight.data`, or by an extension that torch does not dispatch; and a view of a
-        weight that was made under autocast and is then read where it is off. half_weights=False is for these.
+        A parameter that a module's forward uses where autocast is off, writes to, or does something with that fails
+        in half, is float32 there at once and has no half copy from the next step on; explain() names it, and captures
+        are made anew. If what fails got only results of half parameters, the forward of that module is called a second
+        time, once. A compiled module runs without its compiler in its first call in each mode, to find all this out. A
+        write within forward to a view of a weight (`self.weight[0].mul_(2)`) raises RuntimeError once. Not noticed
+        are, in forward: a write by an extension that torch does not dispatch; a view of a weight that was made under
+        autocast and is then read where it is off; and what a compiled module does only after its first call, such as
+        leaving autocast. half_weights=False is for these.
 
         Call setup_pytorch_training first. See StepGraph for what a capture follows, and its explain(), memory() and
         gradients(). On a CPU the step runs as it is, on half copies all the same.

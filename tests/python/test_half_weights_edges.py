@@ -272,7 +272,6 @@ def test_a_region_without_weights_keeps_a_compiled_module_half(device: torch.dev
     assert_alike(half, plain)
     assert half.model.middle.weight in half.half.copies
     assert counter.frame_count == 1
-    assert torch.autocast.__enter__.__module__ == "torch.amp.autocast_mode"
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -387,7 +386,7 @@ def test_a_write_through_a_view_is_refused_and_then_works(device: torch.device, 
     assert half.half.kept["middle.weight"] == WRITTEN
 
 
-def test_a_write_in_compiled_code_is_refused_and_then_works(device: torch.device) -> None:
+def test_a_write_in_compiled_code_is_not_lost(device: torch.device) -> None:
     class Writes(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
@@ -397,9 +396,8 @@ def test_a_write_in_compiled_code_is_refused_and_then_works(device: torch.device
     torch._dynamo.reset()
     half, plain = pair(device, linear_of_width(Writes))
     half.model.compile(backend="eager")
-    with pytest.raises(RuntimeError, match=r"middle\.weight was written within forward.* compiled code"):
-        half.step()
-    assert_alike(half, plain)
+    assert_alike(half, plain)  # the first step ran as it is
+    assert half.half.kept["middle.weight"] == WRITTEN
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
