@@ -25,8 +25,11 @@ from halfstep.reductions import float32_stream_kept
 
 RESIDUALS = ("half", "float32")
 
-# Layers whose arithmetic autocast runs in half anyway: half copies change none of their results.
-_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNCellBase)
+# Layers that do nothing with their parameters but what autocast runs in half anyway: half copies change none of their
+# results. Exactly these classes: a subclass may compute on its weight in float32 first, as weight standardization does.
+_PRODUCTS = {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
+_PRODUCTS |= {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+_PRODUCTS |= {nn.RNNCell, nn.LSTMCell, nn.GRUCell}
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Hooks before forward that make the weight anew of other parameters.
 _REWRITERS = (SpectralNorm, WeightNorm)
@@ -34,9 +37,12 @@ _REWRITERS = (SpectralNorm, WeightNorm)
 Place = tuple[nn.Module, str, nn.Parameter]
 
 
-def _is_product(module: nn.Module) -> bool:
+def _is_product(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Return whether the module, as its class says, only multiplies by the parameter or adds it, in half."""
     kind = type(module)
-    return isinstance(module, _PRODUCTS) or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    if "forward" in module.__dict__ or any(parameter is getattr(module, name, None) for name in ("bias_k", "bias_v")):
+        return False  # attention repeats these two before they are cast, and so sums their gradients in float32
+    return kind in _PRODUCTS or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def _obstacle(module: nn.Module, parameter: nn.Parameter, device: torch.device, residual: str) -> str:
@@ -56,7 +62,7 @@ def _obstacle(module: nn.Module, parameter: nn.Parameter, device: torch.device, 
         return "sparse gradients and max_norm need the parameter itself"
     if isinstance(module, nn.EmbeddingBag):
         return "EmbeddingBag"
-    if residual == "float32" and not _is_product(module):
+    if residual == "float32" and not _is_product(module, parameter):
         return 'residual="float32"'
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return "a hook reads its gradient"
@@ -68,8 +74,8 @@ class HalfWeights:
 
     model: float32 parameters on one device. dtype: torch.float16 or torch.bfloat16. residual: "half" gives every
     parameter but those of norms a copy, so that embeddings, and with them the residual stream, are half; "float32"
-    only those of linear and convolution layers. The parameters of a model under DistributedDataParallel have none.
-    always: copy anew at the start of every step, whatever changed.
+    only those of torch's own linear and convolution layers, not of subclasses. The parameters of a model under
+    DistributedDataParallel have none. always: copy anew at the start of every step, whatever changed.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, residual: str, *, always: bool = False) -> None:

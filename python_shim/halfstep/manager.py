@@ -128,7 +128,8 @@ class MixedPrecisionManager:
             constants). It zeroes its gradients. What must run on the host each time belongs outside.
         example: arguments of one call. Nothing is trained on them; explain() then says whether they can be captured.
         residual: "half" computes everything but norms on half parameters, embeddings and with them the residual stream
-            too; "float32" only linear and convolution layers, which changes no result of autocast.
+            too; "float32" only torch's own linear and convolution layers, attention and recurrent cells, not those of
+            subclasses, which changes no result of autocast.
         half_weights: False leaves the casts of weights to autocast.
         recheck: before each replay half copies of changed parameters are refreshed. "version" sees what torch counts:
             all in-place operations, but not those on `parameter.data`; after these call invalidate(). "always" copies

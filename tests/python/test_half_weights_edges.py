@@ -22,11 +22,12 @@ KIND = "cuda" if torch.cuda.is_available() else "cpu"  # of decorators, which kn
 
 
 class Net(nn.Module):
-    """A layer of interest between an embedding and a head."""
+    """A layer of interest between an embedding and a head. The embedding's hook keeps it float32."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
         self.embedding = nn.Embedding(WORDS, WIDTH)
+        self.embedding.weight.register_hook(lambda grad: grad)
         self.middle = middle
         self.head = nn.Linear(WIDTH, WORDS)
 
@@ -44,7 +45,8 @@ def pair(
         run = Run(device, None if middle is None else Net(middle()), capture=False)
         if prepare is not None:
             prepare(run)
-        run.step = run.manager.capture(run.train, residual="float32") if capture else run.train
+        residual = "float32" if middle is None else "half"  # which gives subclasses of layers copies too
+        run.step = run.manager.capture(run.train, residual=residual) if capture else run.train
         runs.append(run)
     return runs[0], runs[1]
 
