@@ -7,8 +7,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/eq.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 
 #include "conversions.h"
 #include "registration.h"
@@ -37,14 +39,27 @@ const at::Tensor& gradient_of(const at::Tensor& param) {
   return std::as_const(*param.unsafeGetTensorImpl()).grad();
 }
 
+bool is_half(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
+// -1 for inference tensors, which have none.
+std::int64_t version_of(const at::Tensor& tensor) {
+  const c10::VariableVersion& version = tensor.unsafeGetTensorImpl()->version_counter();
+  return version.enabled() ? static_cast<std::int64_t>(version.current_version()) : -1;
+}
+
+const void* address_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->data();
+}
+
 // "" or what keeps the fused step from this parameter's gradient.
 std::string obstacle(const at::Tensor& param, const at::Tensor& grad) {
   const auto text = [](const auto&... parts) { return c10::str(parts...); };
   if (grad.layout() != at::kStrided) return text("its gradient has layout ", grad.layout());
   if (grad.device() != param.device()) return text("its gradient is on ", grad.device());
   if (grad.sizes() != param.sizes()) return text("its gradient has another shape");
-  const bool half = grad.scalar_type() == at::kHalf || grad.scalar_type() == at::kBFloat16;
-  if (grad.scalar_type() != param.scalar_type() && !(param.scalar_type() == at::kFloat && half))
+  if (grad.scalar_type() != param.scalar_type() && !(param.scalar_type() == at::kFloat && is_half(grad.scalar_type())))
     return text("it is ", param.scalar_type(), " and its gradient ", grad.scalar_type());
   return "";
 }
@@ -218,21 +233,34 @@ std::string FusedOptimizer::collect(bool allow_float16) {
   for (const at::Tensor& param : idle_)
     if (gradient_of(param).defined()) return kNoLongerIdle;
   for (std::size_t i = 0; i < params_.size(); ++i) {
-    const at::Tensor& grad = gradient_of(params_[i]);
+    const at::Tensor& grad = gradient_of(owner(i));
     if (!grad.defined()) continue;
     // Torch's own step knows what to do with a subclass, such as a sharded gradient.
     const bool subclass = grad.key_set().has(c10::DispatchKey::Python);
-    std::string reason = subclass ? "its gradient is a tensor subclass" : obstacle(params_[i], grad);
+    std::string reason = subclass ? "its gradient is a tensor subclass" : misfit(i);
+    if (reason.empty()) reason = obstacle(params_[i], grad);
     // A float16 gradient of a float32 parameter was asked for, by the parameter's grad_dtype.
     const bool float16 = grad.scalar_type() == at::kHalf && params_[i].scalar_type() == at::kHalf;
     if (reason.empty() && !allow_float16 && float16) reason = "its gradient is Half";
     if (!reason.empty()) {
       forget();
-      return c10::str("parameter ", i, ": ", reason);
+      return reason == kNoLongerHalf ? reason : c10::str("parameter ", i, ": ", reason);
     }
     take(i, grad);
   }
-  reorder([this](std::size_t position) -> const at::Tensor& { return gradient_of(params_[position]); });
+  reorder([this](std::size_t position) -> const at::Tensor& { return gradient_of(owner(position)); });
+  return "";
+}
+
+// `param.data = other` can change what was checked when this was made.
+std::string FusedOptimizer::misfit(std::size_t i) const {
+  const at::Tensor& param = params_[i];
+  if (is_master(i) && !is_half(owner(i).scalar_type())) return kNoLongerHalf;
+  if (is_master(i) && !same_layout(owner(i), param)) return "its layout is not its master's";
+  for (const auto& list : states_)
+    if (!list.empty() && (list[i].scalar_type() != param.scalar_type() || list[i].numel() != param.numel()))
+      return c10::str("it is ", param.scalar_type(), param.sizes(), " and its state ", list[i].scalar_type(),
+                      list[i].sizes());
   return "";
 }
 
@@ -243,24 +271,58 @@ void FusedOptimizer::set_gradients(at::TensorList grads) {
   reorder([grads](std::size_t position) -> const at::Tensor& { return grads[position]; });
 }
 
-void FusedOptimizer::set_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies) {
+void FusedOptimizer::add_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies) {
   const char* const op = "FusedOptimizer";
   TORCH_CHECK_VALUE(positions.size() == copies.size(), op, ": got ", positions.size(), " positions and ", copies.size(),
                     " half copies");
-  std::vector<at::Tensor> mine(positions.empty() ? 0 : params_.size());
   for (std::size_t k = 0; k < positions.size(); ++k) {
     TORCH_CHECK_INDEX(positions[k] >= 0 && positions[k] < static_cast<std::int64_t>(params_.size()), op, ": position ",
                       positions[k], " of ", params_.size(), " parameters");
     const at::Tensor& param = params_[static_cast<std::size_t>(positions[k])];
-    const at::ScalarType dtype = copies[k].scalar_type();
-    TORCH_CHECK_VALUE(param.scalar_type() == at::kFloat && (dtype == at::kHalf || dtype == at::kBFloat16) &&
+    TORCH_CHECK_VALUE(param.scalar_type() == at::kFloat && is_half(copies[k].scalar_type()) &&
                           copies[k].device() == param.device() && same_layout(copies[k], param),
                       op, ": the half copy of params[", positions[k], "] is ", copies[k].toString(), " of sizes ",
                       copies[k].sizes(), " and strides ", copies[k].strides(),
                       ", expected Half or BFloat16 of a Float's ", param.sizes(), ", ", param.strides());
-    mine[static_cast<std::size_t>(positions[k])] = copies[k];
   }
-  half_copies_ = std::move(mine);
+  half_copies_.resize(positions.empty() ? half_copies_.size() : params_.size());
+  for (std::size_t k = 0; k < positions.size(); ++k) half_copies_[static_cast<std::size_t>(positions[k])] = copies[k];
+}
+
+void FusedOptimizer::set_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies) {
+  half_copies_.clear();
+  masters_.clear();
+  add_half_copies(positions, copies);
+}
+
+void FusedOptimizer::set_masters(const std::vector<std::int64_t>& positions, at::TensorList parameters) {
+  add_half_copies(positions, parameters);
+  masters_.assign(positions.empty() ? 0 : params_.size(), {});
+  for (const std::int64_t position : positions) masters_[static_cast<std::size_t>(position)].is = true;
+}
+
+// By elements, whatever has changed: of a loaded checkpoint both halves come one after the other, and where they belong
+// together the master keeps what the parameter cannot hold.
+void FusedOptimizer::refresh_master(std::size_t i) {
+  const at::Tensor& half = half_copies_[i];
+  const auto& [is, version, address] = masters_[i];
+  if (version >= 0 && version == version_of(half) && address == address_of(half)) return;
+  const at::NoGradGuard no_grad;
+  params_[i].copy_(at::where(at::eq(params_[i].to(half.scalar_type()), half), params_[i], half));
+}
+
+void FusedOptimizer::note_equal(std::size_t i) {
+  masters_[i].version = version_of(half_copies_[i]);
+  masters_[i].address = address_of(half_copies_[i]);
+}
+
+void FusedOptimizer::refresh_masters(bool replay) {
+  for (std::size_t i = 0; i < masters_.size(); ++i) {
+    if (!masters_[i].is) continue;
+    refresh_master(i);
+    note_equal(i);
+    if (replay && masters_[i].version >= 0) ++masters_[i].version;
+  }
 }
 
 void FusedOptimizer::reserve(std::int64_t groups) {
@@ -297,8 +359,9 @@ void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const Optio
   addresses_.clear();
   for (std::size_t k = 0; k < positions_.size(); ++k) {
     const auto i = static_cast<std::size_t>(positions_[k]);
-    TORCH_CHECK(!from_parameters_ || gradient_of(params_[i]).unsafeGetTensorImpl() == gradients_[k],
+    TORCH_CHECK(!from_parameters_ || gradient_of(owner(i)).unsafeGetTensorImpl() == gradients_[k],
                 "FusedOptimizer: the gradient of parameter ", i, " was replaced between collect() and step()");
+    if (is_master(i)) refresh_master(i);
     // Addresses are looked up in each step: `param.data = other` moves them.
     const auto address = [](const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->mutable_data(); };
     OptimizerTensor& row = rows_.emplace_back();
@@ -323,6 +386,7 @@ void FusedOptimizer::step(const std::vector<OptimizerGroup>& groups, const Optio
     torch_ops::bump_version(params_[i]);
     // A backward pass that comes after the step must fail, not go on with the new weights.
     if (!half_copies_.empty() && half_copies_[i].defined()) torch_ops::bump_version(half_copies_[i]);
+    if (is_master(i)) note_equal(i);
   }
   forget();
 }
@@ -473,6 +537,9 @@ void define_optimizer(torch::Library& library) {
            })
       .def("set_half_copies", [](const Self& self, const std::vector<std::int64_t>& positions,
                                  const std::vector<at::Tensor>& copies) { self->set_half_copies(positions, copies); })
+      .def("set_masters", [](const Self& self, const std::vector<std::int64_t>& positions,
+                             const std::vector<at::Tensor>& parameters) { self->set_masters(positions, parameters); })
+      .def("refresh_masters", [](const Self& self, bool replay) { self->refresh_masters(replay); })
       .def("reserve", [](const Self& self, std::int64_t groups) { self->reserve(groups); })
       .def("set_groups",
            [](const Self& self, const std::vector<double>& numbers, const std::vector<OptionalTensor>& learning_rates) {

@@ -26,7 +26,16 @@ from halfstep.gradients import (
     named_parameters,
     reduce_over_meshes,
 )
-from halfstep.optimizer import FusedStep, current, fused_step, has_step_hooks, obstacle, release
+from halfstep.optimizer import (
+    FusedStep,
+    current,
+    fused_step,
+    has_step_hooks,
+    is_half,
+    keep_masters,
+    obstacle,
+    release,
+)
 from halfstep.scaler_state import ScalerState
 
 _ops = torch.ops.halfstep
@@ -45,6 +54,12 @@ class GradScaler(ScalerState):
     refill: when the credit is restored: "on_growth", "on_clean_step" or "on_clean_step_and_backoff".
     growth_delay: clean steps after the start or an overflow that do not count towards growth_interval.
     allow_fp16_gradients: unscale float16 gradients (of float16 parameters) instead of raising as torch does.
+    master_state: step float16 and bfloat16 parameters of Adam, AdamW and SGD through float32 masters: their states are
+        float32, and optimizer.state[parameter]["master"] holds what the parameter is rounded from; so updates that are
+        too small for the parameter's own dtype add up. A step that needs torch raises then. float16 gradients are
+        accepted. Values written to a parameter reach its master with the next step (seen by the version that torch
+        counts; not those written through `.data`). Call prepare(optimizer) before optimizer.load_state_dict().
+        halfstep.release(optimizer), and a step that torch takes by itself, end it and round the states.
     max_consecutive_skips: raise ScaleCollapsed after so many skipped steps in a row, naming the parameters with the
         most infinite or NaN elements. This reads one counter on the host at each update(). None: never.
 
@@ -58,6 +73,22 @@ class GradScaler(ScalerState):
     gradients are read twice and never written, so that they stay scaled after step(), and nothing waits for the device.
     With step hooks they are unscaled and clipped in place first, as the hooks would see them without halfstep.
     """
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the optimizer known before its first step. Of use only with master_state=True, before a checkpoint.
+
+        optimizer.load_state_dict() rounds the states of half parameters, unless it is known that they are float32.
+        """
+        if self._master_state and not obstacle(optimizer):
+            keep_masters(optimizer)
+
+    def _refuse_without_masters(self, optimizer: torch.optim.Optimizer, reason: str) -> None:
+        """Raise if torch would have to step parameters that were to have masters."""
+        if self._master_state and any(is_half(param) for group in optimizer.param_groups for param in group["params"]):
+            raise RuntimeError(
+                f"GradScaler.step: master_state=True, but {type(optimizer).__name__} cannot be stepped through float32 "
+                f"masters: {reason}. Nothing was stepped."
+            )
 
     def scale(self, outputs: Any) -> Any:
         """Multiply a tensor, or each tensor of an iterable, by the scale."""
@@ -128,7 +159,7 @@ class GradScaler(ScalerState):
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
     ) -> dict[torch.device, torch.Tensor]:
-        allow_fp16 = allow_fp16 or self._allow_fp16_gradients
+        allow_fp16 = allow_fp16 or self._allow_fp16_gradients or self._master_state
         return self._check_gradients(optimizer, inv_scale, found_inf, allow_fp16=allow_fp16, unscale=True)
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, torch.Tensor]:
@@ -195,6 +226,9 @@ class GradScaler(ScalerState):
             max_norm = self._max_norm
         self._unscaled_while_disabled.discard(id(optimizer))
         ours = self._enabled and not args and not kwargs and state["stage"] is not OptState.STEPPED
+        if not ours and state["stage"] is not OptState.STEPPED:
+            reason = "step() got further arguments" if self._enabled else "the scaler is disabled"
+            self._refuse_without_masters(optimizer, reason)
         if ours and self._fused_step(optimizer, max_norm):
             torch.clear_autocast_cache()
             return None
@@ -216,11 +250,14 @@ class GradScaler(ScalerState):
         torch_is_fused = all(group.get("fused") for group in optimizer.param_groups)
         reason = obstacle(optimizer)
         if not reason:
+            if self._master_state:
+                keep_masters(optimizer)
             fused = fused_step(optimizer)
             reason = fused.collect(optimizer, allow_float16=self._allow_fp16_gradients or torch_is_fused)
             if not reason and not fused.has_gradients():
                 return False  # torch's error
         if reason:
+            self._refuse_without_masters(optimizer, reason)
             if recorder is None:
                 release(optimizer)
             else:

@@ -2,7 +2,8 @@
 
 An optimizer stays what it is: the same state keys, exchangeable checkpoints, hooks, schedulers. While halfstep steps
 it, Adam's state["step"] lives on the parameter's device, as torch keeps it under fused=True; state_dict() and release()
-give it back on the CPU where torch would have it there.
+give it back on the CPU where torch would have it there. With keep_masters() the states of half parameters are float32,
+and so is state["master"], the value that the parameter is the rounded copy of.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import itertools
 import operator
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,7 +31,8 @@ _library.load_library()
 
 _KINDS = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd"}
 _STEPS = {kind: kind.step for kind in _KINDS}  # before torch has put its hooks around them
-_NO_LONGER_IDLE = "no longer idle"
+_MADE_OF_OTHERS = ("no longer idle", "no longer half")  # what collect() says where the parts must be made anew
+_HALF = (torch.float16, torch.bfloat16)
 _END = object()
 _fused_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, FusedStep] = weakref.WeakKeyDictionary()
 # SGD keeps no step count; its first applied step writes the momentum buffer in another way than later ones.
@@ -37,6 +40,10 @@ _fused_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, FusedStep] = weak
 _buffer_counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[int, tuple[torch.Tensor, torch.Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
+# Optimizers whose half parameters have float32 masters, with the hooks that let load_state_dict() keep float32, and
+# what such a load has under way.
+_masters: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+_loading: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
 # .recorder: the step graph whose step this thread runs. It has fused steps of its own.
 # .stepping: the optimizer that this thread steps here, with its hooks.
 current = threading.local()
@@ -74,6 +81,39 @@ def fused_step(optimizer: torch.optim.Optimizer) -> FusedStep:
     return found
 
 
+def is_half(param: torch.Tensor) -> bool:
+    """Return whether the parameter can have a float32 master."""
+    return param.dtype in _HALF
+
+
+def keep_masters(optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer's half parameters through float32 masters, from its next fused step until release()."""
+    if optimizer not in _masters:
+        _masters[optimizer] = [
+            optimizer.register_load_state_dict_pre_hook(_before_load),
+            optimizer.register_load_state_dict_post_hook(_after_load),
+        ]
+
+
+def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Note the float32 states of half parameters, which torch rounds to the parameters' dtype."""
+    keys = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    _loading[optimizer] = [
+        (param, key, value)
+        for index, param in zip(keys, params, strict=False)  # torch complains of other lengths
+        if is_half(param)
+        for key, value in state_dict["state"].get(index, {}).items()
+        if isinstance(value, torch.Tensor) and value.dtype is torch.float32 and value.shape == param.shape
+        if key != "step"
+    ]
+
+
+def _after_load(optimizer: torch.optim.Optimizer) -> None:
+    for param, key, value in _loading.pop(optimizer, ()):
+        optimizer.state[param][key] = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(value)
+
+
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether somebody else's hooks run around the optimizer's steps."""
     return _has_pre_hooks(optimizer) or _foreign(_global_optimizer_post_hooks, optimizer._optimizer_step_post_hooks)
@@ -95,9 +135,13 @@ def _watch_torchs_steps() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Let torch take a step from where it would be itself: without buffers that no step has written (waits)."""
+    """Let torch take a step from its own states: no masters, no buffers that no step has written (waits)."""
+    if getattr(current, "stepping", None) is optimizer:
+        return
+    if optimizer in _masters:
+        release(optimizer)
     counts = _buffer_counts.get(optimizer)
-    if not counts or getattr(current, "stepping", None) is optimizer:
+    if not counts:
         return
     _drop_unwritten_buffers(counts, dict(optimizer.state), optimizer.state)
     counts.clear()  # what is left was written, and whatever torch makes will be
@@ -113,6 +157,25 @@ def release(optimizer: torch.optim.Optimizer) -> None:
         found = FusedStep(optimizer)
     if found is not None:
         found.release(optimizer)
+    for hook in _masters.pop(optimizer, ()):
+        hook.remove()
+    _drop_masters(optimizer)
+
+
+def _drop_masters(optimizer: torch.optim.Optimizer) -> None:
+    """Give half parameters states of their own dtype again."""
+    for param, entry in list(optimizer.state.items()):
+        if "master" not in entry:
+            continue
+        kept = {key: value for key, value in entry.items() if key != "master"}
+        halves = {
+            key: value.to(param.dtype)
+            for key, value in kept.items()
+            if key != "step" and isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        optimizer.state[param] = {**kept, **halves}
+        if not kept:
+            del optimizer.state[param]
 
 
 class Part:
@@ -122,6 +185,7 @@ class Part:
         self.kind = kind
         self.device = device
         self.params: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []  # what is stepped: the parameters or their masters
         self.states: list[list[torch.Tensor]] = [[], [], []]
         self.steps: list[torch.Tensor] = []
         self.groups: list[int] = []
@@ -132,11 +196,12 @@ class Part:
     def build(self, half_copies: Mapping[torch.Tensor, torch.Tensor]) -> None:
         """Make the C++ side; raise where a state does not fit its parameter."""
         self.fused = torch.classes.halfstep.FusedOptimizer(
-            self.kind, self.params, self.states, self.steps, self.groups, self.idle
+            self.kind, self.values, self.states, self.steps, self.groups, self.idle
         )
-
         copied = [i for i, param in enumerate(self.params) if param in half_copies]
         self.fused.set_half_copies(copied, [half_copies[self.params[i]] for i in copied])
+        mastered = [i for i, param in enumerate(self.params) if self.values[i] is not param]
+        self.fused.set_masters(mastered, [self.params[i] for i in mastered])
 
     def near(self, learning_rates: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Return the learning rates that are tensors as the kernels read them."""
@@ -181,7 +246,7 @@ class FusedStep:
         if self.is_outdated(optimizer):
             self._rebuild(optimizer)
         reason = self._collect_parts(allow_float16)
-        if reason == _NO_LONGER_IDLE:
+        if reason in _MADE_OF_OTHERS:
             self._rebuild(optimizer)
             reason = self._collect_parts(allow_float16)
         return reason
@@ -251,10 +316,13 @@ class FusedStep:
         self._rebuild(optimizer)
         for part in self.parts:
             part.fused.reserve(len(optimizer.param_groups))
+            part.fused.refresh_masters(False)  # or each replay would
         return self._reason
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give a captured step the hyperparameters of now, before a replay."""
+        """Give a captured step the hyperparameters of now, and masters their parameters of now, before a replay."""
+        for part in self.parts:
+            part.fused.refresh_masters(True)
         now = hyperparameters(optimizer)
         numbers, learning_rates = now
         before = self._hyperparameters
@@ -282,31 +350,35 @@ class FusedStep:
             keys = _state_keys(kind, group)
             for index, param in enumerate(group["params"]):
                 name = names[index] if names else f"parameter {index} of group {number}"
-                if type(param) not in (torch.nn.Parameter, torch.Tensor):
-                    self._reason = f"{name} is a {type(param).__name__}"
-                elif param.device.type not in ("cpu", "cuda"):
-                    self._reason = f"{name} is on {param.device}"
+                self._reason = _unsupported(name, param)
                 if self._reason:
                     self._objects, self._layout = list(_objects(optimizer)), _layout(optimizer)
                     return
                 state = optimizer.state.get(param) or {}
+                mastered = is_half(param) and (optimizer in _masters or _is_master(state.get("master")))
                 part = parts.setdefault((param.device, keys), Part(kind, param.device))
-                if param.grad is None and not state and keys:  # it gets its state with its first gradient
+                # It gets its state with its first gradient.
+                if param.grad is None and not state and (keys or mastered):
                     part.idle.append(param)
                     continue
                 part.params.append(param)
                 part.names.append(name)
                 part.groups.append(number)
-                if keys:
+                if keys or mastered:
                     state = optimizer.state[param]
+                if mastered:
+                    self._widen(state, keys)
                 step = None if kind == "sgd" else _device_step(state, param)  # first, as torch orders the state
                 for slot, key in enumerate(keys):
                     if state.get(key) is None:
-                        state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                        state[key] = _zeros(param, torch.float32 if mastered else param.dtype)
                     elif kind == "sgd" and id(state[key]) not in counts:
                         counts[id(state[key])] = (state[key], _count(1.0, param.device))
                     part.states[slot].append(state[key])
                 part.steps.append(self._applied(state, param) if step is None else step)
+                part.values.append(_master(state, param, name) if mastered else param)
+                if not mastered:
+                    state.pop("master", None)  # of a checkpoint, or of what was half
         kept = {id(state.get("momentum_buffer")) for state in optimizer.state.values()}
         for gone in counts.keys() - kept:
             del counts[gone]
@@ -317,6 +389,15 @@ class FusedStep:
             self._reason = str(error).splitlines()[0]
         self.parts = list(parts.values())
         self._objects, self._layout = list(_objects(optimizer)), _layout(optimizer)
+
+    def _widen(self, state: dict[str, Any], keys: tuple[str, ...]) -> None:
+        """Make float32 states of those that torch, or a step without masters, has left in half."""
+        for key in keys:
+            value = state.get(key)
+            if value is not None and is_half(value):
+                state[key] = value.float()
+                if id(value) in self._counts:
+                    self._counts[id(state[key])] = (state[key], self._counts[id(value)][1])
 
     def _applied(self, state: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
         """Return SGD's count of applied steps, kept with the momentum buffer that it is about."""
@@ -358,6 +439,34 @@ class FusedStep:
         }
         self._to_host({param: entry for param, entry in optimizer.state.items() if param in hosted}, optimizer.state)
         self._counts.clear()
+
+
+def _unsupported(name: str, param: torch.Tensor) -> str:
+    """Return "" or why torch must step this parameter."""
+    if type(param) not in (torch.nn.Parameter, torch.Tensor):
+        return f"{name} is a {type(param).__name__}"
+    return "" if param.device.type in ("cpu", "cuda") else f"{name} is on {param.device}"
+
+
+def _is_master(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
+
+
+def _master(state: dict[str, Any], param: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the parameter's master, made of the parameter where there is none."""
+    if not _is_master(state.get("master")):
+        if "master" in state:
+            warnings.warn(
+                f"the float32 master of {name} was rounded when its checkpoint was loaded, and training goes on from "
+                "rounded values. Call GradScaler.prepare(optimizer) before optimizer.load_state_dict().",
+                stacklevel=2,
+            )
+        state["master"] = param.detach().to(torch.float32, copy=True)
+    return state["master"]
+
+
+def _zeros(param: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def _drop_unwritten_buffers(
@@ -416,10 +525,13 @@ def _objects(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
 
 
 def _layout(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Return what else decides how the parts are made: sizes of groups, and which states they have."""
+    """Return what else decides how the parts are made: masters, sizes of groups, and which states they have."""
     return [
-        (len(group["params"]), bool(group.get("amsgrad")), group.get("momentum", 0) != 0)
-        for group in optimizer.param_groups
+        optimizer in _masters,
+        *(
+            (len(group["params"]), bool(group.get("amsgrad")), group.get("momentum", 0) != 0)
+            for group in optimizer.param_groups
+        ),
     ]
 
 

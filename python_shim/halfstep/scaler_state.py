@@ -10,6 +10,7 @@ import torch
 
 from halfstep import _library
 from halfstep.checkpoints import check_keys, check_kinds, check_number, integral
+from halfstep.config import check_bool
 from halfstep.step_report import Reporter, StepReport, Tables
 
 _library.load_library()
@@ -56,6 +57,7 @@ class ScalerState(torch.amp.GradScaler):
         refill: str = "on_clean_step",
         growth_delay: int = 0,
         allow_fp16_gradients: bool = False,
+        master_state: bool = False,
         max_consecutive_skips: int | None = None,
         name_overflows: bool = False,
     ) -> None:
@@ -70,6 +72,7 @@ class ScalerState(torch.amp.GradScaler):
         check_kinds(numbers, (int, float), "a number")
         check_kinds(integers, (int,), "an integer")
         check_kinds({"refill": refill}, (str,), "a str")
+        check_bool("master_state", master_state)
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         if max_consecutive_skips is not None and (
             not isinstance(max_consecutive_skips, int) or max_consecutive_skips < 1
@@ -93,6 +96,7 @@ class ScalerState(torch.amp.GradScaler):
         self._refill = refill
         self._growth_delay = growth_delay
         self._allow_fp16_gradients = allow_fp16_gradients
+        self._master_state = master_state
         self._max_consecutive_skips = max_consecutive_skips
         self._statistics = name_overflows or max_consecutive_skips is not None
         self._tables: Tables = []  # of the last update: names and gradient statistics

@@ -44,7 +44,8 @@ HALFSTEP_API void sgd_step_(at::TensorList params, at::TensorList grads, at::Ten
 HALFSTEP_API at::Tensor combine_norms(at::TensorList norms);
 
 // torch.classes.halfstep.FusedOptimizer: the parameters of one optimizer on one device with their states, and the
-// device's table of their addresses, which is rebuilt only when one of them moved. It reads each parameter's own .grad.
+// device's table of their addresses, which is rebuilt only when one of them moved. It reads each parameter's own .grad,
+// or that of the half parameter whose master it is.
 // Not thread-safe. A step uses the current stream; steps on different streams must be ordered by the caller, as all
 // writes to the same parameters.
 class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
@@ -55,15 +56,24 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
                  std::vector<at::Tensor> steps, std::vector<std::int64_t> groups, std::vector<at::Tensor> idle = {});
 
   // Finds the gradients of now; parameters without one are left out. Changes nothing. Returns "", kNoLongerIdle if an
-  // idle parameter has a gradient, or why these gradients cannot be stepped here: a sparse one, a float16 one of a
-  // float16 parameter unless `allow_float16`, another device ...
+  // idle parameter has a gradient, kNoLongerHalf if the parameter of a master is neither float16 nor bfloat16 now,
+  // or why these gradients cannot be stepped here: a sparse one, a float16 one of a float16 parameter without a master
+  // unless `allow_float16`, another device ...
   static constexpr const char* kNoLongerIdle = "no longer idle";
+  static constexpr const char* kNoLongerHalf = "no longer half";
   std::string collect(bool allow_float16 = true);
   // In place of collect(): one gradient per parameter, in order, that collect() would accept.
   void set_gradients(at::TensorList grads);
   // Steps also write these half copies of the float32 parameters at `positions`: float16 or bfloat16, of the
   // parameter's strides. In place of those set before; no positions, no copies.
   void set_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies);
+  // The float32 parameters at `positions` are masters of these float16 or bfloat16 parameters, which are stepped
+  // through them: gradients are theirs, and steps write both. After set_half_copies(), and once. Values that others
+  // write to such a parameter (seen by its version or address) reach the master in the next step: where the parameter
+  // is not the master, rounded, the master becomes the parameter.
+  void set_masters(const std::vector<std::int64_t>& positions, at::TensorList parameters);
+  // Does that now. `replay`: a replay of a captured step comes next, after which all versions are counted up by one.
+  void refresh_masters(bool replay = false);
   // How many gradients were collected, and the positions of their parameters.
   std::int64_t count() const { return static_cast<std::int64_t>(positions_.size()); }
   const std::vector<std::int64_t>& collected() const { return positions_; }
@@ -88,6 +98,13 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   void take(std::size_t position, const at::Tensor& grad);
   void reorder(const std::function<const at::Tensor&(std::size_t)>& gradient);
   void forget();
+  void add_half_copies(const std::vector<std::int64_t>& positions, at::TensorList copies);
+  bool is_master(std::size_t i) const { return !masters_.empty() && masters_[i].is; }
+  // Whose gradient steps parameter i.
+  const at::Tensor& owner(std::size_t i) const { return is_master(i) ? half_copies_[i] : params_[i]; }
+  std::string misfit(std::size_t i) const;
+  void refresh_master(std::size_t i);
+  void note_equal(std::size_t i);
   bool from_parameters_ = true;  // collect(), not set_gradients()
 
   OptimizerKind kind_;
@@ -95,6 +112,13 @@ class HALFSTEP_API FusedOptimizer : public torch::CustomClassHolder {
   std::vector<std::vector<at::Tensor>> states_;
   std::vector<std::int64_t> groups_;
   std::vector<at::Tensor> half_copies_;  // none, or one per parameter, undefined where it has none
+  // When master and parameter were last equal, but for rounding: the parameter's version, -1 for never, and address.
+  struct Master {
+    bool is = false;
+    std::int64_t version = -1;
+    const void* address = nullptr;
+  };
+  std::vector<Master> masters_;  // none, or one per parameter
   // Of the collected gradients, in order. They are not held: counting references costs more than all else here.
   std::vector<std::int64_t> positions_;
   std::vector<const at::TensorImpl*> gradients_;
