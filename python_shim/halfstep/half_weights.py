@@ -24,6 +24,7 @@ from halfstep.half_tensor import ERRORS, NOT_IN_HALF, WRITTEN, HalfOf, HalfTenso
 from halfstep.reductions import float32_stream_kept
 
 RESIDUALS = ("half", "float32")
+OUT_OF_RANGE = "float16 does not hold its values"
 
 # Layers that do nothing with their parameters but what autocast runs in half anyway: half copies change none of their
 # results. Exactly these classes: a subclass may compute on its weight in float32 first, as weight standardization does.
@@ -45,7 +46,18 @@ def _is_product(module: nn.Module, parameter: nn.Parameter) -> bool:
     return kind in _PRODUCTS or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
-def _obstacle(module: nn.Module, parameter: nn.Parameter, device: torch.device, residual: str) -> str:
+def _fits_float16(parameter: nn.Parameter) -> bool:
+    """Return whether float16 holds the values: none becomes infinite, and most that are not 0 are normal numbers."""
+    values = parameter.detach()
+    if (values.half().isinf() & values.isfinite()).any():
+        return False
+    tiny = (values.abs() < torch.finfo(torch.float16).smallest_normal) & (values != 0)
+    return 2 * int(tiny.sum()) <= int((values != 0).sum())
+
+
+def _obstacle(
+    module: nn.Module, parameter: nn.Parameter, device: torch.device, residual: str, dtype: torch.dtype
+) -> str:
     """Return "" or why this parameter of this module stays float32."""
     if type(parameter) is not nn.Parameter:
         return f"it is a {type(parameter).__name__}"
@@ -62,10 +74,13 @@ def _obstacle(module: nn.Module, parameter: nn.Parameter, device: torch.device, 
         return "sparse gradients and max_norm need the parameter itself"
     if isinstance(module, nn.EmbeddingBag):
         return "EmbeddingBag"
-    if residual == "float32" and not _is_product(module, parameter):
+    product = _is_product(module, parameter)
+    if residual == "float32" and not product:
         return 'residual="float32"'
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return "a hook reads its gradient"
+    if dtype is torch.float16 and not product and not _fits_float16(parameter):
+        return OUT_OF_RANGE
     return ""
 
 
@@ -75,7 +90,8 @@ class HalfWeights:
     model: float32 parameters on one device. dtype: torch.float16 or torch.bfloat16. residual: "half" gives every
     parameter but those of norms a copy, so that embeddings, and with them the residual stream, are half; "float32"
     only those of torch's own linear and convolution layers, not of subclasses. The parameters of a model under
-    DistributedDataParallel have none. always: copy anew at the start of every step, whatever changed.
+    DistributedDataParallel have none, nor those outside of torch's own layers whose values float16 does not hold now.
+    always: copy anew at the start of every step, whatever changed.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, residual: str, *, always: bool = False) -> None:
@@ -94,7 +110,7 @@ class HalfWeights:
                 if parameter is None:
                     continue
                 reason = "DistributedDataParallel reads its gradient" if reduced else ""
-                reason = reason or _obstacle(module, parameter, self.device, residual)
+                reason = reason or _obstacle(module, parameter, self.device, residual, dtype)
                 self._names[module, name] = f"{prefix}.{name}" if prefix else name
                 if reason:
                     self.kept[self._names[module, name]] = reason

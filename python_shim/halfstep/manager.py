@@ -129,7 +129,9 @@ class MixedPrecisionManager:
         example: arguments of one call. Nothing is trained on them; explain() then says whether they can be captured.
         residual: "half" computes everything but norms on half parameters, embeddings and with them the residual stream
             too; "float32" only torch's own linear and convolution layers, attention and recurrent cells, not those of
-            subclasses, which changes no result of autocast.
+            subclasses, which changes no result of autocast. In float16 parameters outside of these layers stay float32
+            if one of their values would become infinite, or if most that are not 0 are below 2^-14, the smallest normal
+            number; this is looked at when the copies are made, not in each step.
         half_weights: False leaves the casts of weights to autocast.
         recheck: before each replay half copies of changed parameters are refreshed. "version" sees what torch counts:
             all in-place operations, but not those on `parameter.data`; after these call invalidate(). "always" copies

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from halfstep import MixedPrecisionManager
+from halfstep.half_weights import OUT_OF_RANGE, HalfWeights
 from test_half_weights import WIDTH, Run, same_parameters
 from test_half_weights_edges import Net
 from torch import nn
@@ -102,3 +104,65 @@ def test_layers_of_torch_compute_the_same_on_copies(device: torch.device, middle
     have = {name for name, parameter in half.model.named_parameters() if parameter in half.half.copies}
     without = {"middle.module.bias_k", "middle.module.bias_v", "embedding.weight"}
     assert have == {name for name, _ in half.model.named_parameters()} - without
+
+
+class Scaled(nn.Module):
+    """A residual branch with a layer scale."""
+
+    def __init__(self, scale: list[float]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(len(scale), len(scale))
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("scale", "fits"),
+    [
+        ([1e-8] * 4, False),
+        ([1e5, 1.0, 1.0, 1.0], False),
+        ([1e-5, 1e-5, 1e-5, 1.0], False),
+        ([1e-5, 1e-5, 1.0, 1.0], True),
+        ([0.0, 0.0, 0.0, 1e-5], False),
+        ([0.0] * 4, True),
+        ([float("inf"), 65504.0, 2**-14, 1.0], True),
+    ],
+)
+def test_values_that_float16_does_not_hold_stay_float32(device: torch.device, scale: list[float], fits: bool) -> None:
+    model = Scaled(scale).to(device)
+    with torch.no_grad():
+        model.layer.weight.fill_(1e-8)  # autocast rounds this one too
+    for dtype in (torch.float16, torch.bfloat16):
+        half = HalfWeights(model, dtype, "half")
+        assert model.layer.weight in half.copies
+        assert half.kept == ({} if fits or dtype is torch.bfloat16 else {"scale": OUT_OF_RANGE})
+
+
+@pytest.mark.parametrize("value", [1e-8, 1e5])
+@pytest.mark.filterwarnings("ignore:mixed_float16 on this processor")
+def test_a_small_or_large_layer_scale_trains_as_under_autocast(device: torch.device, value: float) -> None:
+    x = torch.randn(8, 4, device=device)
+    runs = []
+    for capture in (True, False):
+        torch.manual_seed(0)
+        model = Scaled([value] * 4).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        manager = MixedPrecisionManager(framework="pytorch", precision_policy="mixed_float16", initial_loss_scale=1.0)
+        _, _, scaler = manager.setup_pytorch_training(model, optimizer)
+
+        def train(model=model, optimizer=optimizer, manager=manager, scaler=scaler) -> torch.Tensor:
+            optimizer.zero_grad()
+            with manager.autocast_context():
+                change = model(x) - x
+            loss = (change.float() / value).pow(2).mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss.detach()
+
+        step = manager.capture(train) if capture else train
+        runs.append([step().item() for _ in range(4)])
+    assert runs[0] == runs[1]
+    assert all(0 < loss < float("inf") for loss in runs[0])
