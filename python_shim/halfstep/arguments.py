@@ -1,8 +1,9 @@
-"""Arguments and results of a captured step: tensors inside tuples, lists and dicts, and constants."""
+"""Arguments and results of a captured step: tensors inside tuples, lists and mappings, and constants."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -22,11 +23,21 @@ def flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
     kind = type(value)
     if isinstance(value, (tuple, list)):
         return kind, tuple([flatten(item, tensors) for item in value])
-    if kind is dict:
-        return kind, tuple([(key, flatten(item, tensors)) for key, item in value.items()])
     if value is None or kind in (bool, int, float, str) or isinstance(value, (torch.dtype, torch.device)):
         return kind, value
-    raise UnsupportedArgument(f"it has a {kind.__name__} (supported: tensors, tuples, lists, dicts, numbers, strings)")
+    if isinstance(value, MutableMapping) and not _has_other_tensors(value):
+        return kind, tuple([(key, flatten(item, tensors)) for key, item in value.items()])
+    raise UnsupportedArgument(
+        f"it has a {kind.__name__} (supported: tensors, tuples, lists, dicts and other mutable mappings without "
+        "tensors beside their items, numbers, strings)"
+    )
+
+
+def _has_other_tensors(mapping: MutableMapping[Any, Any]) -> bool:
+    """Return whether attributes hold tensors that are not items."""
+    items = {id(item) for item in mapping.values()}
+    attributes = getattr(mapping, "__dict__", {}).values()
+    return any(isinstance(each, torch.Tensor) and id(each) not in items for each in attributes)
 
 
 def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
@@ -36,8 +47,11 @@ def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         items = [rebuild(item, tensors) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if type(value) is dict:
-        return {key: rebuild(item, tensors) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        for key, item in value.items():
+            result[key] = rebuild(item, tensors)
+        return result
     return value
 
 

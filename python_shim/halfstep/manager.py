@@ -124,8 +124,10 @@ class MixedPrecisionManager:
                 loss = train_step(x.cuda(), y.cuda())
                 scheduler.step()
 
-        step: trains one step on its arguments (tensors on the model's GPU, also in tuples, lists and dicts, and
-            constants). It zeroes its gradients. What must run on the host each time belongs outside.
+        step: trains one step on its arguments (tensors on the model's GPU, also in tuples, lists, dicts and
+            other mutable mappings, and constants). A number that changes from call to call must be a tensor: each value
+            of a constant is a capture of its own. It zeroes its gradients. What must run on the host each time belongs
+            outside.
         example: arguments of one call. Nothing is trained on them; explain() then says whether they can be captured.
         residual: "half" computes everything but norms on half parameters, embeddings and with them the residual stream
             too; "float32" only torch's own linear and convolution layers, attention and recurrent cells, not those of
@@ -149,9 +151,15 @@ class MixedPrecisionManager:
         autocast and is then read where it is off; and what a compiled module does only after its first call, such as
         leaving autocast. half_weights=False is for these.
 
+        Within the step `.grad` is half after a single backward pass, and a norm of it is too. To clip, pass max_norm to
+        scaler.step(), or call scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_, in bfloat16 also:
+        it makes the gradients float32.
+
         Call setup_pytorch_training first. See StepGraph for what a capture follows, and its explain(), memory() and
         gradients(). On a CPU the step runs as it is, on half copies all the same.
         """
+        if not isinstance(warmup, int):  # 2.0 is none
+            raise TypeError(f"warmup is {warmup!r}, expected an integer >= 2")
         return self._manager.capture(
             step,
             example,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -254,7 +254,7 @@ def _checked_outputs(result: Any, device: torch.device) -> list[torch.Tensor]:
 def _numbers(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(map(_numbers, value))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return any(map(_numbers, value.values()))
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -16,6 +16,10 @@ from halfstep.half_weights import HalfWeights
 from halfstep.optimizer import FusedStep, hyperparameters, obstacle
 from halfstep.step_capture import CapturedStep, FusedSteps, NotCapturable, Recorder, Watch, detached, pool_bytes
 
+_CHANGING = "changing"
+_MOST_VALUES = 8  # of constants beside tensors of the same shapes; also there are modes of the model
+_MOST_ENTRIES = 1000
+
 _PROTOTYPE = "Synchronization debug mode is a prototype"
 _SYNCHRONIZES = "called a synchronizing CUDA operation"
 
@@ -125,7 +129,7 @@ class StepGraph:
             self.reset(outdated)
             entry = None
         if entry is None:
-            entry = self._entries[key] = _Entry(describe((args, kwargs)), self._obstacle(key, tensors))
+            entry = self._new_entry(key, (args, kwargs), tensors)
         for half in self._half:
             half.refresh()
         if entry.graph is None and not entry.reason and entry.warm >= self._warmup:
@@ -142,7 +146,20 @@ class StepGraph:
         """Look at the arguments of one call, without training on them: explain() then says what becomes of them."""
         tensors: list[torch.Tensor] = []
         key = self._key((arguments, {}), tensors)
-        self._entries[key] = _Entry(describe(arguments), self._obstacle(key, tensors))
+        self._new_entry(key, (arguments, {}), tensors)
+
+    def _new_entry(self, key: Any, arguments: Any, tensors: list[torch.Tensor]) -> _Entry:
+        """Return the entry of arguments that have none; of what changes endlessly all further ones share one."""
+        shapes = describe(arguments)
+        values = sum(entry.shapes == shapes for entry in self._entries.values())
+        if values >= max(self._max_graphs, _MOST_VALUES):
+            changing = f"a constant argument changes from call to call ({values} values so far): pass a tensor instead"
+            return self._entries.setdefault((_CHANGING, shapes), _Entry(shapes, changing))
+        if len(self._entries) >= _MOST_ENTRIES:
+            shapes = "other shapes"
+            return self._entries.setdefault(_CHANGING, _Entry(shapes, f"there were {_MOST_ENTRIES} others before"))
+        entry = self._entries[key] = _Entry(shapes, self._obstacle(key, tensors))
+        return entry
 
     def _key(self, arguments: Any, tensors: list[torch.Tensor]) -> Any:
         """Return what tells captures apart, or a string that says why the arguments cannot be captured."""

@@ -96,6 +96,8 @@ def test_on_a_cpu_the_step_runs_and_says_why() -> None:
         ({"residual": "double"}, ValueError, "residual is 'double', expected one of 'half', 'float32'"),
         ({"recheck": "never"}, ValueError, "recheck is 'never'"),
         ({"warmup": 1}, ValueError, "warmup is 1, expected an integer >= 2"),
+        ({"warmup": 2.0}, TypeError, "warmup is 2.0, expected an integer >= 2"),
+        ({"warmup": True}, TypeError, "warmup is True, expected an integer >= 2"),
         ({"max_graphs": 0}, ValueError, "max_graphs is 0"),
         ({"half_weights": 1}, TypeError, "half_weights is 1, expected True or False"),
         ({"example": 3}, TypeError, "example is int, expected a tuple"),
