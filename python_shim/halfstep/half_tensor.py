@@ -45,6 +45,7 @@ class HalfTensor(torch.Tensor):
     """A half copy that knows its parameter. Results of operations are plain tensors."""
 
     _source: tuple[Owner, nn.Parameter, torch.Tensor]
+    _is_param = True  # isinstance(self.weight, nn.Parameter) is true within forward
 
     @classmethod
     def of(cls, owner: Owner, parameter: nn.Parameter, half: torch.Tensor) -> HalfTensor:

@@ -212,6 +212,7 @@ class HalfWeights:
                 yield
         finally:
             self._final = None
+            self._put_parameters_back()
             self.held.clear()
             self.end_closure()
             for hook in hooks:
@@ -230,6 +231,13 @@ class HalfWeights:
         ]
         if self.noted:
             self._keep_noted()
+
+    def _put_parameters_back(self) -> None:
+        """Where a forward has registered what stood for a parameter once more, register the parameter."""
+        for module in self.model.modules():
+            for name, value in module._parameters.items():
+                if type(value) is HalfTensor:
+                    module._parameters[name] = value._source[1]
 
     def _keep_noted(self) -> None:
         """Drop the copies of the parameters that must be seen in float32."""

@@ -181,3 +181,29 @@ def test_a_compiled_module_that_has_no_room_as_it_is_runs_compiled(device: torch
     half.model.compile(backend="eager", fullgraph=True)
     losses = half.losses(4)
     assert losses[-1] < losses[0]
+
+
+def test_a_weight_in_forward_is_a_parameter(device: torch.device) -> None:
+    class Asks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert isinstance(self.weight, nn.Parameter)
+            assert not isinstance(self.weight * 2, nn.Parameter)
+            assert dict(self.named_parameters())["weight"] is self.weight
+            self.seen = self.weight.dtype
+            return super().forward(x)
+
+    half, _ = pair(device, lambda: Asks(WIDTH, WIDTH))
+    half.losses(3)
+    assert half.model.middle.seen is torch.bfloat16
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_weight_that_forward_registers_once_more_is_the_parameter(device: torch.device, frozen: bool) -> None:
+    class Again(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.other = self.weight
+            return F.linear(x, self.other, self.bias)
+
+    half, plain = pair(device, lambda: Again(WIDTH, WIDTH).requires_grad_(not frozen))
+    assert half.losses(4) == pytest.approx(plain.losses(4), rel=0.05)
+    assert half.model.middle.other is half.model.middle.weight
