@@ -129,6 +129,7 @@ class HalfWeights:
         self.held: dict[nn.Parameter, list[torch.Tensor]] = {}  # gradients under way, see HalfOf
         self._closure_hooks: list[Any] = []
         self.gradients: dict[nn.Parameter, torch.Tensor] = {}  # half, of the last step
+        self._stepped: list[nn.Parameter] = []  # in it, with and without copies
         self._final: BaseException | None = None  # an error that no second attempt is made after
         self.looked = False  # whether a compiled module ran as it is in the last step
         self._looked_into: set[Any] = set()
@@ -178,11 +179,12 @@ class HalfWeights:
             self._copy([parameter for parameter, new, old in pairs if new != old])
         self._versions = now
 
-    def written(self, parameters: Iterable[nn.Parameter], copies: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    def written(self, parameters: list[nn.Parameter], copies: Mapping[torch.Tensor, torch.Tensor]) -> None:
         """Note that the optimizer has just written these parameters together with these copies."""
         # A parameter of two models has a copy for each, and the optimizer writes one.
         mine = [each for each in parameters if each in self.copies and copies.get(each) is self.copies[each]]
         self._written.update((parameter, parameter._version) for parameter in mine)
+        self._stepped += parameters
         self._note_current(mine)
 
     def stepped(self) -> None:
@@ -198,7 +200,6 @@ class HalfWeights:
         self._note_current(self.parameters)
         self._written.clear()
         self.looked = False
-        self.gradients = {}
         before = {parameter: parameter._version for parameter in self.parameters}
         trainable = self._trainable()
         grad_dtypes = [parameter.grad_dtype for parameter in trainable]
@@ -208,7 +209,7 @@ class HalfWeights:
             hooks.append(parameter.register_hook(functools.partial(self._arrived, parameter)))
         stream = float32_stream_kept(self.model) if self.residual == "float32" else contextlib.nullcontext()
         try:
-            with stream, self._installed():
+            with self._refusing_sums(), stream, self._installed():
                 yield
         finally:
             self._final = None
@@ -231,6 +232,22 @@ class HalfWeights:
         ]
         if self.noted:
             self._keep_noted()
+
+    @contextlib.contextmanager
+    def _refusing_sums(self) -> Iterator[None]:
+        """Raise where a step adds to the gradients of the last one: half ones are gone, float32 ones not."""
+        left = self._stepped if self.gradients else []
+        hooks = [
+            parameter.register_hook(functools.partial(_refuse_sum, parameter, parameter.grad, parameter.grad._version))
+            for parameter in left
+            if parameter not in self.copies and parameter.grad is not None
+        ]
+        self.gradients, self._stepped = {}, []
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _put_parameters_back(self) -> None:
         """Where a forward has registered what stood for a parameter once more, register the parameter."""
@@ -429,6 +446,14 @@ class _Forward:
             for _, _, parameter in self._places:
                 owner.noted.setdefault(parameter, NOT_IN_HALF)
             return again[0]
+
+
+def _refuse_sum(parameter: torch.Tensor, before: torch.Tensor, version: int, grad: torch.Tensor) -> None:
+    if parameter.grad is before and before._version == version:
+        raise RuntimeError(
+            "the captured step adds to the gradients of the step before: call optimizer.zero_grad() in it. Half "
+            "gradients do not outlive a step; capture(..., half_weights=False) keeps all"
+        )
 
 
 _ABSENT = object()

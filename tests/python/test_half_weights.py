@@ -460,6 +460,7 @@ def test_an_exception_in_the_step_leaves_nothing_behind(device: torch.device) ->
     train = run.train
 
     def failing():
+        run.optimizer.zero_grad()
         loss = run.loss()
         if fail[0]:
             run.scaler.scale(loss).backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from halfstep.half_tensor import NOT_IN_HALF
-from test_half_weights import WIDTH, Run
+from test_half_weights import WIDTH, WORDS, Run
 from test_half_weights_edges import Net
 from torch import nn
 from torch.nn import functional as F
@@ -207,3 +207,25 @@ def test_a_weight_that_forward_registers_once_more_is_the_parameter(device: torc
     half, plain = pair(device, lambda: Again(WIDTH, WIDTH).requires_grad_(not frozen))
     assert half.losses(4) == pytest.approx(plain.losses(4), rel=0.05)
     assert half.model.middle.other is half.model.middle.weight
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_that_does_not_zero_its_gradients_is_refused(device: torch.device, set_to_none: bool) -> None:
+    run = Run(device, nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS)))
+
+    def train(zero: bool) -> torch.Tensor:
+        if zero:
+            run.optimizer.zero_grad(set_to_none=set_to_none)
+        loss = run.loss()
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        return loss.detach()
+
+    step = run.manager.capture(train)
+    for _ in range(2):
+        step(True)
+    with pytest.raises(RuntimeError, match=r"call optimizer.zero_grad\(\) in it"):
+        step(False)
+    run.optimizer.zero_grad()  # outside is as good
+    assert step(False).isfinite()
