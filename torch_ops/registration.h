@@ -12,6 +12,7 @@ void define_norms(torch::Library& library);
 void define_scaling(torch::Library& library);
 void define_grad_scaler(torch::Library& library);
 void define_optimizer(torch::Library& library);
+void define_policy(torch::Library& library);
 
 // Kernels by dispatch key.
 void implement_cross_entropy_cpu(torch::Library& library);

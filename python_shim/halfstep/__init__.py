@@ -20,17 +20,21 @@ if TYPE_CHECKING:
     from halfstep.grad_scaler import GradScaler
     from halfstep.manager import MixedPrecisionManager
     from halfstep.optimizer import release
+    from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
     from halfstep.statistics import MixedPrecisionStatistics
     from halfstep.step_graph import StepGraph
     from halfstep.step_report import StepReport
 
 _HOME_OF = {
     "AutocastContext": "halfstep.autocast",
+    "CustomPrecisionPolicy": "halfstep.policy",
     "GradScaler": "halfstep.grad_scaler",
     "LibraryMismatchError": "halfstep.errors",
     "MixedPrecisionConfig": "halfstep.config",
     "MixedPrecisionManager": "halfstep.manager",
     "MixedPrecisionStatistics": "halfstep.statistics",
+    "PrecisionPlan": "halfstep.policy",
+    "PrecisionPolicy": "halfstep.policy",
     "ScaleCollapsed": "halfstep.errors",
     "StepGraph": "halfstep.step_graph",
     "StepReport": "halfstep.step_report",
@@ -41,11 +45,14 @@ _HOME_OF = {
 
 __all__ = [
     "AutocastContext",
+    "CustomPrecisionPolicy",
     "GradScaler",
     "LibraryMismatchError",
     "MixedPrecisionConfig",
     "MixedPrecisionManager",
     "MixedPrecisionStatistics",
+    "PrecisionPlan",
+    "PrecisionPolicy",
     "ScaleCollapsed",
     "StepGraph",
     "StepReport",

@@ -1,0 +1,88 @@
+// torch.classes.halfstep.PrecisionPolicy and PrecisionPlan: the core's, which pickle as their JSON.
+#include "halfstep/policy.h"
+
+#include <c10/util/Exception.h>
+#include <torch/custom_class.h>
+
+#include "registration.h"
+
+namespace halfstep::torch_ops {
+namespace {
+
+// The core's errors as Python's ValueError.
+template <class Run>
+auto as_value_error(const Run& run) {
+  try {
+    return run();
+  } catch (const InvalidArgument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+struct PlanClass : torch::CustomClassHolder {
+  explicit PlanClass(PrecisionPlan the_plan) : plan(std::move(the_plan)) {}
+  PrecisionPlan plan;
+};
+
+struct PolicyClass : torch::CustomClassHolder {
+  explicit PolicyClass(PrecisionPolicy the_policy) : policy(std::move(the_policy)) {}
+  PrecisionPolicy policy;
+};
+
+using Plan = c10::intrusive_ptr<PlanClass>;
+using Policy = c10::intrusive_ptr<PolicyClass>;
+using Strings = std::vector<std::string>;
+
+Policy policy_from_json(const std::string& text, const std::string& source) {
+  return as_value_error([&] { return c10::make_intrusive<PolicyClass>(PrecisionPolicy::from_json(text, source)); });
+}
+
+Plan plan_from_json(const std::string& text, const std::string& source) {
+  return as_value_error([&] { return c10::make_intrusive<PlanClass>(PrecisionPlan::from_json(text, source)); });
+}
+
+Plan plan_layers(const Policy& self, const Strings& names, const Strings& types, const Strings& same_as) {
+  TORCH_CHECK_VALUE(types.size() == names.size() && same_as.size() == names.size(), "PrecisionPolicy.plan: got ",
+                    names.size(), " names, ", types.size(), " types and ", same_as.size(),
+                    " earlier names, expected as many of each");
+  std::vector<Layer> layers;
+  for (std::size_t i = 0; i < names.size(); ++i) layers.push_back({names[i], types[i], same_as[i]});
+  return as_value_error([&] { return c10::make_intrusive<PlanClass>(PrecisionPlan(self->policy, layers)); });
+}
+
+}  // namespace
+
+void define_policy(torch::Library& library) {
+  library.class_<PlanClass>("PrecisionPlan")
+      .def(torch::init([](const std::string& text, const std::string& source) { return plan_from_json(text, source); }),
+           "", {torch::arg("json"), torch::arg("source") = "plan"})
+      .def("to_json", [](const Plan& self) { return self->plan.to_json(); })
+      .def("policy", [](const Plan& self) { return self->plan.policy(); })
+      .def("layers",
+           [](const Plan& self) {
+             std::vector<std::tuple<std::string, std::string, std::string, std::string>> layers;
+             for (const PlannedLayer& layer : self->plan.layers())
+               layers.emplace_back(layer.name, layer.type, name_of(layer.precision), layer.reason);
+             return layers;
+           })
+      .def("explain", [](const Plan& self) { return self->plan.explain(); })
+      .def("diff", [](const Plan& self, const Plan& other) { return self->plan.diff(other->plan); })
+      .def_pickle([](const Plan& self) { return self->plan.to_json(); },
+                  [](const std::string& text) { return plan_from_json(text, "plan"); });
+  library.class_<PolicyClass>("PrecisionPolicy")
+      .def(torch::init(
+               [](const std::string& text, const std::string& source) { return policy_from_json(text, source); }),
+           "", {torch::arg("json"), torch::arg("source") = "policy"})
+      .def("to_json", [](const Policy& self) { return self->policy.to_json(); })
+      .def("name", [](const Policy& self) { return self->policy.name(); })
+      .def("decide",
+           [](const Policy& self, const std::string& name, const std::string& type) {
+             const PolicyDecision decision = self->policy.decide(name, type);
+             return std::tuple(std::string(name_of(decision.precision)), decision.reason);
+           })
+      .def("plan", &plan_layers)
+      .def_pickle([](const Policy& self) { return self->policy.to_json(); },
+                  [](const std::string& text) { return policy_from_json(text, "policy"); });
+}
+
+}  // namespace halfstep::torch_ops
