@@ -7,6 +7,7 @@ library) and in the additions that the class names.
 from __future__ import annotations
 
 import contextlib
+import numbers
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -215,8 +216,11 @@ class GradScaler(ScalerState):
         max_norm: clip the L2 norm of this optimizer's unscaled gradients first.
         Returns what optimizer.step() returns, None for a skipped step. Further arguments go to optimizer.step().
         """
-        if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
+        is_number = isinstance(max_norm, numbers.Real) and not isinstance(max_norm, bool)  # NumPy's too
+        if max_norm is not None and not (is_number and max_norm > 0):
             raise ValueError(f"GradScaler.step: max_norm is {max_norm!r}, expected a number > 0")
+        if args and isinstance(args[0], numbers.Real):
+            raise TypeError(f"GradScaler.step: got {args[0]!r} for the optimizer's closure; the norm is max_norm=")
         # Not [...]: that would leave a record of a step that then raises.
         state = self._per_optimizer_states.get(id(optimizer)) if self._enabled else None
         state = state or {"stage": OptState.READY}

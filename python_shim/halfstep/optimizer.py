@@ -152,6 +152,8 @@ def release(optimizer: torch.optim.Optimizer) -> None:
 
     Without it torch's optimizer still computes the same, but reads a step count on the host per parameter.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"release: got a {type(optimizer).__name__}, expected an optimizer of torch.optim")
     found = _fused_steps.pop(optimizer, None)
     if found is None and type(optimizer) in _KINDS:  # a step graph may have moved its counts
         found = FusedStep(optimizer)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from halfstep import GradScaler
+from halfstep import GradScaler, release
 from torch import nn
 
 
@@ -94,3 +94,21 @@ def test_never_waits_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert scaler.last_step(wait=True).step == 6
+
+
+def test_what_a_step_takes_and_what_it_names() -> None:
+    import numpy as np
+
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = GradScaler("cpu", init_scale=1.0)
+    scaler.scale(parameter.sum()).backward()
+    for wrong in (True, 0, "1", torch.ones(())):
+        with pytest.raises(ValueError, match="max_norm is .*, expected a number > 0"):
+            scaler.step(optimizer, max_norm=wrong)
+    with pytest.raises(TypeError, match="got 1.0 for the optimizer's closure; the norm is max_norm="):
+        scaler.step(optimizer, 1.0)
+    scaler.step(optimizer, max_norm=np.float32(1.0))
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), 0.5))
+    with pytest.raises(TypeError, match="release: got a Parameter, expected an optimizer"):
+        release(parameter)
