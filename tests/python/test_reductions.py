@@ -62,6 +62,23 @@ def half(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tor
 # ------------------------------------------------------------------------------------------------------ what acts
 
 
+def assert_no_further(
+    norm: nn.Module, inputs: list[torch.Tensor], grad: torch.Tensor, got: list[torch.Tensor], peer: list[torch.Tensor]
+) -> None:
+    """Compare results and gradients with float64: ours may be no further from it than torch's."""
+    wide = [value.detach().double().requires_grad_() for value in inputs]
+    reference = torch.func.functional_call(
+        copy.deepcopy(norm).double(),
+        dict(zip([name for name, _ in norm.named_parameters()], wide[1:], strict=True)),
+        wide[0],
+    )
+    exact = [reference, *torch.autograd.grad(reference, wide, grad.double())]
+    for ours, torchs, expected in zip(got, peer, exact, strict=True):
+        error, peer_error = ((value.double() - expected).abs().max().item() for value in (ours, torchs))
+        slack = 2e-6 * expected.abs().max().item()  # float32 sums in another order
+        assert error <= 1.05 * peer_error + slack, f"ours is off by {error:.3g}, torch's path by {peer_error:.3g}"
+
+
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", NORMS)
@@ -80,17 +97,7 @@ def test_half_out_and_never_further_from_float64_than_torchs_path(device, kind: 
 
     (got, out_dtype), (peer, _) = run(True), run(False)
     assert out_dtype is dtype
-    wide = [value.detach().double().requires_grad_() for value in inputs]
-    reference = torch.func.functional_call(
-        copy.deepcopy(norm).double(),
-        dict(zip([name for name, _ in norm.named_parameters()], wide[1:], strict=True)),
-        wide[0],
-    )
-    exact = [reference, *torch.autograd.grad(reference, wide, grad.double())]
-    for ours, torchs, expected in zip(got, peer, exact, strict=True):
-        error, peer_error = ((value.double() - expected).abs().max().item() for value in (ours, torchs))
-        slack = 2e-6 * expected.abs().max().item()  # float32 sums in another order
-        assert error <= 1.05 * peer_error + slack, f"ours is off by {error:.3g}, torch's path by {peer_error:.3g}"
+    assert_no_further(norm, inputs, grad, got, peer)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -113,17 +120,7 @@ def test_a_float32_stream_gives_half_in_one_pass(device, kind: str, dtype: torch
 
     got, peer = run(kind, "float32_input"), run(kind)
     assert got[1].dtype is torch.float32, "the stream's gradient is float32 too"
-    wide = [value.detach().double().requires_grad_() for value in inputs]
-    reference = torch.func.functional_call(
-        copy.deepcopy(norm).double(),
-        dict(zip([name for name, _ in norm.named_parameters()], wide[1:], strict=True)),
-        wide[0],
-    )
-    exact = [reference, *torch.autograd.grad(reference, wide, grad.double())]
-    for ours, torchs, expected in zip(got, peer, exact, strict=True):
-        error, peer_error = ((value.double() - expected).abs().max().item() for value in (ours, torchs))
-        slack = 2e-6 * expected.abs().max().item()  # float32 sums in another order
-        assert error <= 1.05 * peer_error + slack, f"ours is off by {error:.3g}, torch's path by {peer_error:.3g}"
+    assert_no_further(norm, inputs, grad, got, peer)
 
 
 @pytest.mark.usefixtures("everywhere")
