@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <torch/custom_class.h>
 
+#include "halfstep/status.h"
 #include "registration.h"
 
 namespace halfstep::torch_ops {
@@ -11,11 +12,11 @@ namespace {
 
 // The core's errors as Python's ValueError.
 template <class Run>
-auto as_value_error(const Run& run) {
+auto as_value_error(const Run& run) -> decltype(run()) {
   try {
     return run();
   } catch (const InvalidArgument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
+    C10_THROW_ERROR(ValueError, error.what());
   }
 }
 

@@ -105,8 +105,10 @@ TEST(Policy, SizesAreBounded) {
   EXPECT_EQ(error_of(std::string(PrecisionPolicy::kMaxBytes + 1, ' ')).rfind("p.json: has 1048577 bytes", 0), 0U);
   EXPECT_NE(error_of(std::string(100000, '[')).find("is nested deeper than 8 levels"), std::string::npos);
   std::string many = R"({"name": "n", "default": "float32", "rules": [)";
-  for (std::size_t i = 0; i <= PrecisionPolicy::kMaxRules; ++i)
-    many += std::string(i == 0 ? "" : ",") + R"({"type": "L", "precision": "int8"})";
+  for (std::size_t i = 0; i <= PrecisionPolicy::kMaxRules; ++i) {
+    many += i == 0 ? "" : ",";
+    many += R"({"type": "L", "precision": "int8"})";
+  }
   EXPECT_NE(error_of(many + "]}").find("has 4097 entries, expected at most 4096"), std::string::npos);
   EXPECT_THROW(PrecisionPolicy("n", Precision::kFloat32, std::vector<PolicyRule>(PrecisionPolicy::kMaxRules + 1)),
                InvalidArgument);
@@ -134,7 +136,7 @@ TEST(Policy, DamagedFilesAreReadOrRefused) {
         default:
           damaged.resize(at + 1);
       }
-      if (damaged.empty()) damaged = " ";
+      if (damaged.empty()) damaged.push_back(' ');
     }
     try {
       PrecisionPolicy::from_json(damaged);
