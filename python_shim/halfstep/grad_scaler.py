@@ -271,7 +271,7 @@ class GradScaler(ScalerState):
         ready = known is None or known["stage"] is OptState.READY
         if not torch_is_fused and has_step_hooks(optimizer):
             if recorder is not None:
-                recorder.reason = recorder.reason or "step hooks run on the host"
+                recorder.reason = f"{type(optimizer).__name__} has step hooks, which run on the host"
             # The hooks see the gradients that torch would show them.
             if ready:
                 self.unscale_(optimizer)

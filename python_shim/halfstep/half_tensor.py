@@ -2,7 +2,7 @@
 
 Operations get its half copy. Whoever needs the parameter itself gets that: operations where autocast is off, those
 that fail in half, and all that writes. Which parameters these are is told to the owner, so that they have no half copy
-from the next step on.
+from the next step on. Norms get the parameter too: on a GPU some fail in half only in the backward pass.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 AUTOCAST_OFF = "forward uses it where autocast is off"
 WRITTEN = "forward writes to it, or could (in place, out=, .data, detach())"
 NOT_IN_HALF = "forward does something with it that fails in half"
+OF_NORM = "weights of norms stay float32"
 
 # What torch raises for a dtype, and more. No Exception of others': checkpoints leave a forward by one.
 ERRORS = (RuntimeError, TypeError, ValueError)
@@ -27,6 +28,8 @@ _ASSIGNMENTS = {"__setitem__", "__set__", "__delete__"} | {
     f"__i{name}__"
     for name in ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 }
+
+_NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"}
 
 
 class Owner(Protocol):
@@ -63,7 +66,7 @@ class HalfTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if torch.compiler.is_compiling():  # a compiled function that was given it
                 return func(*args, **kwargs)
-            reason = WRITTEN if _writes(func, kwargs) else ""
+            reason = WRITTEN if _writes(func, kwargs) else OF_NORM if _is_norm(func) else ""
             try:
                 return func(*_resolved(args, reason), **_resolved(kwargs, reason))
             except ERRORS as error:
@@ -71,6 +74,10 @@ class HalfTensor(torch.Tensor):
                 if not result:
                     raise
                 return result[0]
+
+
+def _is_norm(func: Any) -> bool:
+    return getattr(func, "__name__", "") in _NORMS  # of torch.nn.functional and of torch
 
 
 def attempted(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:

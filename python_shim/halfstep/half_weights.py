@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from halfstep.half_tensor import ERRORS, NOT_IN_HALF, WRITTEN, HalfOf, HalfTensor, attempted
+from halfstep.half_tensor import ERRORS, NOT_IN_HALF, OF_NORM, WRITTEN, HalfOf, HalfTensor, attempted
 from halfstep.reductions import float32_stream_kept
 
 RESIDUALS = ("half", "float32")
@@ -64,7 +64,7 @@ def _obstacle(
     if parameter.dtype is not torch.float32 or parameter.device != device:
         return f"it is {parameter.dtype} on {parameter.device}"
     if isinstance(module, _NORMS):
-        return "weights of norms stay float32"
+        return OF_NORM
     if isinstance(module, nn.RNNBase):
         return f"{type(module).__name__} keeps its weights in one buffer"
     hooks = module._forward_pre_hooks.values()

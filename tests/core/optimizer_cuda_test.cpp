@@ -83,14 +83,15 @@ class DeviceSet {
 class OptimizerCuda : public CudaTest, public testing::WithParamInterface<OptimizerCase> {};
 
 // Within one unit in the last place of the element, or of what it was before the step: where the two nearly cancel, no
-// more can be left.
+// more can be left. What a parameter moves by may differ by what the GPU's pow leaves in the bias corrections, 4 units.
 void expect_within_one_ulp(GradientList& gpu, GradientList& cpu, const std::string& what,
                            GradientList* before = nullptr) {
   for (std::size_t i = 0; i < gpu.size(); ++i) {
     const DType dtype = gpu.shapes()[i].dtype;
     for (std::size_t k = 0; k < static_cast<std::size_t>(gpu.shapes()[i].numel); ++k) {
-      const double size = std::max(std::fabs(cpu.get(i, k)), before ? std::fabs(before->get(i, k)) : 0.0);
-      ASSERT_NEAR(gpu.get(i, k), cpu.get(i, k), ulp(dtype, size) * 1.001)
+      const double now = cpu.get(i, k), then = before ? before->get(i, k) : now;
+      const double moved = dtype == DType::kFloat64 ? 0.0 : std::fabs(now - then) * 0x1p-22;
+      ASSERT_NEAR(gpu.get(i, k), now, ulp(dtype, std::max(std::fabs(now), std::fabs(then))) * 1.001 + moved)
           << what << " of tensor " << i << " (" << name_of(dtype) << "), element " << k;
     }
   }

@@ -88,7 +88,10 @@ WITH_COPIES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("middle", WITHOUT_COPIES.values(), ids=WITHOUT_COPIES.keys())
-def test_layers_that_may_need_float32_have_no_copies(device: torch.device, middle: Callable[[], nn.Module]) -> None:
+def test_layers_that_may_need_float32_have_no_copies(
+    device: torch.device, middle: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     half, plain = pair(device, middle)
     assert half.losses(6) == plain.losses(6)
     assert same_parameters(half, plain)

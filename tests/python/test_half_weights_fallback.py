@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from halfstep.half_tensor import NOT_IN_HALF
+from halfstep.half_tensor import NOT_IN_HALF, OF_NORM
 from test_half_weights import WIDTH, WORDS, Run
 from test_half_weights_edges import Net
 from torch import nn
@@ -88,11 +88,12 @@ def test_what_fails_in_half_gets_float32(device: torch.device, what, compiled: b
     assert half.losses(6) == pytest.approx(plain.losses(6), rel=0.05)
     assert half.model.head.weight in half.half.copies
     assert counter.frame_count == (1 if compiled else 0)
-    if device.type == "cuda":  # which of these fail in half there is torch's matter
-        return
+    if device.type == "cuda" and what not in (layer_norm, group_norm, batch_norm):
+        return  # which of these fail in half there is torch's matter
     name = "middle.matrix" if what in (log_determinant, log_determinant_of_a_result) else "middle.vector"
-    assert half.half.kept[name] == NOT_IN_HALF
-    assert NOT_IN_HALF in half.step.explain()
+    reason = OF_NORM if what in (layer_norm, group_norm, batch_norm) else NOT_IN_HALF
+    assert half.half.kept[name] == reason
+    assert reason in half.step.explain()
     assert half.half.generation == 1
 
 
@@ -107,7 +108,8 @@ def test_a_bilinear_layer_on_a_float32_stream(device: torch.device) -> None:
         torch.manual_seed(0)
         plain = Run(device, Net(Twice(WIDTH, WIDTH, WIDTH)), capture=False)
         assert half.losses(4) == pytest.approx(plain.losses(4), rel=0.05 if residual == "half" else 0)
-        assert "middle.weight" in half.half.kept
+        # On CUDA autocast promotes a bilinear product to the wider input's float32, which a copy does not hinder.
+        assert (device.type == "cuda" and residual == "half") or "middle.weight" in half.half.kept
 
 
 def test_a_new_way_through_a_compiled_module_is_looked_at_when_it_fails(device: torch.device) -> None:
