@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from halfstep.manager import MixedPrecisionManager
     from halfstep.optimizer import release
     from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
+    from halfstep.scopes import apply_plan, remove_plan
     from halfstep.statistics import MixedPrecisionStatistics
     from halfstep.step_graph import StepGraph
     from halfstep.step_report import StepReport
@@ -38,9 +39,11 @@ _HOME_OF = {
     "ScaleCollapsed": "halfstep.errors",
     "StepGraph": "halfstep.step_graph",
     "StepReport": "halfstep.step_report",
+    "apply_plan": "halfstep.scopes",
     "build_info": "halfstep._library",
     "load_library": "halfstep._library",
     "release": "halfstep.optimizer",
+    "remove_plan": "halfstep.scopes",
 }
 
 __all__ = [
@@ -57,9 +60,11 @@ __all__ = [
     "StepGraph",
     "StepReport",
     "__version__",
+    "apply_plan",
     "build_info",
     "load_library",
     "release",
+    "remove_plan",
 ]
 
 
