@@ -42,22 +42,30 @@ class LayerScope:
             return self._forward(*args, **kwargs)
         if torch.get_autocast_dtype(device) is self.dtype:
             return self._forward(*args, **kwargs)
-        args, kwargs = _cast((args, kwargs), self.dtype)
+        if len(args) == 1 and not kwargs:
+            args = (_cast(first, self.dtype),)
+        else:
+            args, kwargs = _cast((args, kwargs), self.dtype)
         if torch.compiler.is_compiling():  # knows the context, but not the functions that it calls
             off = self.dtype is torch.float32
             region = torch.autocast(device, enabled=not off, dtype=None if off else self.dtype, cache_enabled=False)
             with region:
                 return self._forward(*args, **kwargs)
+        if self.dtype is torch.float32:
+            torch.set_autocast_enabled(device, False)
+            try:
+                return self._forward(*args, **kwargs)
+            finally:
+                torch.set_autocast_enabled(device, True)
+        return self._under_own_autocast(device, args, kwargs)
+
+    def _under_own_autocast(self, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+        torch.set_autocast_dtype(device, self.dtype)
+        torch.set_autocast_cache_enabled(False)
         try:
-            if self.dtype is torch.float32:
-                torch.set_autocast_enabled(device, False)
-            else:
-                torch.set_autocast_dtype(device, self.dtype)
-                torch.set_autocast_cache_enabled(False)
             return self._forward(*args, **kwargs)
         finally:
-            torch.set_autocast_enabled(device, True)
             torch.set_autocast_dtype(device, before[0])
             torch.set_autocast_cache_enabled(before[1])
 
