@@ -96,10 +96,10 @@ def steps(function: Callable, inputs: list[torch.Tensor]) -> tuple[Callable, Cal
     return forward, lambda: torch.autograd.grad(function(*inputs), inputs, grad)
 
 
-def results(function: Callable, inputs: list[torch.Tensor], grad: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Return what function returns, and the gradients of its inputs."""
+def results(function: Callable, inputs: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    """Return what function returns, and the gradients of its inputs; `grad` is that of a result with dimensions."""
     out = function(*inputs)
-    grad = torch.ones_like(out) if grad is None or out.dim() == 0 else grad.to(out.dtype)
+    grad = torch.ones_like(out) if out.dim() == 0 else grad.to(out.dtype)
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 

@@ -58,7 +58,8 @@ PrecisionPolicy PrecisionPolicy::named(std::string_view name) {
   if (name == "mixed_float16") return {std::string(name), Precision::kFloat16};
   if (name == "mixed_bfloat16") return {std::string(name), Precision::kBFloat16};
   if (name == "float32") return {std::string(name), Precision::kFloat32};
-  HS_CHECK(false, "PrecisionPolicy: name is '", name, "', expected mixed_float16, mixed_bfloat16 or float32");
+  HS_CHECK(false, "PrecisionPolicy: name is '", name,
+           "', expected one of 'mixed_float16', 'mixed_bfloat16', 'float32'");
 }
 
 PolicyDecision PrecisionPolicy::decide(std::string_view layer_name, std::string_view layer_type) const {

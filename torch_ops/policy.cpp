@@ -74,6 +74,11 @@ void define_policy(torch::Library& library) {
       .def(torch::init(
                [](const std::string& text, const std::string& source) { return policy_from_json(text, source); }),
            "", {torch::arg("json"), torch::arg("source") = "policy"})
+      .def_static(
+          "named",
+          [](const std::string& name) {
+            return as_value_error([&] { return c10::make_intrusive<PolicyClass>(PrecisionPolicy::named(name)); });
+          })
       .def("to_json", [](const Policy& self) { return self->policy.to_json(); })
       .def("name", [](const Policy& self) { return self->policy.name(); })
       .def("decide",

@@ -65,7 +65,7 @@ struct ByColumn : Neutral {
   }
 };
 
-// One for the pack, whose elements are of the same channel: group norm on images.
+// One for the pack, whose elements are of the same channel: group norm on images, and everything by packs of one.
 struct ByPack : Neutral {
   template <int kWidth>
   static __device__ void load(const TensorView& view, const NormShape& shape, std::int64_t row, std::int64_t col,

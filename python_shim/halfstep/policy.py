@@ -41,11 +41,16 @@ class PrecisionPlan:
         self._layers = {layer[0]: PlannedLayer(*layer) for layer in plan.layers()}
 
     @classmethod
+    def _of(cls, plan: Any) -> PrecisionPlan:
+        """Wrap a plan of the library."""
+        wrapped = cls.__new__(cls)
+        wrapped._set(plan)
+        return wrapped
+
+    @classmethod
     def from_json(cls, text: str, source: str = "plan") -> PrecisionPlan:
         """Read what to_json() wrote; ValueError names `source`, the line and the key of what is wrong."""
-        plan = cls.__new__(cls)
-        plan._set(torch.classes.halfstep.PrecisionPlan(text, source))
-        return plan
+        return cls._of(torch.classes.halfstep.PrecisionPlan(text, source))
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -113,17 +118,19 @@ class PrecisionPolicy:
     @classmethod
     def named(cls, name: str) -> PrecisionPolicy:
         """Return "mixed_float16", "mixed_bfloat16" or "float32": one precision for all layers."""
-        defaults = {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16", "float32": "float32"}
-        if name not in defaults:
-            raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, defaults))}")
-        return cls(name, defaults[name])
+        return cls._of(torch.classes.halfstep.PrecisionPolicy.named(name))
+
+    @classmethod
+    def _of(cls, policy: Any) -> PrecisionPolicy:
+        """Wrap a policy of the library."""
+        wrapped = cls.__new__(cls)
+        wrapped._policy = policy
+        return wrapped
 
     @classmethod
     def from_json(cls, text: str, source: str = "policy") -> PrecisionPolicy:
         """Read JSON (docs/policy.schema.json); ValueError names `source`, the line and the key of what is wrong."""
-        policy = cls.__new__(cls)
-        policy._policy = torch.classes.halfstep.PrecisionPolicy(text, source)
-        return policy
+        return cls._of(torch.classes.halfstep.PrecisionPolicy(text, source))
 
     @classmethod
     def load(cls, path: str | Path) -> PrecisionPolicy:
@@ -155,7 +162,7 @@ class PrecisionPolicy:
         made = self._policy.plan(
             [name for name, _, _ in layers], [kind for _, kind, _ in layers], [same for _, _, same in layers]
         )
-        return PrecisionPlan.from_json(made.to_json())
+        return PrecisionPlan._of(made)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PrecisionPolicy) and self.to_json() == other.to_json()
