@@ -106,4 +106,35 @@ HALFSTEP_HOST_DEVICE inline void scale_step(const ScaleState& state, const Scale
   record[kHistoryNorm] = norm;
 }
 
+inline void check_request(const ScaleState& state, const double* record) {
+  HS_CHECK(state.scale && state.counters && state.history && record,
+           "request_scale: scale, counters, history and record must not be null");
+}
+
+HALFSTEP_HOST_DEVICE inline void request_step(const ScaleState& state, const ScaleRule& rule, double requested,
+                                              double* record) {
+  const std::int64_t step = state.counters[kSteps];
+  if (step == 0) return;
+  const double* const last = state.history + (static_cast<std::uint64_t>(step) - 1) % kHistoryRows * kHistoryColumns;
+  const bool found = last[kHistoryFound] != 0.0;
+  const double scale = *state.scale;
+  double limit = record[kRequestLimit];
+  if (found) {
+    const bool at_floor = scale <= static_cast<float>(rule.min_scale);
+    if ((scale < last[kHistoryScale] || at_floor) && scale < limit) limit = scale;
+  } else {
+    const double highest = static_cast<float>(rule.max_scale);
+    if (scale > last[kHistoryScale])
+      limit = limit * rule.growth_factor < highest ? limit * rule.growth_factor : highest;
+    if (requested > 0.0) {
+      double granted = requested < limit ? requested : limit;
+      if (granted < rule.min_scale) granted = rule.min_scale;
+      *state.scale = static_cast<float>(granted < highest ? granted : highest);
+    }
+  }
+  record[kRequestLimit] = limit;
+  record[kRequestNorm] = last[kHistoryNorm];
+  record[kRequestFound] = last[kHistoryFound];
+}
+
 }  // namespace halfstep::detail

@@ -1,4 +1,4 @@
-// update_scale_, combine_found and scale_preset: schemas, checks, and the way to the core. Contract:
+// update_scale_, request_scale_, combine_found and scale_preset: schemas, checks, and the way to the core. Contract:
 // halfstep/torch/scaling.h and halfstep/scaling.h.
 #include "halfstep/torch/scaling.h"
 
@@ -117,6 +117,42 @@ void update_scale_meta(const Arguments& a) {
   check(a);
 }
 
+struct Request {
+  const at::Tensor& scale;
+  const at::Tensor& counters;
+  const at::Tensor& history;
+  const at::Tensor& record;
+  double requested;
+  ScaleRule rule;
+};
+
+void check_request(const Request& a) {
+  constexpr std::string_view op = "request_scale_";
+  const at::Device device = a.scale.device();
+  check_argument(a.scale, op, "scale", at::kFloat, device);
+  check_argument(a.counters, op, "counters", at::kLong, device, kCounters);
+  check_argument(a.history, op, "history", at::kDouble, device, kHistoryRows * kHistoryColumns);
+  check_argument(a.record, op, "record", at::kDouble, device, kRequestColumns);
+  check_rule(a.rule, op, validate_update);
+}
+
+template <class Launch>
+void request_scale(const Request& a, Launch launch) {
+  ScaleState state{};
+  state.scale = a.scale.data_ptr<float>();
+  state.counters = a.counters.data_ptr<std::int64_t>();
+  state.history = a.history.data_ptr<double>();
+  launch(state, a.record.data_ptr<double>());
+  bump_version(a.scale);
+  bump_version(a.record);
+}
+
+void request_scale_cpu(const Request& a) {
+  check_request(a);
+  request_scale(
+      a, [&](const ScaleState& state, double* record) { cpu::request_scale(state, a.rule, a.requested, record); });
+}
+
 at::Tensor new_flag(at::TensorList found) {
   TORCH_CHECK_VALUE(!found.empty(), "combine_found: found is an empty list, expected at least one flag");
   check_flags(found, "combine_found", "found", found[0].device());
@@ -144,6 +180,15 @@ void update_scale_cuda(const Arguments& a) {
   });
 }
 
+void request_scale_cuda(const Request& a) {
+  check_request(a);
+  const c10::cuda::CUDAGuard guard(a.scale.device());
+  const CudaStream stream{c10::cuda::getCurrentCUDAStream().stream()};
+  request_scale(a, [&](const ScaleState& state, double* record) {
+    cuda::request_scale(state, a.rule, a.requested, record, stream);
+  });
+}
+
 at::Tensor combine_found_cuda(at::TensorList found) {
   const at::Tensor result = new_flag(found);
   const c10::cuda::CUDAGuard guard(result.device());
@@ -164,6 +209,17 @@ void update_scale_op(const at::Tensor& scale, const at::Tensor& growth_tracker, 
       ScaleRule{}.init_scale, growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis,
       refill_value,           growth_delay};
   backend({scale, growth_tracker, hysteresis_left, counters, history, found, norm, rule});
+}
+
+template <void (*backend)(const Request&)>
+void request_scale_op(const at::Tensor& scale, const at::Tensor& counters, const at::Tensor& history,
+                      const at::Tensor& record, double requested, double growth_factor, double min_scale,
+                      double max_scale) {
+  ScaleRule rule;
+  rule.growth_factor = growth_factor;
+  rule.min_scale = min_scale;
+  rule.max_scale = max_scale;
+  backend({scale, counters, history, record, requested, rule});
 }
 
 using Preset =
@@ -196,6 +252,9 @@ void define_scaling(torch::Library& library) {
       "Tensor(e!)? history, Tensor[] found, Tensor[] norm, float growth_factor=2.0, float backoff_factor=0.5, "
       "int growth_interval=2000, float min_scale=0.0, float max_scale=3.4028234663852886e38, int hysteresis=1, "
       "str refill='on_clean_step', int growth_delay=0) -> ()");
+  library.def(
+      "request_scale_(Tensor(a!) scale, Tensor counters, Tensor history, Tensor(b!) record, float requested, "
+      "float growth_factor=2.0, float min_scale=0.0, float max_scale=3.4028234663852886e38) -> ()");
   library.def("combine_found(Tensor[] found) -> Tensor");
   library.def(
       "scale_preset(str name) -> (float init_scale, float growth_factor, float backoff_factor, int growth_interval, "
@@ -210,20 +269,24 @@ void define_scaling(torch::Library& library) {
 
 void implement_scaling_cpu(torch::Library& library) {
   library.impl("update_scale_", &update_scale_op<update_scale_cpu>);
+  library.impl("request_scale_", &request_scale_op<request_scale_cpu>);
   library.impl("combine_found", &combine_found_cpu);
 }
 
 void implement_scaling_meta(torch::Library& library) {
   library.impl("update_scale_", &update_scale_op<update_scale_meta>);
+  library.impl("request_scale_", &request_scale_op<check_request>);
   library.impl("combine_found", &combine_found_meta);
 }
 
 void implement_scaling_cuda(torch::Library& library) {
 #ifdef HALFSTEP_CUDA
   library.impl("update_scale_", &update_scale_op<update_scale_cuda>);
+  library.impl("request_scale_", &request_scale_op<request_scale_cuda>);
   library.impl("combine_found", &combine_found_cuda);
 #else
   library.impl("update_scale_", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  library.impl("request_scale_", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   library.impl("combine_found", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
 #endif
 }

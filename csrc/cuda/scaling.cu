@@ -10,6 +10,10 @@ __global__ void update_scale_kernel(ScaleState state, ScaleRule rule,
   detail::scale_step(state, rule, inputs);
 }
 
+__global__ void request_scale_kernel(ScaleState state, ScaleRule rule, double requested, double* record) {
+  detail::request_step(state, rule, requested, record);
+}
+
 __global__ void combine_found_kernel(const __grid_constant__ detail::ScaleInputTable inputs, float* result) {
   *result = detail::any_found(inputs.found, inputs.found_count) ? 1.0F : 0.0F;
 }
@@ -20,6 +24,13 @@ void update_scale(const ScaleState& state, const ScaleRule& rule, const ScaleInp
   detail::check_state(state, rule);
   update_scale_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream.handle)>>>(state, rule,
                                                                              detail::make_input_table(inputs));
+  HS_CUDA_TRY(cudaGetLastError());
+}
+
+void request_scale(const ScaleState& state, const ScaleRule& rule, double requested, double* record,
+                   CudaStream stream) {
+  detail::check_request(state, record);
+  request_scale_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream.handle)>>>(state, rule, requested, record);
   HS_CUDA_TRY(cudaGetLastError());
 }
 

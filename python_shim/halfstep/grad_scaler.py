@@ -66,6 +66,12 @@ class GradScaler(ScalerState):
 
     name_overflows: let last_step() name the parameters with infinite or NaN gradients (the check then keeps statistics
         per parameter, which takes it up to a third longer).
+    scale_from_norm: the loss scale as a function of the gradients' L2 norm, such as a policy's get_loss_scale_factor.
+        update() asks it with the norm of the newest applied step before the one that ends: it never waits for that one.
+        None leaves the scale as the rule has it. After an overflow no more than the backed-off scale is granted, until
+        the rule's growth has raised that limit. It is not asked where there is no norm (sharded gradients). Not part of
+        a checkpoint, but where it stands is. A CUDA graph that holds update() needs after_replay() after each replay;
+        StepGraph does that.
 
     Beyond torch: bfloat16 (and all other floating) gradients may be mixed in one optimizer on every device; an
     overflow that unscaling itself makes is found; a step that overflowed on two devices is skipped by fused
@@ -367,6 +373,8 @@ class GradScaler(ScalerState):
         norms = [moved(norm, scale.device) for state in states for norm in state.get("norms", ())]
         if any(state.get("sharded") for state in states):
             norms = []  # the norm of one rank's shards is not the gradients'
+        asks = self._request is not None and not (scale.is_cuda and torch.cuda.is_current_stream_capturing())
+        wanted = self._request.wanted() if asks else None  # may raise: nothing has changed yet
         _ops.update_scale_(
             scale,
             tracker,
@@ -377,10 +385,23 @@ class GradScaler(ScalerState):
             norms,
             **self._rule(),
         )
+        if asks:
+            self._request.grant(wanted, scale, self._counters, self._history, self._rule())
+        recorder = getattr(current, "recorder", None)
+        if recorder is not None:
+            recorder.updated[self] = None
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         self._tables = [entry for state in states for entry in state.get("statistics", ())]
         if self._max_consecutive_skips is not None:
             self._raise_if_collapsed(states)
+
+    def after_replay(self) -> None:
+        """Do what update() leaves to the host, after each replay of a CUDA graph of your own that holds update().
+
+        Only with scale_from_norm is there anything to do.
+        """
+        if self._request is not None and self._counters is not None:
+            self._request.grant(self._request.wanted(), self._scale, self._counters, self._history, self._rule())
 
     def _raise_if_collapsed(self, states: list[dict[str, Any]]) -> None:
         skips = self.counters()["consecutive_skipped"]

@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from halfstep.half_tensor import ERRORS, NOT_IN_HALF, OF_NORM, WRITTEN, HalfOf, HalfTensor, attempted
 from halfstep.reductions import float32_stream_kept
+from halfstep.scopes import LayerScope
 
 RESIDUALS = ("half", "float32")
 OUT_OF_RANGE = "float16 does not hold its values"
@@ -55,6 +56,12 @@ def _fits_float16(parameter: nn.Parameter) -> bool:
     return 2 * int(tiny.sum()) <= int((values != 0).sum())
 
 
+def _scopes_of(model: nn.Module) -> dict[nn.Module, torch.dtype]:
+    """Return the layers that a plan runs in a precision of their own."""
+    forwards = {module: module.__dict__.get("forward") for module in model.modules()}
+    return {module: forward.dtype for module, forward in forwards.items() if isinstance(forward, LayerScope)}
+
+
 def _obstacle(
     module: nn.Module, parameter: nn.Parameter, device: torch.device, residual: str, dtype: torch.dtype
 ) -> str:
@@ -65,6 +72,9 @@ def _obstacle(
         return f"it is {parameter.dtype} on {parameter.device}"
     if isinstance(module, _NORMS):
         return OF_NORM
+    scope = module.__dict__.get("forward")
+    if isinstance(scope, LayerScope) and scope.dtype is not dtype:
+        return f"the plan runs its layer in {str(scope.dtype).removeprefix('torch.')}"
     if isinstance(module, nn.RNNBase):
         return f"{type(module).__name__} keeps its weights in one buffer"
     hooks = module._forward_pre_hooks.values()
@@ -116,6 +126,7 @@ class HalfWeights:
                     self.kept[self._names[module, name]] = reason
                 else:
                     self.places.append((module, name, parameter))
+        self._scopes = _scopes_of(model)
         self.copies = {
             parameter: torch.empty_like(parameter, dtype=dtype, requires_grad=False) for _, _, parameter in self.places
         }
@@ -139,8 +150,8 @@ class HalfWeights:
         return [parameter for parameter in self.parameters if parameter.requires_grad]
 
     def is_current(self) -> bool:
-        """Return whether the model still holds the parameters that this was made of, and where they were."""
-        return all(
+        """Return whether the model still holds the parameters that this was made of, where they were, and its plan."""
+        return self._scopes == _scopes_of(self.model) and all(
             module._parameters.get(name) is parameter and parameter.device == self.copies[parameter].device
             for module, name, parameter in self.places
         )

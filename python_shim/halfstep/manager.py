@@ -11,6 +11,7 @@ from halfstep.config import MixedPrecisionConfig, check_bool, check_choice
 from halfstep.statistics import MixedPrecisionStatistics
 
 if TYPE_CHECKING:
+    from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
     from halfstep.step_graph import StepGraph
 
 FRAMEWORKS = ("auto", "pytorch")
@@ -29,6 +30,9 @@ class MixedPrecisionManager:
     config: a MixedPrecisionConfig instead of precision_policy and initial_loss_scale. With one, gradients are clipped
         to its gradient_clipping_threshold in scaler.step(); without one
         nothing is, unless update_config() sets the threshold.
+    custom_policy: a precision for each layer, and with a CustomPrecisionPolicy whose get_loss_scale_factor is
+        overridden the loss scale too: an instance of a subclass of CustomPrecisionPolicy, or a PrecisionPolicy. What it
+        leaves to half precision runs in that of precision_policy; under "float32" it is not asked.
 
         manager = MixedPrecisionManager(framework="pytorch")
         model, optimizer, scaler = manager.setup_pytorch_training(model, optimizer)
@@ -48,6 +52,7 @@ class MixedPrecisionManager:
         enable_monitoring: bool = True,
         *,
         config: MixedPrecisionConfig | None = None,
+        custom_policy: CustomPrecisionPolicy | PrecisionPolicy | None = None,
     ) -> None:
         check_choice(*FRAMEWORKS)("framework", framework)
         check_bool("enable_loss_scaling", enable_loss_scaling)
@@ -64,7 +69,9 @@ class MixedPrecisionManager:
             raise ImportError(f"framework is {framework!r}, but torch is not installed: pip install torch")
         from halfstep.pytorch import PyTorchManager
 
-        self._manager = PyTorchManager(settings, enable_loss_scaling, enable_monitoring, clip=config is not None)
+        self._manager = PyTorchManager(
+            settings, enable_loss_scaling, enable_monitoring, clip=config is not None, custom_policy=custom_policy
+        )
 
     @property
     def framework(self) -> str:
@@ -76,13 +83,22 @@ class MixedPrecisionManager:
         """A copy of the settings, as last set; change them with update_config()."""
         return dataclasses.replace(self._manager.config)
 
-    def setup_pytorch_training(self, model: Any, optimizer: Any) -> tuple[Any, Any, Any]:
+    def setup_pytorch_training(
+        self, model: Any, optimizer: Any, use_custom_policy: bool | None = None
+    ) -> tuple[Any, Any, Any]:
         """Return (model, optimizer, scaler): the two objects that came in, and the GradScaler for their loop.
 
+        use_custom_policy: apply the manager's custom_policy to this model; by default if it has one. The policy is
+        asked once per layer, here; precision_plan(model) says what came out.
         Under a mixed policy the model's LayerNorm, RMSNorm and GroupNorm modules get another `forward`
-        (MixedPrecisionConfig.half_reductions); parameters, buffers, state_dict and classes stay as they are.
+        (MixedPrecisionConfig.half_reductions), and so do the layers that a custom policy runs in another precision than
+        autocast; parameters, buffers, state_dict and classes stay as they are.
         """
-        return model, optimizer, self._manager.setup(model, optimizer)
+        return model, optimizer, self._manager.setup(model, optimizer, use_custom_policy)
+
+    def precision_plan(self, model: Any) -> PrecisionPlan | None:
+        """Return the plan that setup_pytorch_training() has applied to this model, None without a custom policy."""
+        return self._manager.plan_of(model)
 
     def remove_policy(self, model: Any) -> None:
         """Give the model its own `forward` methods back, as they were before setup_pytorch_training().

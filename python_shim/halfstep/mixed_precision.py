@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from halfstep.config import MixedPrecisionConfig
 from halfstep.manager import MixedPrecisionManager
+from halfstep.policy import CustomPrecisionPolicy
 from halfstep.statistics import MixedPrecisionStatistics
 
-__all__ = ["MixedPrecisionConfig", "MixedPrecisionManager", "MixedPrecisionStatistics"]
+__all__ = ["CustomPrecisionPolicy", "MixedPrecisionConfig", "MixedPrecisionManager", "MixedPrecisionStatistics"]

@@ -194,6 +194,10 @@ class CustomPrecisionPolicy:
         """Return the loss scale that follows from the L2 norm of a step's unscaled gradients, or None to leave it."""
         return None
 
+    def chooses_loss_scale(self) -> bool:
+        """Return whether get_loss_scale_factor() is one of the subclass."""
+        return type(self).get_loss_scale_factor is not CustomPrecisionPolicy.get_loss_scale_factor
+
     def plan(self, model: nn.Module, half: str = "float16") -> PrecisionPlan:
         """Ask once per layer. half: the half precision of this model's policy, "float16" or "bfloat16"."""
         if half not in ("float16", "bfloat16"):

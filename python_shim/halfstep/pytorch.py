@@ -23,7 +23,9 @@ from halfstep.config import (
 )
 from halfstep.grad_scaler import GradScaler
 from halfstep.half_weights import RESIDUALS, HalfWeights
+from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
 from halfstep.reductions import remove_half_norms, use_half_norms
+from halfstep.scopes import apply_plan, planned_dtypes, remove_plan
 from halfstep.statistics import MixedPrecisionStatistics
 from halfstep.step_graph import StepGraph, Training
 
@@ -42,18 +44,28 @@ _NOTES = {
 
 
 class PyTorchManager:
-    """Autocast, loss scaling and the half reductions of a PyTorch loop, from one configuration."""
+    """Autocast, loss scaling, the half reductions and the plans of a PyTorch loop, from one configuration."""
 
     framework = "pytorch"
 
-    def __init__(self, config: MixedPrecisionConfig, enable_loss_scaling: bool, monitor: bool, clip: bool) -> None:
+    def __init__(
+        self, config: MixedPrecisionConfig, enable_loss_scaling: bool, monitor: bool, *, clip: bool, custom_policy: Any
+    ) -> None:
+        if not isinstance(custom_policy, (CustomPrecisionPolicy, PrecisionPolicy, type(None))):
+            raise TypeError(
+                f"custom_policy is {custom_policy!r}, expected an instance of a CustomPrecisionPolicy or a "
+                "PrecisionPolicy"
+            )
         self.config = config
+        self._custom_policy = custom_policy
         self._loss_scaling = enable_loss_scaling
         self._monitor = monitor
         self._clip = clip
         self._device_type: str | None = None  # the model's, once there is one
         self._scaler: GradScaler | None = None
+        self._scaler_kind = ""
         self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._plans: weakref.WeakKeyDictionary[torch.nn.Module, PrecisionPlan] = weakref.WeakKeyDictionary()
         # Of all setups; neither models nor optimizers are kept alive.
         self._trainings: list[tuple[weakref.ref[Any], weakref.ref[Any], GradScaler]] = []
         self._half: weakref.WeakSet[HalfWeights] = weakref.WeakSet()  # of the captured steps
@@ -67,8 +79,10 @@ class PyTorchManager:
             return "cpu"
         return self.config.autocast_device_type
 
-    def setup(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> GradScaler:
-        """Put the policy into the model's norms and return the scaler for the loop. The optimizer is not changed."""
+    def setup(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, use_custom_policy: bool | None = None
+    ) -> GradScaler:
+        """Put the policy into the model and return the scaler for the loop. The optimizer is not changed."""
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -78,29 +92,62 @@ class PyTorchManager:
             raise ValueError(
                 f"the model's parameters are on {sorted(device_types)}, expected all on cpu or all on cuda"
             )
+        if use_custom_policy is None:
+            use_custom_policy = self._custom_policy is not None
+        check_bool("use_custom_policy", use_custom_policy)
+        if use_custom_policy and self._custom_policy is None:
+            raise ValueError("use_custom_policy is True, but the manager was made without custom_policy")
         scaler_device = next(iter(device_types), self.device_type)
-        scaler = self._make_scaler(scaler_device)
+        plan = self._plan(model) if use_custom_policy else None
+        kind = self._kind(self.config)
+        if kind == "check" and self._loss_scaling and plan is not None and _has_float16(plan):
+            kind = "scale"  # a float16 layer needs it wherever it stands
+        scaler = self._make_scaler(scaler_device, kind, asks=plan is not None)
         self._device_type = scaler_device
-        self._scaler = scaler
+        self._scaler, self._scaler_kind = scaler, kind
         self._models.add(model)
-        self._apply_policy(model)
+        self._apply_policy(model, plan)
         others = [training for training in self._trainings if training[1]() not in (None, optimizer)]
         self._trainings = [*others, (weakref.ref(model), weakref.ref(optimizer), scaler)]
         if scaler_device == "cpu" and self.config.precision_policy == "mixed_float16":
             _warn_of_emulated_float16()
         return scaler
 
-    def _apply_policy(self, model: torch.nn.Module) -> None:
-        """Let the model's norms run as the configuration says, whatever was set up before."""
+    def _plan(self, model: torch.nn.Module) -> PrecisionPlan:
+        """Ask the custom policy. Its half is that of the configuration; under float32 there is nothing to ask for."""
+        half = self.config.precision_policy.removeprefix("mixed_")
+        if half == "float32":
+            return PrecisionPolicy.named("float32").plan(model)
+        if isinstance(self._custom_policy, PrecisionPolicy):
+            plan = self._custom_policy.plan(model)
+        else:
+            plan = self._custom_policy.plan(model, half)
+        planned_dtypes(model, plan)  # raises where apply_plan would
+        return plan
+
+    def plan_of(self, model: torch.nn.Module) -> PrecisionPlan | None:
+        """Return the plan that setup() has applied to the model."""
+        return self._plans.get(model)
+
+    def _apply_policy(self, model: torch.nn.Module, plan: PrecisionPlan | None) -> None:
+        """Let the model's layers run as the configuration and its plan say, whatever was set up before."""
         config = self.config
-        mixed = config.precision_policy in _HALF_TYPES and config.enable_autocast
-        use_half_norms(model, config.half_reductions if mixed else ())
+        half = _HALF_TYPES.get(config.precision_policy) if config.enable_autocast else None
+        if plan is not None or self._plans.pop(model, None) is not None:
+            remove_plan(model)  # one that the user has applied stays
+        use_half_norms(model, config.half_reductions if half is not None else ())
+        if plan is not None:
+            self._plans[model] = plan
+            if half is not None:
+                apply_plan(model, plan, half)
 
     def remove_policy(self, model: torch.nn.Module) -> None:
         """Take out of the model what setup() has put in."""
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         self._models.discard(model)
+        if self._plans.pop(model, None) is not None:
+            remove_plan(model)
         remove_half_norms(model)
         self.config = dataclasses.replace(self.config)  # another object: captured steps are captured anew
 
@@ -110,9 +157,10 @@ class PyTorchManager:
             return "scale"
         return "check" if config.precision_policy != "float32" and config.numerical_stability_check else "nothing"
 
-    def _make_scaler(self, device_type: str) -> GradScaler:
+    def _make_scaler(self, device_type: str, kind: str, *, asks: bool) -> GradScaler:
         config = self.config
-        kind = self._kind(config)
+        policy = self._custom_policy
+        asks = asks and isinstance(policy, CustomPrecisionPolicy) and policy.chooses_loss_scale()
         if kind == "scale":
             scaler = GradScaler(
                 device_type,
@@ -120,6 +168,7 @@ class PyTorchManager:
                 growth_factor=config.loss_scale_growth_factor,
                 backoff_factor=config.loss_scale_backoff_factor,
                 growth_interval=config.loss_scale_growth_interval,
+                scale_from_norm=policy.get_loss_scale_factor if asks else None,
             )
         elif kind == "check":  # multiply by 1, but still skip steps with infinite or NaN gradients
             scaler = GradScaler(device_type, init_scale=1.0, min_scale=1.0, max_scale=1.0)
@@ -219,8 +268,9 @@ class PyTorchManager:
                 "nothing; after setup_pytorch_training that cannot change. Make a new MixedPrecisionManager."
             )
         self.config = config
-        for model in self._models:
-            self._apply_policy(model)
+        if changed & {"precision_policy", "enable_autocast", "half_reductions"}:  # scopes that stay need no recompiling
+            for model in self._models:
+                self._apply_policy(model, self._plan(model) if model in self._plans else None)
         self._clip |= "gradient_clipping_threshold" in changed
         if scaler is None:
             return
@@ -229,19 +279,12 @@ class PyTorchManager:
             scaler.set_backoff_factor(config.loss_scale_backoff_factor)
             scaler.set_growth_interval(config.loss_scale_growth_interval)
             if "loss_scale" in changed:
-                self._set_scale(config.loss_scale)
+                self._scaler.set_scale(config.loss_scale)
         self._set_clipping(scaler)
 
     @property
     def _scales(self) -> bool:
-        return self._kind(self.config) == "scale"
-
-    def _set_scale(self, scale: float) -> None:
-        scaler = self._scaler
-        if scaler._scale is None:
-            scaler._init_scale = float(scale)
-        else:
-            scaler._scale.fill_(scale)
+        return (self._scaler_kind or self._kind(self.config)) == "scale"
 
     def adjust_loss_scale(self, factor: float) -> None:
         """Multiply the loss scale by `factor`, a finite number > 0, within float32 (reads the scale on the host)."""
@@ -256,7 +299,7 @@ class PyTorchManager:
         if self._scaler is None:
             self.config.loss_scale = scale
         else:
-            self._set_scale(scale)
+            self._scaler.set_scale(scale)
 
     def statistics(self) -> MixedPrecisionStatistics:
         """Return what was measured so far (waits for the device)."""
@@ -279,6 +322,10 @@ class PyTorchManager:
             result.host_syncs = scaler.host_syncs
         result.notes = unknown
         return result
+
+
+def _has_float16(plan: PrecisionPlan) -> bool:
+    return any(layer.precision == "float16" for layer in plan.layers())
 
 
 @functools.cache

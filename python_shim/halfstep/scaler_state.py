@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from halfstep import _library
 from halfstep.checkpoints import check_keys, check_kinds, check_number, integral
-from halfstep.config import check_bool
+from halfstep.config import check_bool, check_scale
+from halfstep.scale_request import ScaleRequest
 from halfstep.step_report import Reporter, StepReport, Tables
 
 _library.load_library()
@@ -22,6 +25,7 @@ HISTORY_SHAPE = (1024, 4)
 
 _TORCH_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 _OWN_KEY = "halfstep"
+_REQUEST_KEYS = ("limit", "norm")
 _OWN_KEYS = ("min_scale", "max_scale", "hysteresis", "refill", "growth_delay", "hysteresis_left", "counters")
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -60,6 +64,7 @@ class ScalerState(torch.amp.GradScaler):
         master_state: bool = False,
         max_consecutive_skips: int | None = None,
         name_overflows: bool = False,
+        scale_from_norm: Callable[[float], float | None] | None = None,
     ) -> None:
         if not isinstance(device, str):
             raise TypeError(
@@ -78,6 +83,8 @@ class ScalerState(torch.amp.GradScaler):
             not isinstance(max_consecutive_skips, int) or max_consecutive_skips < 1
         ):
             raise ValueError(f"max_consecutive_skips is {max_consecutive_skips!r}, expected None or an integer >= 1")
+        if scale_from_norm is not None and not callable(scale_from_norm):
+            raise TypeError(f"scale_from_norm is {scale_from_norm!r}, expected a function of the gradient norm")
         if self._enabled:
             _ops.check_scale_rule(
                 init_scale,
@@ -101,6 +108,7 @@ class ScalerState(torch.amp.GradScaler):
         self._statistics = name_overflows or max_consecutive_skips is not None
         self._tables: Tables = []  # of the last update: names and gradient statistics
         self._reporter = Reporter()
+        self._request = ScaleRequest(scale_from_norm, max_scale) if scale_from_norm and enabled else None
         self._max_norm: float | None = None  # set by a manager that was given a config
         self._init_growth_tracker = -growth_delay
         self._init_hysteresis_left = hysteresis
@@ -139,6 +147,16 @@ class ScalerState(torch.amp.GradScaler):
         self._hysteresis_left = torch.full((), self._init_hysteresis_left, dtype=torch.int32, device=dev)
         self._counters = torch.tensor(self._init_counters, dtype=torch.int64).to(dev)
         self._history = torch.zeros(HISTORY_SHAPE, dtype=torch.float64, device=dev)
+
+    def set_scale(self, scale: float) -> None:
+        """Set the running scale, a number > 0 within float32. With scale_from_norm no more is granted for now."""
+        check_scale("scale", scale)
+        if self._scale is None:
+            self._init_scale = float(scale)
+        else:
+            self._scale.fill_(scale)
+        if self._request is not None:
+            self._request.set_limit(scale)
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Set the growth factor, >= 1 (1: the scale never grows)."""
@@ -222,6 +240,8 @@ class ScalerState(torch.amp.GradScaler):
             return {}
         left = self._init_hysteresis_left if self._hysteresis_left is None else self._hysteresis_left.tolist()
         own = {**self._own_rule(), "hysteresis_left": left, "counters": self.counters()}
+        if self._request is not None:
+            own["request"] = dict(zip(_REQUEST_KEYS, self._request.state(), strict=True))
         return {**super().state_dict(), _OWN_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -259,6 +279,9 @@ class ScalerState(torch.amp.GradScaler):
         if self._scale is not None:
             self._hysteresis_left.fill_(self._init_hysteresis_left)
         self._load_counters(own["counters"])
+        if self._request is not None:
+            request = own.get("request", {"limit": self._max_scale, "norm": math.nan})
+            self._request.set_state(request["limit"], request["norm"])
 
     def _load_counters(self, counters: dict[str, int]) -> None:
         self._init_counters = [counters[name] for name in COUNTERS]
@@ -274,7 +297,12 @@ class ScalerState(torch.amp.GradScaler):
         if own is None:
             counters = dict.fromkeys(COUNTERS, 0)
             own = {**self._own_rule(), "hysteresis_left": self._hysteresis, "counters": counters}
-        check_keys("['halfstep']", own, _OWN_KEYS)
+        check_keys("['halfstep']", own, _OWN_KEYS, optional=("request",))
+        if "request" in own:
+            check_keys("['halfstep']['request']", own["request"], _REQUEST_KEYS)
+            check_number("limit", own["request"]["limit"], float, 0.0, _MAX_FLOAT32)
+            if own["request"]["norm"] == own["request"]["norm"]:  # NaN: none yet
+                check_number("norm", own["request"]["norm"], float, 0.0, _MAX_FLOAT32)
         check_keys("['halfstep']['counters']", own["counters"], COUNTERS)
         check_number("scale", state_dict["scale"], float, 0.0, _MAX_FLOAT32)
         for key in ("growth_factor", "backoff_factor"):

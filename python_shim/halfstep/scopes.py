@@ -92,6 +92,16 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, autocast_dtype: torch.dtyp
     Raises ValueError, and changes nothing, where the model has not the plan's layers or a precision is another one.
     Parameters, buffers, classes and state_dict stay as they are.
     """
+    dtypes = planned_dtypes(model, plan)
+    remove_plan(model)
+    for module, dtype in dtypes.items():
+        if dtype is autocast_dtype:
+            continue
+        module.forward = LayerScope(module, dtype, module.__dict__.get("forward"))
+
+
+def planned_dtypes(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, torch.dtype]:
+    """Return the dtype of each module that the plan names; ValueError as apply_plan() raises it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     dtypes: dict[nn.Module, torch.dtype] = {}
     for layer in plan.layers():
@@ -102,11 +112,7 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, autocast_dtype: torch.dtyp
         if layer.precision not in _DTYPES:
             raise ValueError(f"layer {layer.name!r} is planned as {layer.precision}, expected one of {list(_DTYPES)}")
         dtypes.setdefault(module, _DTYPES[layer.precision])
-    remove_plan(model)
-    for module, dtype in dtypes.items():
-        if dtype is autocast_dtype:
-            continue
-        module.forward = LayerScope(module, dtype, module.__dict__.get("forward"))
+    return dtypes
 
 
 def remove_plan(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ class Recorder:
         self._capturing = capturing
         self._stepping: torch.optim.Optimizer | None = None
         self.reason = ""  # why the step needs the host
+        self.updated: dict[Any, None] = {}  # the scalers whose update() the step has called
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -101,10 +102,14 @@ class Recorder:
 
 
 class Watch:
-    """Modules, parameters and buffers of models: which objects they are, where they lie, whether they are trained."""
+    """Modules, parameters and buffers of models: which objects they are, where they lie, whether they are trained.
+
+    And the `forward` that a module has in place of its class's, which is where plans stand.
+    """
 
     def __init__(self, models: list[torch.nn.Module]) -> None:
         self._modules = [module for model in models for module in model.modules()]
+        self._forwards = self._forwards_now()
         self._held = [
             held for module in self._modules for held in (module._parameters, module._buffers, module._modules)
         ]
@@ -117,6 +122,9 @@ class Watch:
         """Return which modules are in training mode."""
         return tuple([module.training for module in self._modules])
 
+    def _forwards_now(self) -> list[Any]:
+        return [module.__dict__.get("forward") for module in self._modules]
+
     def _look(self) -> tuple[list[int], list[bool]]:
         return list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_requires_grad, self.parameters))
 
@@ -127,6 +135,8 @@ class Watch:
                 return f"{name} was replaced"
         if sum(map(len, self._held)) != len(self._slots):
             return "a module, parameter or buffer was added"
+        if any(map(operator.is_not, self._forwards, self._forwards_now())):
+            return "a module's forward was replaced"
         pointers, trained = self._look()
         if pointers != self._now[0]:
             return "a parameter or buffer has moved"
@@ -176,6 +186,7 @@ class CapturedStep:
             if recorder.reason:
                 raise NotCapturable(recorder.reason)
             self._outputs = _checked_outputs(self._result, stream.device)
+        self._updated = [scaler for scaler in scalers if scaler in recorder.updated]
         torch.cuda.synchronize(stream.device)  # the tables were filled on another stream
         self._gradients = [parameter.grad for parameter in self._parameters]
         # A gradient that was there and is another object now was dropped within the step, whatever it was.
@@ -209,6 +220,8 @@ class CapturedStep:
         for optimizer, fused_step in self._fused.items():
             fused_step.follow(optimizer)
         self._graph.replay()
+        for scaler in self._updated:
+            scaler.after_replay()
         torch.autograd.graph.increment_version(self._written)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is not gradient:

@@ -52,5 +52,34 @@ TEST_F(ScalingCuda, CombinesFlags) {
   }
 }
 
+TEST_F(ScalingCuda, GrantsWhatTheCpuGrants) {
+  const ScaleRule rule{.init_scale = 1024.0, .growth_interval = 2, .min_scale = 4.0, .max_scale = 8192.0};
+  test::ScaleMemory host(rule);
+  double host_record[kRequestColumns] = {rule.max_scale, NAN, NAN};
+  const DeviceArray<float> scale({host.scale}, stream_);
+  const DeviceArray<std::int32_t> tracker({host.growth_tracker}, stream_);
+  const DeviceArray<std::int32_t> credit({host.hysteresis_left}, stream_);
+  const DeviceArray<std::int64_t> counters(std::vector<std::int64_t>(kCounters), stream_);
+  const DeviceArray<double> history(std::vector<double>(kHistoryRows * kHistoryColumns), stream_);
+  const DeviceArray<double> record({rule.max_scale, NAN, NAN}, stream_);
+  const ScaleState state{scale.get(), tracker.get(), credit.get(), counters.get(), history.get()};
+  const std::vector<std::pair<float, double>> steps{{0.0F, 4096.0}, {1.0F, 4096.0}, {0.0F, 9e9},
+                                                    {0.0F, NAN},    {0.0F, 2.0},    {1.0F, 1.0}};
+  for (const auto& [found, requested] : steps) {
+    const float norm = 3.0F;
+    const DeviceArray<float> inputs({found, norm}, stream_);
+    const float* const flags[] = {inputs.get()};
+    const float* const norms[] = {inputs.get() + 1};
+    cuda::update_scale(state, rule, {flags, norms}, {stream_});
+    cuda::request_scale(state, rule, requested, record.get(), {stream_});
+    const float* const host_flags[] = {&found};
+    const float* const host_norms[] = {&norm};
+    cpu::update_scale(host.state(), rule, {host_flags, host_norms});
+    cpu::request_scale(host.state(), rule, requested, host_record);
+    EXPECT_EQ(scale.read(stream_)[0], host.scale);
+    EXPECT_EQ(record.read(stream_), std::vector<double>(host_record, host_record + kRequestColumns));
+  }
+}
+
 }  // namespace
 }  // namespace halfstep

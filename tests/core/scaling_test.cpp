@@ -236,5 +236,46 @@ TEST(ScaleRule, RequiredStateAndInputsAreChecked) {
   EXPECT_THROW(cpu::update_scale(memory.state(), rule, {many, {}}), InvalidArgument);
 }
 
+// What is asked for after each update, with the scale that follows: an overflow limits it, growth lifts the limit.
+TEST(RequestScale, IsGrantedUpToWhatTheRuleAllows) {
+  ScaleRule rule{.init_scale = 1024.0, .growth_interval = 3, .min_scale = 4.0, .max_scale = 8192.0};
+  ScaleMemory memory(rule);
+  double record[kRequestColumns] = {rule.max_scale, NAN, NAN};
+  struct Step {
+    float found, norm;
+    double requested;
+    float scale;
+    double limit;
+  };
+  const Step steps[] = {{0, 1.0F, 4096.0, 4096.0F, 8192.0}, {1, INFINITY, 4096.0, 2048.0F, 2048.0},
+                        {0, 2.0F, 4096.0, 2048.0F, 2048.0}, {0, 3.0F, 64.0, 64.0F, 2048.0},
+                        {0, 4.0F, NAN, 128.0F, 4096.0},  // the rule's growth
+                        {0, 5.0F, 1e9, 4096.0F, 4096.0},    {0, 5.0F, 1.0, 4.0F, 4096.0},
+                        {1, INFINITY, 1e9, 4.0F, 4.0},  // at the floor
+                        {0, 6.0F, 0.0, 4.0F, 4.0},          {0, 6.0F, -1.0, 4.0F, 4.0}};
+  for (const Step& step : steps) {
+    update(memory, rule, {step.found}, {step.norm});
+    cpu::request_scale(memory.state(), rule, step.requested, record);
+    const auto number = memory.counters[kSteps];
+    EXPECT_EQ(memory.scale, step.scale) << "after step " << number;
+    EXPECT_EQ(record[kRequestLimit], step.limit) << "after step " << number;
+    EXPECT_EQ(record[kRequestNorm], step.norm);
+    EXPECT_EQ(record[kRequestFound], step.found);
+  }
+}
+
+TEST(RequestScale, ATolerantOverflowLimitsNothingAndNothingHappensBeforeTheFirstUpdate) {
+  ScaleRule rule{.init_scale = 1024.0, .hysteresis = 2};
+  ScaleMemory memory(rule);
+  double record[kRequestColumns] = {rule.max_scale, NAN, NAN};
+  cpu::request_scale(memory.state(), rule, 2.0, record);
+  EXPECT_EQ(memory.scale, 1024.0F);
+  update(memory, rule, {1.0F}, {INFINITY});
+  cpu::request_scale(memory.state(), rule, 2.0, record);
+  EXPECT_EQ(memory.scale, 1024.0F);
+  EXPECT_EQ(record[kRequestLimit], rule.max_scale);
+  EXPECT_THROW(cpu::request_scale(memory.state(), rule, 2.0, nullptr), InvalidArgument);
+}
+
 }  // namespace
 }  // namespace halfstep

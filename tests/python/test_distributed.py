@@ -1,4 +1,4 @@
-"""Sharded gradients: all ranks skip together, wherever the overflow is."""
+"""Several ranks: all skip together, wherever the overflow is, and a scale that follows the norm is one scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = """
+SHARDED = """
 import math, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,22 +44,78 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("optimizer", ["fused", "plain"])
-def test_all_ranks_skip_when_one_shard_overflows(tmp_path: Path, optimizer: str) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
+FOLLOWING = """
+import math, os, sys
+import torch, torch.distributed as dist
+from halfstep import CustomPrecisionPolicy, MixedPrecisionManager
+
+class Policy(CustomPrecisionPolicy):
+    def should_use_fp16(self, layer_type, layer_name):
+        return layer_name != "module.1"
+    def get_loss_scale_factor(self, gradient_norm):
+        return 2.0**6 if gradient_norm > 0.1 else 2.0**10
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+model = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+manager = MixedPrecisionManager("pytorch", initial_loss_scale=2.0**8, custom_policy=Policy())
+model, optimizer, scaler = manager.setup_pytorch_training(model, optimizer)
+torch.manual_seed(rank)
+scales = []
+for step in range(9):
+    optimizer.zero_grad()
+    with manager.autocast_context():
+        out = model(torch.randn(8, 4))
+        assert out.dtype is torch.float32
+        loss = out.square().mean() * (0.001 if step % 2 else 3.0 + 0.1 * rank)
+    if step == 5 and rank == 1:
+        loss = loss * math.inf
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    scales.append(scaler.get_scale())
+parameters = [parameter.detach().sum().item().hex() for parameter in model.parameters()]
+print(scales, scaler.counters()["skipped"], parameters)
+sys.stdout.flush()
+dist.barrier()
+os._exit(0)  # see above
+"""
+
+
+def run_two_ranks(tmp_path: Path, worker: str, *arguments: str) -> list[str]:
+    (tmp_path / "worker.py").write_text(worker)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py", str(rank), port, optimizer],
+            [sys.executable, tmp_path / "worker.py", str(rank), port, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
+    outputs = []
     for rank in ranks:
-        output, errors = rank.communicate(timeout=120)
+        output, errors = rank.communicate(timeout=300)
         assert rank.returncode == 0, errors
-        assert output == f"{[0.0] * 6} 2.0 True\n", errors
+        outputs.append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("optimizer", ["fused", "plain"])
+def test_all_ranks_skip_when_one_shard_overflows(tmp_path: Path, optimizer: str) -> None:
+    assert run_two_ranks(tmp_path, SHARDED, optimizer) == [f"{[0.0] * 6} 2.0 True\n"] * 2
+
+
+def test_all_ranks_follow_the_norm_to_one_scale(tmp_path: Path) -> None:
+    first, second = run_two_ranks(tmp_path, FOLLOWING)
+    assert first == second
+    high, low = 2.0**10, 2.0**6
+    # The scale after each step is of the norm before; the sixth step overflows on one rank, and so on both.
+    expected = [2.0**8, low, high, low, high, high / 2, low, low, high / 2]
+    assert first.startswith(f"{expected} 1 "), first

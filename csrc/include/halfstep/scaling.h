@@ -97,7 +97,19 @@ struct ScaleInputs {
 // At most this many flags and as many norms in one call; InvalidArgument beyond.
 inline constexpr std::size_t kMaxScaleInputs = 64;
 
+// A scale that somebody asks for, such as a policy that derives it from gradient norms, beside the rule. To be called
+// after an update_scale with the same state; `record` is [kRequestColumns] doubles that live as long as the state.
+//
+//   the update backed off, or could not at min_scale:  limit = scale
+//   it raised the scale:   limit = limit * growth_factor, at most max_scale
+//   it found nothing:      scale = min(requested, limit), within min_scale and max_scale
+//
+// So an overflow limits what can be asked for, and the rule's growth lifts that limit. A `requested` that is not > 0
+// (NaN for none) leaves the scale to the rule. Norm and flag of the update are left in `record`, for the next request.
+enum RequestColumn : int { kRequestLimit, kRequestNorm, kRequestFound, kRequestColumns };
+
 namespace cpu {
+void request_scale(const ScaleState& state, const ScaleRule& rule, double requested, double* record);
 void update_scale(const ScaleState& state, const ScaleRule& rule, const ScaleInputs& inputs);
 // *result = 1 if any flag is not 0, else 0.
 void combine_found(std::span<const float* const> found, float* result);
@@ -105,6 +117,7 @@ void combine_found(std::span<const float* const> found, float* result);
 
 // The same on device memory: one launch each, no synchronisation, capturable in a CUDA graph.
 namespace cuda {
+void request_scale(const ScaleState& state, const ScaleRule& rule, double requested, double* record, CudaStream stream);
 void update_scale(const ScaleState& state, const ScaleRule& rule, const ScaleInputs& inputs, CudaStream stream);
 void combine_found(std::span<const float* const> found, float* result, CudaStream stream);
 }  // namespace cuda
