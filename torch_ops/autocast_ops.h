@@ -8,7 +8,7 @@ namespace halfstep::torch_ops {
 
 enum class AutocastClass {
   kNone,                // nothing: the op, or the ops it is made of, take what they are given
-  kLowerPrecision,      // floating-point inputs are cast to the autocast dtype
+  kLowerPrecision,      // floating-point inputs are cast to the autocast dtype (aten::_cudnn_rnn: always to float16)
   kFloat32,             // half inputs are cast to float32
   kFloat32SetDtype,     // the argument `dtype` becomes float32, if the first tensor is half and none is given
   kFloat32AppendDtype,  // the overload with a dtype is called instead, with float32 if the first tensor is half
