@@ -138,7 +138,11 @@ class PrecisionPolicy:
         path = Path(path)
         if path.stat().st_size > 2**20:  # before it is read
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, expected at most {2**20}")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is no UTF-8 text ({error})") from error
+        return cls.from_json(text, str(path))
 
     def to_json(self) -> str:
         """Return the policy as JSON."""
