@@ -3,10 +3,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 
+#include <cxxabi.h>
 #include <fnmatch.h>
 
 #include "halfstep/status.h"
@@ -29,6 +32,65 @@ Precision read_precision(const JsonReader& value) {
   const auto precision = precision_named(value.string());
   if (!precision) value.fail("expected one of float32, tfloat32, float16, bfloat16, int8");
   return *precision;
+}
+
+// Levenshtein's distance: how many characters to insert, delete or replace.
+std::size_t distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i + 1);
+    for (std::size_t j = 0; j < b.size(); ++j) {
+      const std::size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = std::exchange(row[j + 1], std::min({replaced, row[j] + 1, row[j + 1] + 1}));
+    }
+  }
+  return row.back();
+}
+
+// The names nearest to `name`, at most three, quoted.
+std::string nearest(std::string_view name, std::span<const PlannedLayer> layers) {
+  std::vector<std::pair<std::size_t, std::size_t>> order;  // distance, place
+  for (std::size_t i = 0; i < layers.size(); ++i) order.emplace_back(distance(name, layers[i].name), i);
+  const std::size_t shown = std::min<std::size_t>(order.size(), 3);
+  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(shown), order.end());
+  std::string text;
+  for (std::size_t i = 0; i < shown; ++i)
+    text += detail::concatenate(i == 0 ? "'" : ", '", layers[order[i].second].name, "'");
+  return text;
+}
+
+// decide(layer) for every layer that is not the same as an earlier one.
+template <class Decide>
+std::vector<PlannedLayer> decide_each(std::span<const Layer> layers, const Decide& decide) {
+  std::vector<PlannedLayer> planned;
+  std::unordered_map<std::string_view, std::size_t> places;
+  planned.reserve(layers.size());
+  for (const Layer& layer : layers) {
+    if (!layer.same_as.empty()) {
+      const auto first = places.find(layer.same_as);
+      HS_CHECK(first != places.end(), "PrecisionPlan: layer '", layer.name, "' is the same as '", layer.same_as,
+               "', which does not come before it");
+      planned.push_back(
+          {layer.name, layer.type, planned[first->second].precision, "the same module as " + layer.same_as});
+    } else {
+      PolicyDecision decision = decide(layer);
+      planned.push_back({layer.name, layer.type, decision.precision, std::move(decision.reason)});
+    }
+    places.emplace(layer.name, planned.size() - 1);
+  }
+  return planned;
+}
+
+std::vector<PlannedLayer> ask_each(std::span<const Layer> layers, const CustomPrecisionPolicy& policy, Precision half) {
+  const std::string name = policy.name();
+  HS_CHECK(half == Precision::kFloat16 || half == Precision::kBFloat16, name, ": half is ", name_of(half),
+           ", expected float16 or bfloat16");
+  return decide_each(layers, [&](const Layer& layer) {
+    const bool yes = policy.should_use_fp16(layer.type, layer.name);
+    return PolicyDecision{yes ? half : Precision::kFloat32, std::nullopt,
+                          name + ".should_use_fp16 is " + (yes ? "True" : "False")};
+  });
 }
 
 }  // namespace
@@ -113,36 +175,28 @@ std::string PrecisionPolicy::to_json() const {
 
 PrecisionPlan::PrecisionPlan(std::string policy, std::vector<PlannedLayer> layers)
     : policy_(std::move(policy)), layers_(std::move(layers)) {
-  std::unordered_set<std::string_view> names;
-  for (const PlannedLayer& layer : layers_)
-    HS_CHECK(names.insert(layer.name).second, "PrecisionPlan: layer '", layer.name, "' is there twice");
+  places_.reserve(layers_.size());
+  for (std::size_t i = 0; i < layers_.size(); ++i)
+    HS_CHECK(places_.emplace(layers_[i].name, i).second, "PrecisionPlan: layer '", layers_[i].name, "' is there twice");
 }
 
 PrecisionPlan::PrecisionPlan(const PrecisionPolicy& policy, std::span<const Layer> layers)
-    : PrecisionPlan(policy.name(), [&] {
-        std::vector<PlannedLayer> planned;
-        std::unordered_map<std::string_view, std::size_t> places;
-        planned.reserve(layers.size());
-        for (const Layer& layer : layers) {
-          if (!layer.same_as.empty()) {
-            const auto first = places.find(layer.same_as);
-            HS_CHECK(first != places.end(), "PrecisionPlan: layer '", layer.name, "' is the same as '", layer.same_as,
-                     "', which does not come before it");
-            planned.push_back(
-                {layer.name, layer.type, planned[first->second].precision, "the same module as " + layer.same_as});
-          } else {
-            PolicyDecision decision = policy.decide(layer.name, layer.type);
-            planned.push_back({layer.name, layer.type, decision.precision, std::move(decision.reason)});
-          }
-          places.emplace(layer.name, planned.size() - 1);
-        }
-        return planned;
-      }()) {}
+    : PrecisionPlan(policy.name(),
+                    decide_each(layers, [&](const Layer& layer) { return policy.decide(layer.name, layer.type); })) {}
+
+PrecisionPlan::PrecisionPlan(const CustomPrecisionPolicy& policy, std::span<const Layer> layers, Precision half)
+    : PrecisionPlan(policy.name(), ask_each(layers, policy, half)) {}
 
 const PlannedLayer* PrecisionPlan::find(std::string_view name) const {
-  const auto found =
-      std::find_if(layers_.begin(), layers_.end(), [&](const auto& layer) { return layer.name == name; });
-  return found == layers_.end() ? nullptr : &*found;
+  const auto found = places_.find(name);
+  return found == places_.end() ? nullptr : &layers_[found->second];
+}
+
+const PlannedLayer& PrecisionPlan::at(std::string_view name) const {
+  const PlannedLayer* const layer = find(name);
+  HS_CHECK(layer != nullptr, "PrecisionPlan: there is no layer '", name, "' among ", layers_.size(),
+           layers_.empty() ? "" : "; the nearest: ", nearest(name, layers_));
+  return *layer;
 }
 
 PrecisionPlan PrecisionPlan::from_json(std::string_view text, std::string_view source) {
@@ -195,25 +249,51 @@ std::string PrecisionPlan::explain() const {
 }
 
 std::string PrecisionPlan::diff(const PrecisionPlan& other) const {
-  std::unordered_map<std::string_view, const PlannedLayer*> theirs;
-  for (const PlannedLayer& layer : other.layers_) theirs.emplace(layer.name, &layer);
   std::string text;
   for (const PlannedLayer& mine : layers_) {
-    const auto found = theirs.find(mine.name);
-    if (found == theirs.end()) {
+    const PlannedLayer* const layer = other.find(mine.name);
+    if (layer == nullptr) {
       text += detail::concatenate(mine.name, ": ", name_of(mine.precision), " -> not there\n");
-      continue;
+    } else if (layer->precision != mine.precision) {
+      text += detail::concatenate(mine.name, ": ", name_of(mine.precision), " -> ", name_of(layer->precision), " (",
+                                  layer->reason, ")\n");
     }
-    const PlannedLayer& layer = *found->second;
-    if (layer.precision != mine.precision)
-      text += detail::concatenate(mine.name, ": ", name_of(mine.precision), " -> ", name_of(layer.precision), " (",
-                                  layer.reason, ")\n");
-    theirs.erase(found);
   }
   for (const PlannedLayer& layer : other.layers_)
-    if (theirs.contains(layer.name))
+    if (find(layer.name) == nullptr)
       text += detail::concatenate(layer.name, ": not there -> ", name_of(layer.precision), " (", layer.reason, ")\n");
   return text;
+}
+
+// --------------------------------------------------------------------------------------------------- policies as code
+
+CustomPrecisionPolicy::~CustomPrecisionPolicy() = default;
+
+std::string CustomPrecisionPolicy::name() const {
+  return class_name(typeid(*this));
+}
+
+bool CustomPrecisionPolicy::should_use_fp16(std::string_view, std::string_view) const {
+  return true;
+}
+
+std::optional<double> CustomPrecisionPolicy::get_loss_scale_factor(double) const {
+  return std::nullopt;
+}
+
+std::string class_name(const std::type_info& type) {
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> readable(abi::__cxa_demangle(type.name(), nullptr, nullptr, &status),
+                                                        std::free);
+  const std::string_view text = readable ? readable.get() : type.name();
+  std::size_t start = 0;  // after the last :: that is not inside of (anonymous namespace), f(ns::T) or <ns::T>
+  int depth = 0;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '<' || text[i] == '(' || text[i] == '{') ++depth;
+    if (text[i] == '>' || text[i] == ')' || text[i] == '}') --depth;
+    if (depth == 0 && text[i] == ':') start = i + 1;
+  }
+  return std::string(text.substr(start, text.find('<', start) - start));
 }
 
 }  // namespace halfstep

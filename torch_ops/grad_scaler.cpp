@@ -9,6 +9,7 @@
 #include <torch/serialize/archive.h>
 
 #include "halfstep/torch/scaling.h"
+#include "scale_follower.h"
 #include "torch_optim.h"
 
 namespace halfstep {
@@ -158,8 +159,16 @@ void GradScaler::release(torch::optim::Optimizer& optimizer) {
 
 void GradScaler::update() {
   if (!options_.enabled) return;
+  TORCH_CHECK(!capturing_ || !follower_, "the scaler follows a policy, which is asked on the host after every step");
+  const std::optional<double> answer = follower_ ? follower_->ask(state_->rule()) : std::nullopt;
   state_->update();
+  if (answer) torch_ops::ScaleFollower::apply(*state_, *answer);
+  if (follower_) follower_->keep(*state_);
   optimizers_.clear();
+}
+
+void GradScaler::follow(std::shared_ptr<const CustomPrecisionPolicy> policy) {
+  follower_ = policy ? std::make_unique<torch_ops::ScaleFollower>(std::move(policy), *state_) : nullptr;
 }
 
 void GradScaler::update(double new_scale) {
@@ -185,6 +194,7 @@ void GradScaler::load(torch::serialize::InputArchive& archive) {
   state_ = GradScalerState::restore(snapshot);  // throws before anything has changed
   options_.rule = state_->rule();
   optimizers_.clear();
+  if (follower_) follow(follower_->policy());
 }
 
 // ------------------------------------------------------------------------------------------------- in a CUDA graph
@@ -232,6 +242,7 @@ std::int64_t CapturedOptimizers::steps(const GradScaler& scaler, torch::optim::O
 std::string CapturedOptimizers::outdated() const {
   if (scaler_.state_ != state_) return "the scaler's state was loaded or replaced";
   if (!(state_->rule() == rule_)) return "the scaler's rule changed";
+  if (scaler_.follower_) return "the scaler follows a policy";
   for (const auto& [optimizer, step] : steps_)
     if (step->outdated(*optimizer))
       return "parameters, states or groups of " + c10::demangle(typeid(*optimizer).name()) + " changed";

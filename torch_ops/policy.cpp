@@ -1,6 +1,11 @@
 // torch.classes.halfstep.PrecisionPolicy and PrecisionPlan: the core's, which pickle as their JSON.
 #include "halfstep/policy.h"
 
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
 #include <c10/util/Exception.h>
 #include <torch/custom_class.h>
 
@@ -42,13 +47,46 @@ Plan plan_from_json(const std::string& text, const std::string& source) {
   return as_value_error([&] { return c10::make_intrusive<PlanClass>(PrecisionPlan::from_json(text, source)); });
 }
 
-Plan plan_layers(const Policy& self, const Strings& names, const Strings& types, const Strings& same_as) {
+std::vector<Layer> layers_from(const Strings& names, const Strings& types, const Strings& same_as) {
   TORCH_CHECK_VALUE(types.size() == names.size() && same_as.size() == names.size(), "PrecisionPolicy.plan: got ",
                     names.size(), " names, ", types.size(), " types and ", same_as.size(),
                     " earlier names, expected as many of each");
   std::vector<Layer> layers;
   for (std::size_t i = 0; i < names.size(); ++i) layers.push_back({names[i], types[i], same_as[i]});
+  return layers;
+}
+
+Plan plan_layers(const Policy& self, const Strings& names, const Strings& types, const Strings& same_as) {
+  const auto layers = layers_from(names, types, same_as);
   return as_value_error([&] { return c10::make_intrusive<PlanClass>(PrecisionPlan(self->policy, layers)); });
+}
+
+// What a policy in Python has answered for each layer.
+class Answers : public CustomPrecisionPolicy {
+ public:
+  Answers(std::string name, const std::vector<Layer>& layers, const c10::List<bool>& answers) : name_(std::move(name)) {
+    TORCH_CHECK_VALUE(answers.size() == layers.size(), "CustomPrecisionPolicy.plan: got ", answers.size(),
+                      " answers for ", layers.size(), " layers");
+    for (std::size_t i = 0; i < layers.size(); ++i) answers_.emplace(layers[i].name, answers.get(i));
+  }
+
+  std::string name() const override { return name_; }
+  bool should_use_fp16(std::string_view, std::string_view layer_name) const override {
+    return answers_.at(std::string(layer_name));
+  }
+
+ private:
+  std::string name_;
+  std::unordered_map<std::string, bool> answers_;
+};
+
+Plan plan_answers(const std::string& name, const std::string& half, const Strings& names, const Strings& types,
+                  const Strings& same_as, const c10::List<bool>& answers) {
+  const auto layers = layers_from(names, types, same_as);
+  const Answers policy(name, layers, answers);
+  const auto precision = precision_named(half);
+  TORCH_CHECK_VALUE(precision, "half is '", half, "', expected 'float16' or 'bfloat16'");
+  return as_value_error([&] { return c10::make_intrusive<PlanClass>(PrecisionPlan(policy, layers, *precision)); });
 }
 
 }  // namespace
@@ -57,6 +95,7 @@ void define_policy(torch::Library& library) {
   library.class_<PlanClass>("PrecisionPlan")
       .def(torch::init([](const std::string& text, const std::string& source) { return plan_from_json(text, source); }),
            "", {torch::arg("json"), torch::arg("source") = "plan"})
+      .def_static("of_answers", &plan_answers)
       .def("to_json", [](const Plan& self) { return self->plan.to_json(); })
       .def("policy", [](const Plan& self) { return self->plan.policy(); })
       .def("layers",

@@ -1,8 +1,10 @@
-// Trains a small network in float16 (bfloat16 on a CPU) from C++: halfstep::AutocastScope around the forward pass,
-// halfstep::GradScaler around the optimizer. Two interleaved spirals, on the GPU if there is one.
+// Trains a small network in float16 (bfloat16 on a CPU) from C++: halfstep::AutocastScope around the forward pass, a
+// plan that keeps the output layer in float32, halfstep::GradScaler around the optimizer. Two interleaved spirals, on
+// the GPU if there is one.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 
 #include <halfstep/torch.h>
 #include <torch/torch.h>
@@ -22,15 +24,32 @@ Spirals make_spirals(int64_t n) {
   return {points + 0.01 * torch::randn({n, 2}), labels};
 }
 
+const halfstep::PolicyRule kLogits{
+    .name = "logits", .precision = halfstep::Precision::kFloat32, .reason = "what the loss reads"};
+
+struct Net : torch::nn::Module {
+  explicit Net(halfstep::Precision half)
+      : plan(halfstep::plan(*this, halfstep::PrecisionPolicy("spirals", half, {kLogits}))) {}
+
+  torch::Tensor forward(const torch::Tensor& x) { return plan.run("logits", logits, body->forward(x)); }
+
+  torch::nn::Sequential body =
+      register_module("body", torch::nn::Sequential(torch::nn::Linear(2, 128), torch::nn::Tanh(),
+                                                    torch::nn::Linear(128, 128), torch::nn::Tanh()));
+  torch::nn::Linear logits = register_module("logits", torch::nn::Linear(128, 2));
+  halfstep::PrecisionPlan plan;
+};
+
 }  // namespace
 
 int main() {
   torch::manual_seed(7);
   const torch::Device device(torch::cuda::is_available() ? torch::kCUDA : torch::kCPU);
 
-  torch::nn::Sequential model(torch::nn::Linear(2, 128), torch::nn::Tanh(), torch::nn::Linear(128, 128),
-                              torch::nn::Tanh(), torch::nn::Linear(128, 2));
+  const auto model =
+      std::make_shared<Net>(device.is_cuda() ? halfstep::Precision::kFloat16 : halfstep::Precision::kBFloat16);
   model->to(device);
+  std::printf("%s", model->plan.explain().c_str());
   torch::optim::Adam optimizer(model->parameters(), torch::optim::AdamOptions(3e-3));
   halfstep::GradScaler scaler({.rule = {.init_scale = 32768.0, .growth_interval = 200}});
 

@@ -206,25 +206,25 @@ class CustomPrecisionPolicy:
         """Ask once per layer. half: the half precision of this model's policy, "float16" or "bfloat16"."""
         if half not in ("float16", "bfloat16"):
             raise ValueError(f"half is {half!r}, expected 'float16' or 'bfloat16'")
-        planned: dict[str, PlannedLayer] = {}
-        for name, kind, same_as in layers_of(model):
-            if same_as:
-                first = planned[same_as]
-                planned[name] = PlannedLayer(name, kind, first.precision, f"the same module as {same_as}")
-                continue
-            answer = self.should_use_fp16(kind, name)
-            if not isinstance(answer, bool):
-                raise TypeError(f"should_use_fp16({kind!r}, {name!r}) returned {answer!r}, expected True or False")
-            reason = f"{type(self).__name__}.should_use_fp16 is {answer}"
-            planned[name] = PlannedLayer(name, kind, half if answer else "float32", reason)
-        return PrecisionPlan(type(self).__name__, planned.values())
+        layers = list(layers_of(model))
+        answers = [bool(same_as) or self._answer(kind, name) for name, kind, same_as in layers]
+        columns = [list(column) for column in zip(*layers, strict=True)]
+        made = torch.classes.halfstep.PrecisionPlan.of_answers(type(self).__name__, half, *columns, answers)
+        return PrecisionPlan._of(made)
+
+    def _answer(self, kind: str, name: str) -> bool:
+        answer = self.should_use_fp16(kind, name)
+        if not isinstance(answer, bool):
+            raise TypeError(f"should_use_fp16({kind!r}, {name!r}) returned {answer!r}, expected True or False")
+        return answer
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield (qualified name, class, name under which the same module came before or "") of what a plan covers."""
     known: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if next(module.children(), None) is not None and not module._parameters:
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        if next(module.children(), None) is not None and not has_parameters:
             continue
         yield name, type(module).__name__, known.get(module, "")
         known.setdefault(module, name)

@@ -1,8 +1,13 @@
 // Policies and plans: rules, JSON both ways, and every way a file can be wrong.
 #include "halfstep/policy.h"
 
+#include <memory>
+#include <optional>
 #include <random>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -176,6 +181,118 @@ TEST(Plan, ExplainsComparesAndGoesThroughJson) {
             "head.out: float32 -> not there\n"
             "extra: not there -> float32 (new)\n");
   EXPECT_THROW(PrecisionPlan::from_json(R"({"policy": "p", "layers": [{"name": "a"}]})"), InvalidArgument);
+}
+
+// Of a plan that is copied, moved or assigned the names lie elsewhere; short ones inside of the string objects.
+TEST(Plan, FindsLayersAfterCopiesAndMoves) {
+  std::vector<PlannedLayer> layers;
+  for (int i = 0; i < 300; ++i)
+    layers.push_back({(i % 2 == 0 ? "l" : "encoder.layers.of.a.long.name.") + std::to_string(i), "Linear",
+                      static_cast<Precision>(i % 5), "r"});
+  const auto finds_all = [&](const PrecisionPlan& plan) {
+    for (const PlannedLayer& layer : layers)
+      if (plan.find(layer.name) == nullptr || *plan.find(layer.name) != layer) return false;
+    return plan.find("l1") == nullptr && plan.find("") == nullptr;
+  };
+  auto original = std::make_unique<PrecisionPlan>("p", layers);
+  EXPECT_TRUE(finds_all(*original));
+  PrecisionPlan copy = *original;
+  PrecisionPlan assigned("q", {});
+  EXPECT_NE(assigned, copy);
+  assigned = *original;
+  original.reset();
+  EXPECT_TRUE(finds_all(copy));
+  EXPECT_TRUE(finds_all(assigned));
+  EXPECT_EQ(assigned, copy);
+  const PrecisionPlan moved = std::move(copy);
+  EXPECT_TRUE(finds_all(moved));
+  EXPECT_EQ(moved, assigned);
+  EXPECT_EQ(PrecisionPlan::from_json(moved.to_json()), moved);
+}
+
+TEST(Plan, AnUnknownNameIsAnErrorThatListsTheNearest) {
+  const auto error_at = [](const PrecisionPlan& plan, std::string_view name) -> std::string {
+    try {
+      plan.at(name);
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  std::vector<PlannedLayer> layers;
+  for (const char* const name : {"decoder.out", "encoder.fc1", "encoder.fc2", "encoder.norm", "head"})
+    layers.push_back({name, "Linear", Precision::kFloat16, "r"});
+  const PrecisionPlan plan("p", layers);
+  EXPECT_EQ(plan.at("head"), layers[4]);
+  EXPECT_EQ(error_at(plan, "encodr.fc2"),
+            "PrecisionPlan: there is no layer 'encodr.fc2' among 5; the nearest: 'encoder.fc2', 'encoder.fc1', "
+            "'encoder.norm'");
+  EXPECT_EQ(error_at(plan, "haed").substr(0, 66), "PrecisionPlan: there is no layer 'haed' among 5; the nearest: 'hea");
+  EXPECT_EQ(error_at(PrecisionPlan("p", {}), "a"), "PrecisionPlan: there is no layer 'a' among 0");
+}
+
+struct Conservative : CustomPrecisionPolicy {
+  bool should_use_fp16(std::string_view layer_type, std::string_view layer_name) const override {
+    asked.emplace_back(std::string(layer_type), std::string(layer_name));
+    return layer_type != "LayerNorm" && !layer_name.starts_with("head");
+  }
+  std::optional<double> get_loss_scale_factor(double gradient_norm) const override { return 1024.0 / gradient_norm; }
+  mutable std::vector<std::pair<std::string, std::string>> asked;
+};
+
+TEST(CustomPolicy, IsAskedOncePerLayer) {
+  const std::vector<Layer> layers{
+      {"body", "Linear", ""}, {"norm", "LayerNorm", ""}, {"head", "Linear", ""}, {"head.tied", "Linear", "body"}};
+  const Conservative policy;
+  const PrecisionPlan plan(policy, layers, Precision::kBFloat16);
+  EXPECT_EQ(plan, PrecisionPlan("Conservative",
+                                {{"body", "Linear", Precision::kBFloat16, "Conservative.should_use_fp16 is True"},
+                                 {"norm", "LayerNorm", Precision::kFloat32, "Conservative.should_use_fp16 is False"},
+                                 {"head", "Linear", Precision::kFloat32, "Conservative.should_use_fp16 is False"},
+                                 {"head.tied", "Linear", Precision::kBFloat16, "the same module as body"}}));
+  const std::vector<std::pair<std::string, std::string>> once{
+      {"Linear", "body"}, {"LayerNorm", "norm"}, {"Linear", "head"}};
+  EXPECT_EQ(policy.asked, once);
+  const CustomPrecisionPolicy& base = policy;
+  EXPECT_EQ(base.get_loss_scale_factor(2.0), 512.0);
+}
+
+TEST(CustomPolicy, LeavesEverythingInHalfUnlessOverridden) {
+  const std::vector<Layer> layers{{"head", "Linear", ""}};
+  const CustomPrecisionPolicy policy;
+  EXPECT_EQ(PrecisionPlan(policy, layers, Precision::kFloat16).at("head").precision, Precision::kFloat16);
+  EXPECT_FALSE(policy.get_loss_scale_factor(1.0).has_value());
+}
+
+TEST(CustomPolicy, HalfIsAHalfPrecision) {
+  for (const Precision half : {Precision::kFloat32, Precision::kTFloat32, Precision::kInt8}) {
+    try {
+      PrecisionPlan(Conservative(), {}, half);
+      ADD_FAILURE() << name_of(half) << " was taken";
+    } catch (const InvalidArgument& error) {
+      EXPECT_EQ(error.what(), "Conservative: half is " + std::string(name_of(half)) + ", expected float16 or bfloat16");
+    }
+  }
+}
+
+template <class T>
+struct Block {
+  struct Inner {};
+};
+
+TEST(ClassName, HasNeitherNamespaceNorArguments) {
+  struct Local {};
+  const auto lambda = [](std::vector<int>) {
+    struct InLambda {};
+    return class_name(typeid(InLambda));
+  };
+  EXPECT_EQ(class_name(typeid(Conservative)), "Conservative") << "in an anonymous namespace";
+  EXPECT_EQ(class_name(typeid(PrecisionPlan)), "PrecisionPlan");
+  EXPECT_EQ(class_name(typeid(Local)), "Local");
+  EXPECT_EQ(lambda({}), "InLambda");
+  EXPECT_EQ(class_name(typeid(Block<std::vector<PrecisionPlan>>)), "Block");
+  EXPECT_EQ(class_name(typeid(Block<Conservative>::Inner)), "Inner");
+  EXPECT_EQ(class_name(typeid(int)), "int");
 }
 
 }  // namespace

@@ -161,6 +161,56 @@ def test_an_answer_that_is_none_is_named() -> None:
         Wrong().plan(nn.Linear(1, 1))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 8, bias=False)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8))
+
+
+class Encoder(nn.Module):
+    """The model of tests/torch_ops/policy_fixture.h."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(4, 8))
+        self.embedding = nn.Embedding(16, 8)
+        self.convolution = nn.Conv1d(8, 8, 1)
+        self.batch_norm = nn.BatchNorm1d(8)
+        self.recurrent = nn.LSTM(8, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.tied = self.blocks[1].attention.value
+        self.head = nn.Linear(8, 4)
+
+
+class Conservative(CustomPrecisionPolicy):
+    def should_use_fp16(self, layer_type: str, layer_name: str) -> bool:
+        return "Norm" not in layer_type and not layer_name.startswith("head")
+
+
+def test_one_model_in_two_languages_has_one_plan() -> None:
+    """tests/torch_ops/policy_test.cpp compares the plans of the same model in C++ with the same files."""
+    data, model = ROOT / "tests" / "data", Encoder()
+    plan = PrecisionPolicy.load(data / "encoder_policy.json").plan(model)
+    assert plan == PrecisionPlan.from_json((data / "encoder_plan.json").read_text())
+    answers = Conservative().plan(model, "bfloat16")
+    assert answers == PrecisionPlan.from_json((data / "encoder_answers.json").read_text())
+
+
+def test_a_container_whose_parameters_are_none_is_no_layer() -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    model.register_parameter("bias", None)
+    assert list(PrecisionPolicy.named("float32").plan(model)) == ["0"]
+
+
 def test_the_class_works_in_torchscript_and_across_processes() -> None:
     halfstep.load_library()
 

@@ -12,10 +12,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <typeinfo>
+#include <unordered_map>
 #include <vector>
 
 #include "halfstep/export.h"
@@ -90,19 +93,30 @@ struct PlannedLayer {
   bool operator==(const PlannedLayer&) const = default;
 };
 
+class CustomPrecisionPolicy;
+
 // The precision of every layer of one model.
 class HALFSTEP_API PrecisionPlan {
  public:
   // Throws InvalidArgument where two layers have one name.
   PrecisionPlan(std::string policy, std::vector<PlannedLayer> layers);
   PrecisionPlan(const PrecisionPolicy& policy, std::span<const Layer> layers);
+  // Asks the policy once per layer that is not the same as an earlier one. `half` is the precision of its yes: kFloat16
+  // or kBFloat16, or InvalidArgument is thrown.
+  PrecisionPlan(const CustomPrecisionPolicy& policy, std::span<const Layer> layers, Precision half);
 
   static PrecisionPlan from_json(std::string_view text, std::string_view source = "plan");
   std::string to_json() const;
 
   const std::string& policy() const { return policy_; }
   std::span<const PlannedLayer> layers() const { return layers_; }
-  const PlannedLayer* find(std::string_view name) const;  // null if there is none
+  const PlannedLayer* find(std::string_view name) const;  // null if there is none; takes the same time in any plan
+  const PlannedLayer& at(std::string_view name) const;    // throws InvalidArgument, which lists the nearest names
+
+  // Returns function(inputs...), computed in the precision of this layer. Only declared here, since it needs a
+  // framework: halfstep/torch/policy.h has the definition, and the contract.
+  template <class Function, class... Inputs>
+  auto run(std::string_view layer, Function&& function, Inputs&&... inputs) const;
 
   // A table for people: name, type, precision, reason; a line per layer.
   std::string explain() const;
@@ -111,8 +125,42 @@ class HALFSTEP_API PrecisionPlan {
   bool operator==(const PrecisionPlan&) const = default;
 
  private:
+  struct NameHash {
+    using is_transparent = void;  // looked up by string_view, without a string
+    std::size_t operator()(std::string_view name) const { return std::hash<std::string_view>{}(name); }
+  };
+
   std::string policy_;
   std::vector<PlannedLayer> layers_;
+  std::unordered_map<std::string, std::size_t, NameHash, std::equal_to<>> places_;  // of the names in layers_
 };
+
+// A policy as code: subclass it and override what you decide.
+//
+//   struct Conservative : halfstep::CustomPrecisionPolicy {
+//     bool should_use_fp16(std::string_view layer_type, std::string_view) const override {
+//       return layer_type != "LayerNorm";
+//     }
+//   };
+//
+// It is asked once per layer when a plan is made, never while a model runs.
+class HALFSTEP_API CustomPrecisionPolicy {
+ public:
+  CustomPrecisionPolicy() = default;
+  virtual ~CustomPrecisionPolicy();
+
+  virtual std::string name() const;  // of its plans; the class's name
+  // Whether a layer, of this class and under this qualified name, runs in half precision.
+  virtual bool should_use_fp16(std::string_view layer_type, std::string_view layer_name) const;
+  // The loss scale that follows from the L2 norm of a step's unscaled gradients; none leaves it as it is.
+  virtual std::optional<double> get_loss_scale_factor(double gradient_norm) const;
+
+ protected:
+  CustomPrecisionPolicy(const CustomPrecisionPolicy&) = default;
+  CustomPrecisionPolicy& operator=(const CustomPrecisionPolicy&) = default;
+};
+
+// "Net" for ns::Net<int>: a class's name without its namespaces and template arguments, in which layer types are given.
+HALFSTEP_API std::string class_name(const std::type_info& type);
 
 }  // namespace halfstep

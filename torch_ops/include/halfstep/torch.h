@@ -5,5 +5,6 @@
 #include "halfstep/torch/gradients.h"
 #include "halfstep/torch/norms.h"
 #include "halfstep/torch/optimizer.h"
+#include "halfstep/torch/policy.h"
 #include "halfstep/torch/scaling.h"
 #include "halfstep/torch/scopes.h"

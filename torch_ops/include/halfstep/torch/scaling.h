@@ -11,6 +11,7 @@
 #include <torch/custom_class.h>
 
 #include "halfstep/export.h"
+#include "halfstep/policy.h"
 #include "halfstep/scaling.h"
 
 namespace torch::optim {
@@ -107,8 +108,9 @@ class StepResult {
 };
 
 namespace torch_ops {
+class ScaleFollower;
 class TorchOptimStep;
-}
+}  // namespace torch_ops
 
 class HALFSTEP_API GradScaler {
  public:
@@ -127,6 +129,15 @@ class HALFSTEP_API GradScaler {
   std::int64_t host_syncs() const { return host_syncs_; }  // steps that waited to learn whether to skip
   void update();
   void update(double new_scale);
+
+  // From now on each update() of a step that was applied sets the scale to what policy->get_loss_scale_factor says of
+  // the gradients' norm of the last step applied before it, clamped to the rule's bounds. Without such a step, or
+  // where the policy says nothing, the rule alone decides. A skipped step backs off as the rule says, and that holds
+  // until the next one is applied. Ranks with the same gradients get the same scales: for that update() waits until the
+  // step before has ended, never for its own, so the device has work meanwhile. It throws, before it has changed
+  // anything, for an answer that is not a finite float32 above 0. A null pointer ends it. Waits once if steps were
+  // taken before. StepGraph runs such a step as it is, since it asks the host.
+  void follow(std::shared_ptr<const CustomPrecisionPolicy> policy);
 
   double get_scale() const;  // 1 when disabled; waits for the device
   bool is_enabled() const { return options_.enabled; }
@@ -153,6 +164,7 @@ class HALFSTEP_API GradScaler {
 
   friend class CapturedOptimizers;
   bool capturing_ = false;
+  std::unique_ptr<torch_ops::ScaleFollower> follower_;
   std::int64_t host_syncs_ = 0;
   std::unordered_map<torch::optim::Optimizer*, std::unique_ptr<torch_ops::TorchOptimStep>> fused_;
   GradScalerOptions options_;
