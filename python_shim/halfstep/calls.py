@@ -86,16 +86,23 @@ def dtype_of(precision: str | None) -> torch.dtype | None:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """Return a copy that shares the memory of the parameters and nothing else: no gradients, no hooks of tensors."""
+    """Return a copy that shares the memory of the parameters and nothing else: no gradients, no hooks of tensors.
+
+    Raises TypeError for a model that cannot be copied, and says why.
+    """
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
+    parameters = list(model.parameters())  # alive meanwhile: TorchScript makes the objects, whose ids stand in memo
+    for parameter in parameters:
         if not isinstance(parameter, nn.parameter.UninitializedTensorMixin):
             memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for module in model.modules():
         for value in vars(module).values():  # results that a module keeps cannot be copied by deepcopy
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(f"the example runs on a copy of the model, which cannot be copied: {error}") from error
 
 
 class Recorder:

@@ -27,7 +27,8 @@ class LayerScope:
     It acts while autocast is on for the device of the layer's inputs, and not where that computes in `dtype` anyway:
     torch.float32 turns autocast off around the layer, another half type runs under an autocast of its own, without the
     cache of casts, whose key has no dtype. Floating inputs of the other of these types are cast to `dtype`, also inside
-    of tuples, named tuples, lists and dicts. Where the user has turned autocast off nothing is changed.
+    of tuples, named tuples, lists and dicts; other objects are handed on as they are. Where the user has turned
+    autocast off nothing is changed.
 
     holds: the layer is float32 and has layers inside that are planned in half. These act all the same, also where the
     forward around them turns autocast off itself, and return float32 there: what stands around them computes without

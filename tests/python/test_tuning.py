@@ -38,10 +38,12 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *slow: str) -> None:
         self.slow = slow
         self.timed: list[tuple[str, torch.dtype, bool]] = []
+        self.calls: dict[str, int] = {}
         monkeypatch.setattr(tuning, "_seconds", self.seconds)
 
     def seconds(self, run: tuning._Run, device: torch.device, times: int) -> float:
         run()  # whatever the clock says, it must be possible
+        self.calls[run.name] = len(run._calls)
         if (run.name, run.dtype, run.backward) not in self.timed:
             self.timed.append((run.name, run.dtype, run.backward))
         if run.dtype is torch.float32:
@@ -70,6 +72,7 @@ def test_what_half_makes_slower_stays_float32(monkeypatch: pytest.MonkeyPatch, d
     assert plan.policy == "p, tuned"
     assert clock.names() == {"blocks.0.0", "blocks.0.1", "blocks.1.0", "twice", "dropout"}
     assert {dtype for _, dtype, _ in clock.timed} == {torch.bfloat16, torch.float32}
+    assert {name: calls for name, calls in clock.calls.items() if calls > 1} == {"twice": 2}
     apply_plan(model, plan, torch.bfloat16)
     assert isinstance(vars(model.twice)["forward"], LayerScope)
     assert "forward" not in vars(model.dropout)
@@ -212,7 +215,6 @@ def test_the_model_stays_as_it_is(monkeypatch, device: torch.device, training: b
     model.unused.eval()
     apply_plan(model, PrecisionPolicy("q", "float32", [{"name": "twice", "precision": "float16"}]).plan(model))
     before = state_of(model)
-    torch.get_rng_state()
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device.type == "cuda" else [])]
     with torch.autocast(device.type, dtype=torch.float16):
         POLICY.tune(model, x, backward=True)
@@ -373,6 +375,26 @@ def test_models_without_parameters_and_compiled_ones(monkeypatch) -> None:
     plan = PrecisionPolicy.named("mixed_bfloat16").tune(compiled, torch.randn(3, 8))
     assert "1 ms against 1.5 ms" in plan["_orig_mod.0"].reason
     assert {"0", "1", "_orig_mod.0"} == clock.names()
+
+
+def test_scripted_layers_and_inference_mode(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    model = nn.Sequential(torch.jit.script(nn.Linear(8, 8)), nn.Linear(8, 8))
+    for context in (torch.enable_grad(), torch.inference_mode()):
+        with context:
+            plan = PrecisionPolicy.named("mixed_bfloat16").tune(model, torch.randn(4, 8))
+        assert all("1 ms against 1.5 ms" in plan[name].reason for name in plan)
+    assert {backward for _, _, backward in clock.timed} == {True, False}
+    assert model[0](torch.randn(4, 8)).requires_grad
+
+
+def test_a_model_that_cannot_be_copied_is_named() -> None:
+    import threading
+
+    model = nn.Linear(8, 8)
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match="runs on a copy of the model, which cannot be copied: cannot pickle"):
+        POLICY.tune(model, torch.randn(4, 8))
 
 
 def test_copies_share_the_parameters_and_nothing_else() -> None:
