@@ -58,9 +58,8 @@ class _Timing:
 def _error_of_median(samples: list[float]) -> float:
     """Return the standard error of the median, by the quartiles: a machine that others use too has outliers."""
     first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return (
-        0.93 * (third - first) / math.sqrt(len(samples))
-    )  # 1.253 sigma / sqrt(n), and sigma is (third - first) / 1.349
+    sigma = (third - first) / 1.349
+    return 1.253 * sigma / math.sqrt(len(samples))
 
 
 def tune(
@@ -137,9 +136,10 @@ class _Recorded:
             module.forward = Recorder(module, self._note)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        look, arguments = _detached((args, kwargs))
-        self.calls.setdefault(module, []).append(look)
+        looks = self.calls.setdefault(module, [])
         if module in self._kinds:
+            look, arguments = _detached((args, kwargs))
+            looks.append(look)
             self._arguments.setdefault((self._kinds[module], look), arguments)
 
     def stop(self) -> None:
