@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from halfstep._library import load_library
 load_library()
 
 PRECISIONS = ("float32", "tfloat32", "float16", "bfloat16", "int8")
+_INHERITS = "never called: inherits from "
 
 
 class PlannedLayer(NamedTuple):
@@ -24,6 +25,11 @@ class PlannedLayer(NamedTuple):
     type: str
     precision: str
     reason: str
+
+    @property
+    def inherits(self) -> bool:
+        """Whether its forward is never called, so that what uses its parameters decides. The reason says of whom."""
+        return self.reason.startswith(_INHERITS)
 
 
 class PrecisionPlan:
@@ -157,16 +163,49 @@ class PrecisionPolicy:
         """Return the precision of one layer and the reason."""
         return self._policy.decide(name, type)
 
-    def plan(self, model: nn.Module) -> PrecisionPlan:
+    def plan(self, model: nn.Module, example: Any = None, *, kwargs: Mapping[str, Any] | None = None) -> PrecisionPlan:
         """Decide once per layer of the model. Layers are the modules without children, and those with own parameters.
 
-        A module under two names is decided under the first; the second says so.
+        A module under two names is decided under the first; the second says so. A layer whose forward is never called,
+        such as the out_proj of torch's MultiheadAttention, inherits the precision of the layer it is in.
+        example, kwargs: the model's arguments, a tensor or a tuple, and its keyword arguments. The model is called once
+        on them, as tune() does it, and what that does not call inherits too.
         """
         layers = list(layers_of(model))
         made = self._policy.plan(
             [name for name, _, _ in layers], [kind for _, kind, _ in layers], [same for _, _, same in layers]
         )
-        return PrecisionPlan._of(made)
+        return _where_called(PrecisionPlan._of(made), model, example, kwargs)
+
+    def tune(
+        self,
+        model: nn.Module,
+        example: Any = None,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        backward: bool | None = None,
+        margin: float = 0.02,
+    ) -> PrecisionPlan:
+        """Make the plan, and keep in float32 what half makes slower on this machine; the reasons have the times.
+
+        example, kwargs: the model's arguments, a tensor or a tuple, and its keyword arguments, on the model's device.
+            The model is called once on them, under autocast, as it is: in training or in eval mode.
+        backward: time the backward pass too; None for yes where the model is in training mode and gradients are on.
+        margin: how much slower half must be, as a share of float32's time, to lose its place.
+
+        Each layer that the plan has in half and that the example calls is timed alone on its inputs in that call, in
+        half and in float32, eagerly, with all casts of inputs and weights that each needs; the calls of a layer that is
+        called several times together. Layers alike with alike inputs are timed once. Half loses where its median is
+        beyond the margin, and further than two standard errors of the difference. Inputs of the layers are kept
+        meanwhile, once for layers alike; the model's call runs on a copy, which shares the parameters' memory.
+        The model stays as it is: parameters, gradients, buffers, modes, hooks, plans applied to it; so do the states of
+        random numbers and of autocast. Forward hooks run in the one call, on the copy, and are not timed.
+        Raises ValueError for a plan with int8 or tfloat32, an example or parameters on other devices than one CPU or
+        one GPU, and for DistributedDataParallel (pass its `module`); what the model raises on the example comes out.
+        """
+        from halfstep.tuning import tune
+
+        return tune(self.plan(model), model, example, kwargs, backward, margin)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PrecisionPolicy) and self.to_json() == other.to_json()
@@ -202,21 +241,46 @@ class CustomPrecisionPolicy:
         """Return whether get_loss_scale_factor() is one of the subclass."""
         return type(self).get_loss_scale_factor is not CustomPrecisionPolicy.get_loss_scale_factor
 
-    def plan(self, model: nn.Module, half: str = "float16") -> PrecisionPlan:
-        """Ask once per layer. half: the half precision of this model's policy, "float16" or "bfloat16"."""
+    def plan(
+        self,
+        model: nn.Module,
+        half: str = "float16",
+        example: Any = None,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> PrecisionPlan:
+        """Ask once per layer. half: the half precision of this model's policy, "float16" or "bfloat16".
+
+        example, kwargs: see PrecisionPolicy.plan, as for what is never called.
+        """
         if half not in ("float16", "bfloat16"):
             raise ValueError(f"half is {half!r}, expected 'float16' or 'bfloat16'")
         layers = list(layers_of(model))
         answers = [bool(same_as) or self._answer(kind, name) for name, kind, same_as in layers]
         columns = [list(column) for column in zip(*layers, strict=True)]
         made = torch.classes.halfstep.PrecisionPlan.of_answers(type(self).__name__, half, *columns, answers)
-        return PrecisionPlan._of(made)
+        return _where_called(PrecisionPlan._of(made), model, example, kwargs)
 
     def _answer(self, kind: str, name: str) -> bool:
         answer = self.should_use_fp16(kind, name)
         if not isinstance(answer, bool):
             raise TypeError(f"should_use_fp16({kind!r}, {name!r}) returned {answer!r}, expected True or False")
         return answer
+
+    def tune(
+        self,
+        model: nn.Module,
+        example: Any = None,
+        half: str = "float16",
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        backward: bool | None = None,
+        margin: float = 0.02,
+    ) -> PrecisionPlan:
+        """Make the plan, and keep in float32 what half makes slower on this machine: see PrecisionPolicy.tune."""
+        from halfstep.tuning import tune
+
+        return tune(self.plan(model, half), model, example, kwargs, backward, margin)
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, str, str]]:
@@ -228,3 +292,55 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, str, str]]:
             continue
         yield name, type(module).__name__, known.get(module, "")
         known.setdefault(module, name)
+
+
+def parent_of(name: str, layers: Collection[str]) -> str | None:
+    """Return the name of the innermost of `layers` that the layer `name` is in, or None."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in layers:
+            return name
+    return None
+
+
+def with_inherited(plan: PrecisionPlan, model: nn.Module, uncalled: Collection[nn.Module] = ()) -> PrecisionPlan:
+    """Return the plan in which layers that are never called have the precision of the layer they are in.
+
+    uncalled: modules beside those whose kind says that nobody calls them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    never = {*uncalled, *_never_called(model)}
+    decided: dict[nn.Module, PlannedLayer] = {}
+    layers: dict[str, PlannedLayer] = {}
+    for layer in plan.layers():
+        module, outer = modules[layer.name], parent_of(layer.name, layers)
+        if module in decided:
+            layer = layer._replace(precision=decided[module].precision)
+        elif module in never and outer is not None:
+            reason = _INHERITS + (outer or "the model")
+            layer = layer._replace(precision=layers[outer].precision, reason=reason)
+        elif module in never and not layer.reason.endswith("; never called"):
+            layer = layer._replace(reason=f"{layer.reason}; never called")
+        decided.setdefault(module, layer)
+        layers[layer.name] = layer
+    return plan if list(layers.values()) == plan.layers() else PrecisionPlan(plan.policy, layers.values())
+
+
+def _never_called(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of `model` whose parameters others read: they have no forward, or torch never calls it."""
+    for module in model.modules():
+        forward = getattr(type(module), "forward", None)  # None for what TorchScript has compiled
+        if forward is nn.Module.forward and "forward" not in module.__dict__:
+            yield module
+        elif forward is nn.MultiheadAttention.forward:
+            yield module.out_proj
+
+
+def _where_called(
+    plan: PrecisionPlan, model: nn.Module, example: Any, kwargs: Mapping[str, Any] | None
+) -> PrecisionPlan:
+    if example is None and kwargs is None:
+        return with_inherited(plan, model)
+    from halfstep.calls import uncalled
+
+    return with_inherited(plan, model, uncalled(plan, model, example, kwargs))

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.policy import PrecisionPlan
+from halfstep.policy import PrecisionPlan, parent_of
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
+# Autocast's dtype while a float32 layer has turned autocast off around layers that are planned in half. They act there,
+# and do nothing where the user has turned it off. It is part of autocast's state, which checkpoints restore on other
+# threads and compilers know; no autocast computes in it.
+_HELD_OFF = torch.float64
+# The fused inference of torch's encoders reads the weights of its layers and calls none of them.
+_FAST_PATHS = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+_FAST_PATH_BEFORE = "_halfstep_fast_path"
 
 
 class LayerScope:
@@ -20,16 +27,24 @@ class LayerScope:
     It acts while autocast is on for the device of the layer's inputs, and not where that computes in `dtype` anyway:
     torch.float32 turns autocast off around the layer, another half type runs under an autocast of its own, without the
     cache of casts, whose key has no dtype. Floating inputs of the other of these types are cast to `dtype`, also inside
-    of tuples, lists and dicts. Where the user has turned autocast off nothing is changed.
+    of tuples, named tuples, lists and dicts; other objects are handed on as they are. Where the user has turned
+    autocast off nothing is changed.
+
+    holds: the layer is float32 and has layers inside that are planned in half. These act all the same, also where the
+    forward around them turns autocast off itself, and return float32 there: what stands around them computes without
+    autocast, which would mend a mixture of dtypes.
 
     It holds the module, and what its `forward` was; so copies and pickles are of the copy. Backward passes, checkpoints
     that compute it again and torch.compile see casts and autocast regions as if they stood in the layer's forward.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, inner: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, inner: Callable[..., Any] | None, *, holds: bool = False
+    ) -> None:
         self.module = module
         self.dtype = dtype
         self.inner = inner  # what stood in the module's attribute `forward` before, if anything did
+        self.holds = holds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer returns."""
@@ -38,36 +53,55 @@ class LayerScope:
             device = first.device.type
         else:
             device = _device_of((args, kwargs)) or _device_of(list(self.module._parameters.values()))
-        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        if device not in ("cpu", "cuda"):
             return self._forward(*args, **kwargs)
-        if torch.get_autocast_dtype(device) is self.dtype:
+        on, current = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        held = not on and current is _HELD_OFF
+        if not (on or held) or (on and current is self.dtype):
             return self._forward(*args, **kwargs)
         if len(args) == 1 and not kwargs:
-            args = (_cast(first, self.dtype),)
+            args = (cast(first, self.dtype),)
         else:
-            args, kwargs = _cast((args, kwargs), self.dtype)
+            args, kwargs = cast((args, kwargs), self.dtype)
         if torch.compiler.is_compiling():  # knows the context, but not the functions that it calls
-            off = self.dtype is torch.float32
-            region = torch.autocast(device, enabled=not off, dtype=None if off else self.dtype, cache_enabled=False)
-            with region:
-                return self._forward(*args, **kwargs)
-        if self.dtype is torch.float32:
+            result = self._in_a_region(device, args, kwargs)
+        elif self.dtype is torch.float32 and not self.holds:
             torch.set_autocast_enabled(device, False)
             try:
-                return self._forward(*args, **kwargs)
+                result = self._forward(*args, **kwargs)
             finally:
-                torch.set_autocast_enabled(device, True)
-        return self._under_own_autocast(device, args, kwargs)
+                torch.set_autocast_enabled(device, on)
+        else:
+            result = self._in_own_state(device, args, kwargs)
+        return cast(result, torch.float32) if held else result
 
-    def _under_own_autocast(self, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
-        torch.set_autocast_dtype(device, self.dtype)
+    def _state(self) -> tuple[bool, torch.dtype | None]:
+        """Return whether autocast is on inside, and its dtype if that is another one."""
+        if self.dtype is torch.float32:
+            return False, _HELD_OFF if self.holds else None
+        return True, self.dtype
+
+    def _in_a_region(self, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        on, dtype = self._state()
+        with torch.autocast(device, enabled=on, dtype=dtype, cache_enabled=False):
+            return self._forward(*args, **kwargs)
+
+    def _in_own_state(self, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        on, dtype = self._state()
+        before = (
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_cache_enabled(),
+        )
+        torch.set_autocast_enabled(device, on)
+        torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(False)
         try:
             return self._forward(*args, **kwargs)
         finally:
-            torch.set_autocast_dtype(device, before[0])
-            torch.set_autocast_cache_enabled(before[1])
+            torch.set_autocast_enabled(device, before[0])
+            torch.set_autocast_dtype(device, before[1])
+            torch.set_autocast_cache_enabled(before[2])
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.inner is not None:
@@ -88,16 +122,23 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, autocast_dtype: torch.dtyp
 
     plan: made for this model, with float32, float16 and bfloat16 alone; in place of one that was applied before.
     autocast_dtype: what the loop's autocast computes in. Layers that are planned so then need no scope, and cost
-    nothing; without it every layer has one.
+    nothing, unless they stand inside of a layer that is planned otherwise; without it every layer has one. Layers that
+    the plan says inherit have none in either case.
+    While a plan is applied torch's TransformerEncoder and TransformerEncoderLayer do not take the fused path of
+    inference, which calls none of the layers.
     Raises ValueError, and changes nothing, where the model has not the plan's layers or a precision is another one.
     Parameters, buffers, classes and state_dict stay as they are.
     """
     dtypes = planned_dtypes(model, plan)
+    nested, holding = _nesting(plan, dict(model.named_modules(remove_duplicate=False)), dtypes)
     remove_plan(model)
     for module, dtype in dtypes.items():
-        if dtype is autocast_dtype:
+        if dtype is autocast_dtype and module not in nested:
             continue
-        module.forward = LayerScope(module, dtype, module.__dict__.get("forward"))
+        if isinstance(module, torch.jit.ScriptModule):
+            _ = module.forward  # its class has none; this puts the compiled method where others have theirs
+        module.forward = LayerScope(module, dtype, module.__dict__.get("forward"), holds=module in holding)
+    _leave_fast_paths(model)
 
 
 def planned_dtypes(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, torch.dtype]:
@@ -111,7 +152,8 @@ def planned_dtypes(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, tor
             raise ValueError(f"the plan has a {layer.type} {layer.name!r}, but in the model {found}")
         if layer.precision not in _DTYPES:
             raise ValueError(f"layer {layer.name!r} is planned as {layer.precision}, expected one of {list(_DTYPES)}")
-        dtypes.setdefault(module, _DTYPES[layer.precision])
+        if not layer.inherits:
+            dtypes.setdefault(module, _DTYPES[layer.precision])
     return dtypes
 
 
@@ -123,6 +165,40 @@ def remove_plan(model: nn.Module) -> None:
             del module.forward
             if scope.inner is not None:
                 module.forward = scope.inner
+        for kind, attribute in _FAST_PATHS:
+            if isinstance(module, kind) and _FAST_PATH_BEFORE in module.__dict__:
+                setattr(module, attribute, module.__dict__.pop(_FAST_PATH_BEFORE))
+
+
+def _nesting(
+    plan: PrecisionPlan, modules: dict[str, nn.Module], dtypes: dict[nn.Module, torch.dtype]
+) -> tuple[set[nn.Module], set[nn.Module]]:
+    """Return the layers inside of one of another dtype, and the float32 layers with others inside."""
+    nested, holding = set(), set()
+    for name in plan:
+        module = modules[name]
+        dtype = dtypes.get(module)
+        if dtype is None:
+            continue
+        outer = parent_of(name, plan)
+        if outer is not None and dtypes.get(modules[outer], dtype) is not dtype:
+            nested.add(module)
+        while outer is not None and dtype is not torch.float32:
+            if dtypes.get(modules[outer]) is torch.float32:
+                holding.add(modules[outer])
+            outer = parent_of(outer, plan)
+    return nested, holding
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Let the encoders of `model` call the layers that have scopes."""
+    for module in model.modules():
+        for kind, attribute in _FAST_PATHS:
+            if not isinstance(module, kind) or not getattr(module, attribute, False):
+                continue
+            if any(isinstance(inner.__dict__.get("forward"), LayerScope) for inner in module.modules()):
+                module.__dict__[_FAST_PATH_BEFORE] = getattr(module, attribute)
+                setattr(module, attribute, False)
 
 
 def _device_of(value: Any) -> str | None:
@@ -138,11 +214,24 @@ def _device_of(value: Any) -> str | None:
     return next((device for device in map(_device_of, items) if device is not None), None)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return `value` with its float32, float16 and bfloat16 tensors in `dtype`; one tensor in two places stays one."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.dtype in _FLOATS and value.dtype is not dtype else value
+    return _cast_items(value, dtype, [])
+
+
+def _cast_items(value: Any, dtype: torch.dtype, done: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    if isinstance(value, torch.Tensor):
+        for known, result in done:
+            if known is value:  # attention asks whether query, key and value are the same
+                return result
+        done.append((value, cast(value, dtype)))
+        return done[-1][1]
     if type(value) in (tuple, list):
-        return type(value)([_cast(item, dtype) for item in value])
+        return type(value)([_cast_items(item, dtype, done) for item in value])
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple, such as a PackedSequence
+        return type(value)(*[_cast_items(item, dtype, done) for item in value])
     if type(value) is dict:
-        return {key: _cast(item, dtype) for key, item in value.items()}
+        return {key: _cast_items(item, dtype, done) for key, item in value.items()}
     return value

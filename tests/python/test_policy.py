@@ -74,7 +74,9 @@ def test_plans_and_policies_are_values() -> None:
     assert policy != PrecisionPolicy("careful", "float16", RULES[1:])
     other = PrecisionPolicy("careful", "float32", RULES).plan(Net())
     assert plan != other
-    assert plan.diff(other).splitlines()[0] == ": float16 -> float32 (the default of careful)"
+    assert (
+        plan.diff(other).splitlines()[0] == ": float16 -> float32 (the default of careful; never called)"
+    )  # it has no forward
     assert len(plan.diff(other).splitlines()) == 4
     assert plan.diff(plan) == ""
 

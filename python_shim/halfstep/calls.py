@@ -1,0 +1,141 @@
+"""One call of a model on an example, on a copy: which layers it calls, and with what."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep.arguments import UnsupportedArgument, flatten
+from halfstep.policy import PrecisionPlan
+from halfstep.scopes import apply_plan
+
+_HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Example:
+    """The arguments of one call of a model, and the device on which it happens.
+
+    Raises TypeError for arguments of another kind, ValueError where model and arguments are not on one CPU or one GPU.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, kwargs: Mapping[str, Any] | None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise ValueError(f"model is a {type(model).__name__}, expected the model inside of it: pass model.module")
+        if example is not None and not isinstance(example, (torch.Tensor, tuple)):
+            raise TypeError(f"example is {type(example).__name__}, expected a tensor or a tuple: the model's arguments")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise TypeError(f"kwargs is {type(kwargs).__name__}, expected a mapping: the model's keyword arguments")
+        self.args = (example,) if isinstance(example, torch.Tensor) else example or ()
+        self.kwargs = dict(kwargs or {})
+        self.device = self._device(model)
+
+    def _device(self, model: nn.Module) -> torch.device:
+        own = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        given = {tensor.device for tensor in tensors_in((self.args, self.kwargs))}
+        if len(own) > 1:
+            raise ValueError(f"the model is on {sorted(map(str, own))}, expected one device")
+        if own and given and not own & given:  # lengths of a packed sequence are on the CPU, whatever the rest
+            raise ValueError(f"the example is on {sorted(map(str, given))}, but the model on {next(iter(own))}")
+        device = next(iter(own or given), torch.device("cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"the model is on {device}, expected a CPU or a CUDA GPU")
+        return device
+
+    def call(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        """Call `model` under an autocast to `dtype`, without its compiler; None for no autocast."""
+        eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
+            eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            model(*self.args, **self.kwargs)
+        torch.clear_autocast_cache()  # has casts of the copy's weights, where this happens in another region
+
+    @contextlib.contextmanager
+    def random_numbers_kept(self) -> Iterator[None]:
+        """Restore the states of the generators that the call may use."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            yield
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in `value`, as far as they can be found."""
+    tensors: list[torch.Tensor] = []
+    with contextlib.suppress(UnsupportedArgument):
+        flatten(value, tensors)
+    return tensors
+
+
+def half_of(plan: PrecisionPlan) -> str | None:
+    """Return the half precision of most layers of the plan, None if no layer has one."""
+    counts = collections.Counter(layer.precision for layer in plan.layers() if layer.precision in _HALF)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def dtype_of(precision: str | None) -> torch.dtype | None:
+    """Return the dtype of a half precision."""
+    return None if precision is None else _HALF[precision]
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a copy that shares the memory of the parameters and nothing else: no gradients, no hooks of tensors.
+
+    Raises TypeError for a model that cannot be copied, and says why.
+    """
+    memo: dict[int, Any] = {}
+    parameters = list(model.parameters())  # alive meanwhile: TorchScript makes the objects, whose ids stand in memo
+    for parameter in parameters:
+        if not isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for module in model.modules():
+        for value in vars(module).values():  # results that a module keeps cannot be copied by deepcopy
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(f"the example runs on a copy of the model, which cannot be copied: {error}") from error
+
+
+class Recorder:
+    """The `forward` of one module during the call: it tells `note` of each call that is not within another one."""
+
+    def __init__(self, module: nn.Module, note: Callable[..., None]) -> None:
+        self.inner = module.forward
+        self._module = module
+        self._note = note
+        self._depth = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns."""
+        if not self._depth:
+            self._note(self._module, args, kwargs)
+        self._depth += 1
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            self._depth -= 1
+
+
+def uncalled(plan: PrecisionPlan, model: nn.Module, example: Any, kwargs: Mapping[str, Any] | None) -> set[nn.Module]:
+    """Return the layers of `model` that a call on the example does not call, with the plan applied if it can be."""
+    arguments = Example(model, example, kwargs)
+    twin = copy_of(model)
+    if all(layer.precision in ("float32", *_HALF) for layer in plan.layers()):
+        apply_plan(twin, plan)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    twins = dict(twin.named_modules(remove_duplicate=False))
+    called: set[nn.Module] = set()
+    for module in {twins[name]: None for name in plan}:
+        module.forward = Recorder(module, lambda module, args, kwargs: called.add(module))
+    with arguments.random_numbers_kept():
+        arguments.call(twin, dtype_of(half_of(plan)))
+    return {modules[name] for name in plan if twins[name] not in called}
