@@ -247,6 +247,7 @@ at::Tensor cross_entropy_op(const at::Tensor& input, const at::Tensor& target, c
 // ------------------------------------------------------------------------------- torch's cross_entropy under autocast
 
 thread_local bool half_reductions = false;
+bool autocast_is_ours = false;  // set once, at registration
 
 // Autocast has no kernel of its own here: torch's function is made of others, which it runs in float32.
 // Where saved tensors are packed by hooks it stays torch's: checkpointing, which works so, computes the loss again in
@@ -298,8 +299,12 @@ void implement_cross_entropy_cuda(torch::Library& library) {
 
 void implement_cross_entropy_autocast(torch::Library& library) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::cross_entropy_loss", "");
-  if (!op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA))
-    library.impl("cross_entropy_loss", &autocast_cross_entropy);
+  autocast_is_ours = !op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA);
+  if (autocast_is_ours) library.impl("cross_entropy_loss", &autocast_cross_entropy);
+}
+
+bool cross_entropy_autocast_is_ours() {
+  return autocast_is_ours;
 }
 
 }  // namespace torch_ops

@@ -6,6 +6,7 @@
 namespace halfstep::torch_ops {
 
 // Schemas and classes.
+void define_autocast_ops(torch::Library& library);
 void define_cross_entropy(torch::Library& library);
 void define_gradients(torch::Library& library);
 void define_norms(torch::Library& library);
@@ -34,6 +35,7 @@ void implement_scaling_cuda(torch::Library& library);
 
 // aten::cross_entropy_loss under CUDA autocast, unless torch has a kernel there.
 void implement_cross_entropy_autocast(torch::Library& library);
+bool cross_entropy_autocast_is_ours();
 
 // The CUDA kernel of every op in a build without CUDA: an error that says how to get one.
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack);
