@@ -5,6 +5,7 @@
 #include <array>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/runtime/operator.h>
@@ -161,7 +162,7 @@ void TypeInference::infer(Node* node) {
         set(node->output(i), of(node->input(i + 2)) | of(node->blocks()[0]->outputs()[i + 1]));
       return;
     case prim::ListConstruct:
-      set(node->output(), is_written(node->output()) ? kAnyType : united(node->inputs()));
+      set(node->output(), is_written(node->output()) ? kAnyType : united(std::as_const(*node).inputs()));
       return;
     case prim::TupleConstruct:
     case prim::TupleUnpack:
@@ -169,7 +170,7 @@ void TypeInference::infer(Node* node) {
     case prim::ListUnpack:
     case prim::unchecked_cast:
     case prim::unchecked_unwrap_optional:
-      for (const Value* const output : node->outputs()) set(output, united(node->inputs()));
+      for (const Value* const output : node->outputs()) set(output, united(std::as_const(*node).inputs()));
       return;
     case prim::NumToTensor:
       set(node->output(), kOtherType | kFloat32Type);

@@ -3,6 +3,7 @@
 #include <torch/csrc/jit/api/compilation_unit.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/passes/inliner.h>
 #include <torch/jit.h>
 
 #include <algorithm>
@@ -17,53 +18,44 @@ namespace prim = torch::jit::prim;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// What is cast is what autocast casts: floating-point tensors but float64 ones.
+// What is cast is what autocast casts: floating-point tensors but float64 ones. 6 and 7 are float32 and float64, whose
+// names scripts in C++ do not know.
 constexpr char kHelpers[] = R"(
+def is_eligible(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype != 7
+
 def cast(x: Tensor, dtype: int) -> Tensor:
-    if x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(dtype)
-    return x
+    return x.to(dtype) if is_eligible(x) else x
 
 def cast_optional(x: Optional[Tensor], dtype: int) -> Optional[Tensor]:
-    if x is not None:
-        if x.is_floating_point() and x.dtype != torch.float64:
-            return x.to(dtype)
-    return x
+    return None if x is None else cast(x, dtype)
 
 def cast_list(values: List[Tensor], dtype: int) -> List[Tensor]:
     result: List[Tensor] = []
     for x in values:
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(dtype)
-        result.append(x)
+        result.append(cast(x, dtype))
     return result
 
 def cast_str_dict(values: Dict[str, Tensor], dtype: int) -> Dict[str, Tensor]:
     result: Dict[str, Tensor] = {}
     for key, x in values.items():
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(dtype)
-        result[key] = x
+        result[key] = cast(x, dtype)
     return result
 
 def cast_int_dict(values: Dict[int, Tensor], dtype: int) -> Dict[int, Tensor]:
     result: Dict[int, Tensor] = {}
     for key, x in values.items():
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(dtype)
-        result[key] = x
+        result[key] = cast(x, dtype)
     return result
 
 def widest(values: List[Tensor], dtype: int) -> int:
     for x in values:
-        if x.is_floating_point() and x.dtype != torch.float64 and x.dtype != dtype:
-            dtype = torch.float32
+        if is_eligible(x) and x.dtype != dtype:
+            dtype = 6
     return dtype
 
 def float32_if_floating(x: Tensor) -> Optional[int]:
-    if x.is_floating_point() and x.dtype != torch.float64:
-        return torch.float32
-    return None
+    return 6 if is_eligible(x) else None
 )";
 
 bool holds_tensors(const c10::TypePtr& type) {
@@ -91,7 +83,9 @@ Value* insert_helper(torch::jit::Graph& graph, std::string_view name, at::ArrayR
   static const std::shared_ptr<torch::jit::CompilationUnit> helpers = torch::jit::compile(kHelpers);
   torch::jit::Function& function = helpers->get_function(std::string(name));
   function.ensure_defined();
-  return insertGraph(graph, *torch::jit::toGraphFunction(function).graph(), arguments).at(0);
+  const std::shared_ptr<torch::jit::Graph> inlined = torch::jit::toGraphFunction(function).graph()->copy();
+  torch::jit::Inline(*inlined);
+  return insertGraph(graph, *inlined, arguments).at(0);
 }
 
 Value* border_cast(torch::jit::Graph& graph, Value* value, at::ScalarType type) {

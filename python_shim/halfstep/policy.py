@@ -218,5 +218,10 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if next(module.children(), None) is not None and not module._parameters:
             continue
-        yield name, type(module).__name__, known.get(module, "")
+        yield name, class_of(module), known.get(module, "")
         known.setdefault(module, name)
+
+
+def class_of(module: nn.Module) -> str:
+    """Return the name of a module's class; of a scripted or traced one that of the class it was made from."""
+    return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
