@@ -10,6 +10,7 @@
 #include <torch/custom_class.h>
 
 #include "halfstep/status.h"
+#include "plan_class.h"
 #include "registration.h"
 
 namespace halfstep::torch_ops {
@@ -24,11 +25,6 @@ auto as_value_error(const Run& run) -> decltype(run()) {
     C10_THROW_ERROR(ValueError, error.what());
   }
 }
-
-struct PlanClass : torch::CustomClassHolder {
-  explicit PlanClass(PrecisionPlan the_plan) : plan(std::move(the_plan)) {}
-  PrecisionPlan plan;
-};
 
 struct PolicyClass : torch::CustomClassHolder {
   explicit PolicyClass(PrecisionPolicy the_policy) : policy(std::move(the_policy)) {}

@@ -36,6 +36,7 @@ struct Registration {
     define_grad_scaler(definitions);
     define_optimizer(definitions);
     define_policy(definitions);
+    define_lower(definitions);
     implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
     implement_norms_cpu(cpu);

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from halfstep.config import MixedPrecisionConfig
     from halfstep.errors import LibraryMismatchError, ScaleCollapsed
     from halfstep.grad_scaler import GradScaler
+    from halfstep.lowering import lower
     from halfstep.manager import MixedPrecisionManager
     from halfstep.optimizer import release
     from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
@@ -42,6 +43,7 @@ _HOME_OF = {
     "apply_plan": "halfstep.scopes",
     "build_info": "halfstep._library",
     "load_library": "halfstep._library",
+    "lower": "halfstep.lowering",
     "release": "halfstep.optimizer",
     "remove_plan": "halfstep.scopes",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "apply_plan",
     "build_info",
     "load_library",
+    "lower",
     "release",
     "remove_plan",
 ]

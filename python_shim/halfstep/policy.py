@@ -290,7 +290,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         has_parameters = next(module.parameters(recurse=False), None) is not None
         if next(module.children(), None) is not None and not has_parameters:
             continue
-        yield name, type(module).__name__, known.get(module, "")
+        yield name, class_of(module), known.get(module, "")
         known.setdefault(module, name)
 
 
@@ -344,3 +344,8 @@ def _where_called(
     from halfstep.calls import uncalled
 
     return with_inherited(plan, model, uncalled(plan, model, example, kwargs))
+
+
+def class_of(module: nn.Module) -> str:
+    """Return the name of a module's class; of a scripted or traced one that of the class it was made from."""
+    return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__

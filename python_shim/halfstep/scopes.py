@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.policy import PrecisionPlan, parent_of
+from halfstep.policy import PrecisionPlan, class_of, parent_of
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
@@ -147,8 +147,8 @@ def planned_dtypes(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, tor
     dtypes: dict[nn.Module, torch.dtype] = {}
     for layer in plan.layers():
         module = modules.get(layer.name)
-        if module is None or type(module).__name__ != layer.type:
-            found = "there is none" if module is None else f"it is a {type(module).__name__}"
+        if module is None or class_of(module) != layer.type:
+            found = "there is none" if module is None else f"it is a {class_of(module)}"
             raise ValueError(f"the plan has a {layer.type} {layer.name!r}, but in the model {found}")
         if layer.precision not in _DTYPES:
             raise ValueError(f"layer {layer.name!r} is planned as {layer.precision}, expected one of {list(_DTYPES)}")

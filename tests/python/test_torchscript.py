@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import warnings
 from pathlib import Path
 
 import halfstep
 import pytest
 import torch
+from without_python import run_without_python
 
 halfstep.load_library()
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.jit")
@@ -65,19 +65,6 @@ class Descent(torch.nn.Module):
 
 def grads(device: torch.device) -> list[torch.Tensor]:
     return [torch.randn(1000, device=device) * 9, torch.randn(33, device=device).half(), torch.empty(0, device=device)]
-
-
-def run_without_python(program: Path, module: torch.jit.ScriptModule, inputs: list, folder: Path) -> tuple:
-    module.save(str(folder / "model.pt"))
-    torch.save(inputs, folder / "inputs.pt")
-    result = subprocess.run(
-        [program, folder / "model.pt", folder / "inputs.pt", folder / "outputs.pt"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return torch.load(folder / "outputs.pt", weights_only=True)
 
 
 @pytest.fixture

@@ -1,0 +1,22 @@
+"""TorchScript files in a process without Python: halfstep_run_script of the build folder."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def run_without_python(program: Path, module: torch.jit.ScriptModule, inputs: list, folder: Path) -> tuple:
+    """Return what `module`, saved and loaded there, makes of `inputs`."""
+    module.save(str(folder / "model.pt"))
+    torch.save(inputs, folder / "inputs.pt")
+    result = subprocess.run(
+        [program, folder / "model.pt", folder / "inputs.pt", folder / "outputs.pt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "outputs.pt", weights_only=True)

@@ -1,0 +1,53 @@
+// Plans for TorchScript: a scripted or traced module, rewritten for inference in the precisions that a plan decides.
+//
+//   const halfstep::PrecisionPlan plan = halfstep::PrecisionPlan::from_json(text);
+//   torch::jit::Module model = torch::jit::load("model.pt");
+//   model.eval();
+//   halfstep::lower(model, plan).save("lowered.pt");
+//
+// The result needs no autocast and no halfstep where it runs: casts are ops of its graph, all of them ATen's, and
+// parameters are stored in the type that their uses want.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/jit/api/module.h>
+
+#include "halfstep/export.h"
+#include "halfstep/policy.h"
+
+namespace halfstep {
+
+// What a plan covers of a scripted or traced module, in its order: the modules without children and those with
+// parameters of their own, as of the model that it was made from. TorchScript keeps no module under two names: of such
+// a pair each is a layer of its own here, and no layer is the same as another.
+HALFSTEP_API std::vector<Layer> layers_of(const torch::jit::Module& module);
+
+// Returns a copy of `module` that computes as it would with the plan's layer scopes under autocast, for inference. The
+// original is not changed, and shares no memory with the copy.
+//
+// Within a layer that is planned kFloat16 or kBFloat16 each op runs as autocast's lists say with that type; a layer
+// that is planned kFloat32 gets its floating inputs cast to float32 and runs as it stands, children included. Code
+// outside of the plan's layers, and layers that the plan does not have, run with `autocast_dtype` (kHalf, kBFloat16);
+// left out it is the plan's half precision. A plan that is float32 everywhere needs none: then all is float32.
+//
+// The copy has `forward`, with everything that it calls inlined, and all attributes. Other methods are left out.
+// Parameters and buffers whose uses all want one half type are stored in it; the others stay, and are cast at their
+// uses. None requires gradients.
+//
+// `device` is where the module will run, since autocast has other lists for other devices: kCPU or kCUDA; left out
+// it is that of the module's parameters and buffers.
+//
+// Throws c10::Error (a ValueError in Python):
+// - The module or one of its submodules is in training mode, has no forward, or has forward hooks of its own.
+// - The plan has a layer that the module has not, or one of another type; or plans kTFloat32 or kInt8.
+// - The plan has both half types, and autocast_dtype is left out; or it is another type.
+// - `device` is another one; or is left out, and the module has no tensors or has them on several kinds of devices.
+// - Something in forward cannot be inlined or followed: an interface's method, a method of a module that is chosen at
+//   run time, fork, a Python function, autocast regions; binary_cross_entropy within half precision on CUDA.
+HALFSTEP_API torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& plan,
+                                      std::optional<at::ScalarType> autocast_dtype = std::nullopt,
+                                      std::optional<at::DeviceType> device = std::nullopt);
+
+}  // namespace halfstep

@@ -1,0 +1,209 @@
+// lower(), first step: one graph without calls, in which each node knows what type its region computes in.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include <ATen/core/class_type.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/ir/constants.h>
+
+#include "lower_graph.h"
+
+namespace halfstep::torch_ops {
+namespace {
+
+namespace prim = torch::jit::prim;
+using torch::jit::Node;
+using torch::jit::Value;
+
+c10::Symbol note_named(std::string_view what) {
+  return c10::Symbol::attr("halfstep_" + std::string(what));
+}
+
+// torch.jit.trace calls a layer's first call "forward", further ones "forward1", "forward2".
+bool is_forward(const std::string& method) {
+  return method.starts_with("forward") && std::all_of(method.begin() + 7, method.end(), [](char c) {
+           return c >= '0' && c <= '9';
+         });
+}
+
+class Inliner {
+ public:
+  Inliner(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, c10::DeviceType device)
+      : graph_(graph), root_(root), layers_(layers), device_(device) {}
+
+  // All nodes from `node` up to `end`, which stays. `name` is that of the module whose code it is, for messages.
+  void visit(Node* node, const Node* end, at::ScalarType region, const std::string& name) {
+    while (node != end) {
+      Node* const next = node->next();
+      visit_one(node, region, name);
+      node = next;
+    }
+  }
+
+  // The region of a layer within another one: where autocast is off, which kFloat stands for, layers change nothing.
+  at::ScalarType region_of(const ModuleObject& module, at::ScalarType around) const {
+    const auto planned = layers_.find(module.get());
+    return planned == layers_.end() || around == at::kFloat ? around : planned->second;
+  }
+
+ private:
+  void visit_one(Node* node, at::ScalarType region, const std::string& name) {
+    switch (node->kind()) {
+      case prim::CallFunction: {
+        const auto type = node->input(0)->type()->cast<c10::FunctionType>();
+        refuse_if(type == nullptr, node, name, "calls a function that is chosen at run time");
+        inline_call(node, *type->function(), region, name);
+        return;
+      }
+      case prim::CallMethod:
+        inline_method(node, region, name);
+        return;
+      case prim::fork:
+      case prim::awaitable:
+      case prim::rpc_async:
+      case prim::rpc_sync:
+      case prim::rpc_remote:
+      case prim::PythonOp:
+        refuse_if(true, node, name, "uses " + std::string(node->kind().toQualString()));
+        return;
+      case prim::Enter: {
+        const auto type = node->input(0)->type()->cast<c10::ClassType>();
+        const bool autocast = type != nullptr && type->name()->name().find("autocast") != std::string::npos;
+        refuse_if(autocast, node, name, "enters an autocast region of its own; the plan decides where what is computed");
+        break;
+      }
+      case prim::GetAttr:
+        if (is_training(node)) {
+          replace(node, false);
+          return;
+        }
+        break;
+      default:
+        break;
+    }
+    const std::string_view op = node->kind().toQualString();
+    if (op == "aten::is_autocast_enabled") {  // without an argument it asks for CUDA
+      replace(node, region != at::kFloat && (device_ == c10::DeviceType::CUDA || !node->inputs().empty()));
+      return;
+    }
+    if (op == "aten::is_autocast_cpu_enabled") {
+      replace(node, region != at::kFloat && device_ == c10::DeviceType::CPU);
+      return;
+    }
+    note(node, "region", region);
+    for (torch::jit::Block* block : node->blocks()) visit(*block->nodes().begin(), block->return_node(), region, name);
+  }
+
+  void inline_method(Node* node, at::ScalarType region, const std::string& name) {
+    const std::string& method = node->s(c10::attr::name);
+    const auto type = node->input(0)->type()->cast<c10::ClassType>();
+    refuse_if(type == nullptr, node, name, "calls the method '" + method + "' of an interface");
+    const auto self = attribute_of(node->input(0), root_);
+    refuse_if(type->is_module() && !self, node, name, "calls the method '" + method + "' of a module that is chosen at run time");
+    std::string inner = name;
+    if (type->is_module() && node->input(0)->node()->kind() == prim::GetAttr)
+      inner += (name.empty() ? "" : ".") + node->input(0)->node()->s(c10::attr::name);
+    at::ScalarType own = region;
+    if (type->is_module() && is_forward(method)) own = region_of(self->toObject(), region);
+    if (own != region) {
+      torch::jit::WithInsertPoint before(node);
+      for (std::size_t i = 1; i < node->inputs().size(); ++i)
+        node->replaceInput(i, border_cast(graph_, node->input(i), own));
+    }
+    inline_call(node, type->getMethod(method), own, inner);
+  }
+
+  void inline_call(Node* node, torch::jit::Function& function, at::ScalarType region, const std::string& name) {
+    refuse_if(!function.isGraphFunction(), node, name, "calls '" + function.name() + "', which is not TorchScript");
+    refuse_if(std::ranges::find(active_, &function) != active_.end(), node, name,
+              "calls '" + function.name() + "', which calls itself");
+    function.ensure_defined();
+    const std::size_t skipped = node->kind() == prim::CallFunction ? 1 : 0;
+    torch::jit::WithInsertPoint before(node);
+    Node* const last_before = node->prev();
+    const std::vector<Value*> results =
+        insertGraph(graph_, *torch::jit::toGraphFunction(function).graph(), node->inputs().slice(skipped));
+    TORCH_INTERNAL_ASSERT(results.size() == node->outputs().size());
+    for (std::size_t i = 0; i < results.size(); ++i) node->output(i)->replaceAllUsesWith(results[i]);
+    active_.push_back(&function);
+    visit(last_before->next(), node, region, name);
+    active_.pop_back();
+    node->destroy();
+  }
+
+  bool is_training(Node* node) const {
+    if (node->s(c10::attr::name) != "training" || node->output()->type() != c10::BoolType::get()) return false;
+    const auto type = node->input()->type()->cast<c10::ClassType>();
+    return type != nullptr && type->is_module();
+  }
+
+  void replace(Node* node, bool value) {
+    torch::jit::WithInsertPoint before(node);
+    node->output()->replaceAllUsesWith(graph_.insertConstant(value));
+    node->destroy();
+  }
+
+  static void refuse_if(bool refused, const Node* node, const std::string& name, const std::string& what) {
+    if (!refused) return;
+    std::ostringstream where;
+    node->sourceRange().highlight(where);
+    TORCH_CHECK_VALUE(false, "lower: ", name.empty() ? "the module" : "submodule '" + name + "'", " ", what,
+                      "; that cannot be lowered.\n", where.str());
+  }
+
+  torch::jit::Graph& graph_;
+  const ModuleObject& root_;
+  const LayerTypes& layers_;
+  c10::DeviceType device_;
+  std::vector<const torch::jit::Function*> active_;
+};
+
+}  // namespace
+
+void note(Node* node, std::string_view what, at::ScalarType type) {
+  node->i_(note_named(what), static_cast<int>(type));
+}
+
+std::optional<at::ScalarType> noted(const Node* node, std::string_view what) {
+  const c10::Symbol name = note_named(what);
+  if (!node->hasAttribute(name)) return std::nullopt;
+  return static_cast<at::ScalarType>(node->i(name));
+}
+
+void remove_notes(torch::jit::Block* block) {
+  for (Node* node : block->nodes()) {
+    for (const std::string_view what : {"region", "border", "cast"})
+      if (noted(node, what)) node->removeAttribute(note_named(what));
+    for (torch::jit::Block* inner : node->blocks()) remove_notes(inner);
+  }
+}
+
+std::optional<c10::IValue> attribute_of(const Value* value, const ModuleObject& root) {
+  const Node* const node = value->node();
+  if (value == value->owningGraph()->inputs()[0]) return c10::IValue(root);
+  if (node->kind() != prim::GetAttr) return std::nullopt;
+  const auto owner = attribute_of(node->input(), root);
+  if (!owner || !owner->isObject()) return std::nullopt;
+  return owner->toObject()->getAttr(node->s(c10::attr::name));
+}
+
+void inline_calls(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, at::ScalarType ambient,
+                  c10::DeviceType device) {
+  Inliner inliner(graph, root, layers, device);
+  Node* const first = *graph.nodes().begin();
+  const at::ScalarType region = inliner.region_of(root, ambient);
+  inliner.visit(first, graph.return_node(), region, "");
+  if (region == ambient) return;
+  torch::jit::WithInsertPoint before(*graph.nodes().begin());  // the module itself is a layer
+  for (std::size_t i = 1; i < graph.inputs().size(); ++i) {
+    Value* const input = graph.inputs()[i];
+    const std::vector<torch::jit::Use> uses = input->uses();
+    Value* const cast = border_cast(graph, input, region);
+    if (cast == input) continue;
+    for (const torch::jit::Use& use : uses) use.user->replaceInput(use.offset, cast);
+  }
+}
+
+}  // namespace halfstep::torch_ops

@@ -1,0 +1,179 @@
+// lower(), third step: casts of parameters are made once, when the module is lowered.
+#include <algorithm>
+#include <array>
+#include <set>
+#include <string>
+#include <unordered_set>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/common_subexpression_elimination.h>
+
+#include "lower_graph.h"
+
+namespace halfstep::torch_ops {
+namespace {
+
+namespace prim = torch::jit::prim;
+using torch::jit::Node;
+using torch::jit::Value;
+
+// Views, of which the first argument is the tensor: they give the same before and after a cast.
+constexpr auto kViews =
+    std::to_array<std::string_view>({"expand", "flatten", "narrow", "permute", "reshape", "select", "slice", "squeeze",
+                                     "t", "transpose", "unflatten", "unsqueeze", "view"});
+
+template <class Run>
+void for_each_node(torch::jit::Block* block, const Run& run) {
+  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
+    Node* const node = *it++;
+    for (torch::jit::Block* const inner : node->blocks()) for_each_node(inner, run);
+    run(node);
+  }
+}
+
+bool is_view(const Node* node) {
+  return node->kind().is_aten() && std::ranges::find(kViews, node->kind().toUnqualString()) != kViews.end();
+}
+
+// The tensor of the module or the constant that a chain of views starts from; null for values that are computed.
+const Node* source_of(const Value* value) {
+  const Node* const node = value->node();
+  if (node->kind() == prim::GetAttr || node->kind() == prim::Constant) return node;
+  return is_view(node) ? source_of(node->input(0)) : nullptr;
+}
+
+// The type that all uses of a value want, if they are all casts to one.
+std::optional<at::ScalarType> wanted_type(const Value* value) {
+  std::optional<at::ScalarType> type;
+  for (const torch::jit::Use& use : value->uses()) {
+    const auto cast = noted(use.user, "cast");
+    if (!cast || use.offset != 0 || (type && *type != *cast)) return std::nullopt;
+    type = cast;
+  }
+  return type;
+}
+
+void remove_casts(Value* value) {
+  const std::vector<torch::jit::Use> uses = value->uses();
+  for (const torch::jit::Use& use : uses) {
+    use.user->output()->replaceAllUsesWith(value);
+    use.user->destroy();
+  }
+}
+
+// A cast of a view of a parameter becomes a view of the parameter's cast.
+void move_before_views(torch::jit::Graph& graph) {
+  std::vector<Node*> views;
+  for_each_node(graph.block(), [&](Node* node) {
+    if (is_view(node) && source_of(node->output()) != nullptr) views.push_back(node);
+  });
+  std::set<Node*> moved;
+  for (bool again = true; again;) {
+    again = false;
+    for (Node* const view : views) {
+      const auto type = moved.contains(view) ? std::nullopt : wanted_type(view->output());
+      if (!type) continue;
+      remove_casts(view->output());
+      torch::jit::WithInsertPoint before(view);
+      Value* const cast =
+          graph.insert(c10::aten::to, {view->input(0), static_cast<int>(*type), false, false, c10::IValue()});
+      note(cast->node(), "cast", *type);
+      view->replaceInput(0, cast);
+      moved.insert(view);
+      again = true;
+    }
+  }
+}
+
+void collect_identities(const ModuleObject& module, const std::unordered_set<std::string>& names,
+                        std::set<TensorIdentity>& found) {
+  for (std::size_t i = 0; i < module->slots().size(); ++i) {
+    const c10::IValue& slot = module->getSlot(i);
+    if (slot.isTensor() && slot.toTensor().defined() && names.contains(module->type()->getAttributeName(i)))
+      found.emplace(slot.toTensor());
+    if (slot.isObject() && slot.toObject()->type()->is_module()) collect_identities(slot.toObject(), names, found);
+  }
+}
+
+// Tensors that forward replaces by others: the names of these attributes, whatever module they are of.
+std::set<TensorIdentity> assigned_tensors(torch::jit::Graph& graph, const ModuleObject& root) {
+  std::unordered_set<std::string> names;
+  for_each_node(graph.block(), [&](Node* node) {
+    if (node->kind() == prim::SetAttr) names.insert(node->s(c10::attr::name));
+  });
+  std::set<TensorIdentity> tensors;
+  if (!names.empty()) collect_identities(root, names, tensors);
+  return tensors;
+}
+
+void cast_constant(torch::jit::Graph& graph, Node* constant) {
+  const auto type = wanted_type(constant->output());
+  if (!type) return;
+  remove_casts(constant->output());
+  torch::jit::WithInsertPoint before(constant);
+  Value* const cast = graph.insertConstant(torch::jit::toIValue(constant->output())->toTensor().to(*type));
+  constant->output()->replaceAllUsesWith(cast);
+  constant->destroy();
+}
+
+}  // namespace
+
+TensorIdentity::TensorIdentity(const at::Tensor& tensor)
+    : key(tensor.has_storage() ? static_cast<const void*>(tensor.storage().unsafeGetStorageImpl())
+                               : tensor.unsafeGetTensorImpl(),
+          static_cast<int>(tensor.scalar_type()), tensor.has_storage() ? tensor.storage_offset() : 0,
+          tensor.sizes().vec(),
+          tensor.layout() == at::kStrided ? tensor.strides().vec() : std::vector<std::int64_t>()) {}
+
+void split_lists(torch::jit::Graph& graph, const ModuleObject& root) {
+  for_each_node(graph.block(), [&](Node* node) {
+    if (node->kind() != prim::GetAttr) return;
+    const auto value = attribute_of(node->output(), root);
+    const auto owner = attribute_of(node->input(), root);
+    if (!value || !value->isTensorList()) return;
+    std::map<TensorIdentity, std::string> names;
+    const ModuleObject module = owner->toObject();
+    for (std::size_t i = 0; i < module->slots().size(); ++i)
+      if (module->getSlot(i).isTensor() && module->getSlot(i).toTensor().defined())
+        names.emplace(module->getSlot(i).toTensor(), module->type()->getAttributeName(i));
+    const std::vector<at::Tensor> tensors = value->toTensorVector();
+    if (!std::ranges::all_of(tensors, [&](const at::Tensor& one) { return names.contains(TensorIdentity(one)); }))
+      return;
+    torch::jit::WithInsertPoint before(node);
+    std::vector<Value*> elements;
+    for (const at::Tensor& tensor : tensors)
+      elements.push_back(graph.insertGetAttr(node->input(), names.at(TensorIdentity(tensor))));
+    Value* const list = graph.insertNode(graph.createList(c10::TensorType::get(), elements))->output();
+    node->output()->replaceAllUsesWith(list);
+    node->destroy();
+  });
+}
+
+TensorTypes hoist_casts(const std::shared_ptr<torch::jit::Graph>& graph, const ModuleObject& root) {
+  move_before_views(*graph);
+  torch::jit::EliminateCommonSubexpression(graph);
+  std::map<TensorIdentity, std::vector<Node*>> reads;
+  std::vector<Node*> constants;
+  for_each_node(graph->block(), [&](Node* node) {
+    if (node->kind() == prim::Constant && node->output()->type()->kind() == c10::TypeKind::TensorType)
+      constants.push_back(node);
+    if (node->kind() != prim::GetAttr || !node->hasUses()) return;
+    const auto value = attribute_of(node->output(), root);
+    if (value && value->isTensor() && value->toTensor().defined())
+      reads[TensorIdentity(value->toTensor())].push_back(node);
+  });
+  for (Node* const constant : constants) cast_constant(*graph, constant);
+
+  const std::set<TensorIdentity> assigned = assigned_tensors(*graph, root);
+  TensorTypes types;
+  for (const auto& [tensor, nodes] : reads) {
+    const auto type = wanted_type(nodes.front()->output());
+    const bool all = std::ranges::all_of(nodes, [&](Node* node) { return wanted_type(node->output()) == type; });
+    if (!type || !all || assigned.contains(tensor)) continue;
+    for (Node* const node : nodes) remove_casts(node->output());
+    types.emplace(tensor, *type);
+  }
+  return types;
+}
+
+}  // namespace halfstep::torch_ops
