@@ -271,7 +271,7 @@ TEST_P(RunTest, WhatAPlanCannotRunIsNamed) {
     EXPECT_EQ(run_error(kPlan, "tf32"),
               "PrecisionPlan::run: layer 'tf32' is planned as tfloat32, expected float32, float16 or bfloat16");
     EXPECT_EQ(run_error(kPlan, "fpl6"),
-              "PrecisionPlan: there is no layer 'fpl6' among 5; the nearest: 'fp16', 'bf16', 'full'");
+              "PrecisionPlan: there is no layer 'fpl6' among 5; the nearest: 'fp16', 'full', 'bf16'");
     EXPECT_EQ(switches(GetParam()), outside);
   }
 }
@@ -368,11 +368,15 @@ TEST_P(RunTest, TrainsAsScopesByHandDo) {
       {{"island", "*", Precision::kFloat16, ""}, {"head", "*", Precision::kFloat32, "logits"}});
   const PrecisionPlan net_plan = plan(*Net(), policy);
   const auto planned_forward = [&](Net& model, const at::Tensor& x) { return model->forward(net_plan, x); };
+  const auto by_hand = [&](Net& model, const at::Tensor& x) { return model->forward(GetParam(), x); };
   const std::vector<float> losses = train(GetParam(), planned_forward);
   for (std::size_t step = 1; step < losses.size(); ++step) EXPECT_LT(losses[step], losses[step - 1]) << step;
   EXPECT_LT(losses.back(), 0.9F * losses.front());
-  EXPECT_EQ(losses, train(GetParam(), [&](Net& model, const at::Tensor& x) { return model->forward(GetParam(), x); }));
-  EXPECT_EQ(losses, train(GetParam(), planned_forward, /*ambient=*/true));
+  EXPECT_EQ(losses, train(GetParam(), by_hand));
+  // There the backward pass runs under autocast too, and rounds otherwise; the updates must be seen all the same.
+  const std::vector<float> ambient = train(GetParam(), planned_forward, /*ambient=*/true);
+  EXPECT_EQ(ambient, train(GetParam(), by_hand, /*ambient=*/true));
+  for (std::size_t step = 0; step < losses.size(); ++step) EXPECT_NEAR(ambient[step], losses[step], 2e-3) << step;
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, RunTest, testing::Values(at::kCPU, at::kCUDA), test::device_name);
