@@ -29,7 +29,8 @@ std::int64_t gradient_elements(const at::Tensor& parameter) {
   return grad.defined() ? grad.numel() : -1;
 }
 
-constexpr const char* kStateKeys[] = {"rule", "scale", "growth_tracker", "hysteresis_left", "counters", "history"};
+constexpr const char* kStateKeys[] = {"rule",     "scale",   "growth_tracker", "hysteresis_left",
+                                      "counters", "history", "request"};
 
 }  // namespace
 
@@ -159,11 +160,11 @@ void GradScaler::release(torch::optim::Optimizer& optimizer) {
 
 void GradScaler::update() {
   if (!options_.enabled) return;
-  TORCH_CHECK(!capturing_ || !follower_, "the scaler follows a policy, which is asked on the host after every step");
-  const std::optional<double> answer = follower_ ? follower_->ask(state_->rule()) : std::nullopt;
+  const bool asks = follower_ && !capturing_;  // a capture leaves it to each replay
+  const std::optional<double> answer = asks ? follower_->ask(state_->rule()) : std::nullopt;
   state_->update();
-  if (answer) torch_ops::ScaleFollower::apply(*state_, *answer);
-  if (follower_) follower_->keep(*state_);
+  if (asks) follower_->apply(*state_, answer);
+  updated_ = true;
   optimizers_.clear();
 }
 
@@ -215,11 +216,13 @@ void CapturedOptimizers::enter() {
   norm_ = state_->norm_;
   std::swap(scaler_.fused_, steps_);
   scaler_.capturing_ = true;
+  scaler_.updated_ = false;
 }
 
 void CapturedOptimizers::leave(bool keep) {
   std::swap(scaler_.fused_, steps_);
   scaler_.capturing_ = false;
+  updates_ = scaler_.updated_;
   if (!keep) {
     scaler_.optimizers_ = std::move(optimizers_);
     state_->found_ = std::move(found_);
@@ -242,7 +245,6 @@ std::int64_t CapturedOptimizers::steps(const GradScaler& scaler, torch::optim::O
 std::string CapturedOptimizers::outdated() const {
   if (scaler_.state_ != state_) return "the scaler's state was loaded or replaced";
   if (!(state_->rule() == rule_)) return "the scaler's rule changed";
-  if (scaler_.follower_) return "the scaler follows a policy";
   for (const auto& [optimizer, step] : steps_)
     if (step->outdated(*optimizer))
       return "parameters, states or groups of " + c10::demangle(typeid(*optimizer).name()) + " changed";
@@ -251,6 +253,10 @@ std::string CapturedOptimizers::outdated() const {
 
 void CapturedOptimizers::follow() {
   for (const auto& [optimizer, step] : steps_) step->follow(*optimizer);
+}
+
+void CapturedOptimizers::replayed() {
+  if (updates_ && scaler_.follower_) scaler_.follower_->apply(*state_, scaler_.follower_->ask(state_->rule()));
 }
 
 }  // namespace halfstep

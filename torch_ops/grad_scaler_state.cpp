@@ -84,10 +84,10 @@ GradScalerState::GradScalerState(const ScaleRule& rule) : rule_(validated(rule))
 
 void GradScalerState::ensure_state(at::Device device) {
   if (scale_.defined()) {
-    if (!restored_) return;
-    for (at::Tensor* tensor : {&scale_, &growth_tracker_, &hysteresis_left_, &counters_, &history_})
-      *tensor = tensor->to(device);
-    restored_ = false;
+    if (!waiting_) return;
+    for (at::Tensor* tensor : {&scale_, &growth_tracker_, &hysteresis_left_, &counters_, &history_, &request_})
+      if (tensor->defined()) *tensor = tensor->to(device);
+    waiting_ = false;
     return;
   }
   scale_ = scalar(rule_.init_scale, at::kFloat, device);
@@ -157,6 +157,7 @@ void GradScalerState::set_scale(double scale) {
   TORCH_CHECK_VALUE(static_cast<float>(scale) > 0.0F && scale >= rule_.min_scale && scale <= rule_.max_scale,
                     "GradScaler: scale is ", scale, ", expected a float32 > 0 from min_scale (", rule_.min_scale,
                     ") to max_scale (", rule_.max_scale, ")");
+  if (request_.defined()) request_.select(0, kRequestLimit).fill_(scale);
   if (scale_.defined()) {
     scale_.fill_(scale);
   } else {
@@ -164,6 +165,16 @@ void GradScalerState::set_scale(double scale) {
   }
   found_.clear();
   norm_.clear();
+}
+
+at::Tensor GradScalerState::request_scale(double requested) {
+  if (!request_.defined()) {
+    request_ = at::zeros({kRequestColumns}, at::kDouble);
+    request_.data_ptr<double>()[kRequestLimit] = rule_.max_scale;
+    request_ = moved(request_, scale_tensor("request_scale").device());
+  }
+  request_scale_(scale_, counters_, history_, request_, requested, rule_);
+  return request_;
 }
 
 double GradScalerState::get_scale() const {
@@ -176,13 +187,19 @@ at::Tensor GradScalerState::found() const {
 }
 
 at::Tensor GradScalerState::counters() {
-  ensure_state(scale_.defined() ? scale_.device() : at::Device(at::kCPU));
+  wait_for_device();
   return counters_;
 }
 
 at::Tensor GradScalerState::history() {
-  ensure_state(scale_.defined() ? scale_.device() : at::Device(at::kCPU));
+  wait_for_device();
   return history_;
+}
+
+void GradScalerState::wait_for_device() {
+  if (scale_.defined()) return;
+  ensure_state(at::kCPU);
+  waiting_ = true;
 }
 
 GradScalerState::Snapshot GradScalerState::snapshot() const {
@@ -196,6 +213,7 @@ GradScalerState::Snapshot GradScalerState::snapshot() const {
     snapshot["hysteresis_left"] = cpu(hysteresis_left_);
     snapshot["counters"] = cpu(counters_);
     snapshot["history"] = cpu(history_);
+    if (request_.defined()) snapshot["request"] = cpu(request_);
   }
   return snapshot;
 }
@@ -203,9 +221,10 @@ GradScalerState::Snapshot GradScalerState::snapshot() const {
 c10::intrusive_ptr<GradScalerState> GradScalerState::restore(const Snapshot& snapshot) {
   auto state = c10::make_intrusive<GradScalerState>(unpack(entry(snapshot, "rule", at::kDouble, kRuleEntries)));
   if (snapshot.size() > 1) {  // a scaler that was never used has no more than its rule
-    TORCH_CHECK_VALUE(snapshot.size() == kSnapshotEntries, "GradScaler: the state has ", snapshot.size(),
-                      " entries, expected ", kSnapshotEntries);
-    state->restored_ = true;
+    const std::size_t expected = kSnapshotEntries + snapshot.count("request");
+    TORCH_CHECK_VALUE(snapshot.size() == expected, "GradScaler: the state has ", snapshot.size(), " entries, expected ",
+                      expected);
+    state->waiting_ = true;
     state->scale_ = entry(snapshot, "scale", at::kFloat, 1);
     const auto scale = state->scale_.item<float>();
     TORCH_CHECK_VALUE(scale >= 0.0F && std::isfinite(scale), "GradScaler: state entry 'scale' is ", scale,
@@ -218,6 +237,7 @@ c10::intrusive_ptr<GradScalerState> GradScalerState::restore(const Snapshot& sna
       TORCH_CHECK_VALUE(count >= 0, "GradScaler: state entry 'counters' holds ", count, ", expected counts >= 0");
     }
     state->history_ = entry(snapshot, "history", at::kDouble, kHistoryRows * kHistoryColumns);
+    if (snapshot.contains("request")) state->request_ = entry(snapshot, "request", at::kDouble, kRequestColumns);
   }
   return state;
 }

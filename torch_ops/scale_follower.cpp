@@ -10,38 +10,28 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 namespace halfstep::torch_ops {
-namespace {
-
-// Into the same memory every time: the copy before has been read.
-void copy_to_host(const at::Tensor& tensor, at::Tensor& copy) {
-  const bool pinned = !tensor.is_cpu();
-  if (!copy.defined()) copy = at::empty_like(tensor, tensor.options().device(at::kCPU).pinned_memory(pinned));
-  copy.copy_(tensor, /*non_blocking=*/true);
-}
-
-}  // namespace
 
 ScaleFollower::ScaleFollower(std::shared_ptr<const CustomPrecisionPolicy> policy, const GradScalerState& state)
     : policy_(std::move(policy)) {
   const GradScalerState::Snapshot snapshot = state.snapshot();
-  if (snapshot.contains("history")) read(snapshot.at("counters"), snapshot.at("history"));
-}
-
-void ScaleFollower::read(const at::Tensor& counters, const at::Tensor& history) {
-  const std::int64_t* const count = counters.const_data_ptr<std::int64_t>();
-  const std::int64_t step = count[kSteps] - count[kConsecutiveSkipped];  // the last one that was applied
-  if (step < 1 || count[kConsecutiveSkipped] >= kHistoryRows) return;
-  const double* const row = history.const_data_ptr<double>() + (step - 1) % kHistoryRows * kHistoryColumns;
-  if (row[kHistoryStep] == static_cast<double>(step) && std::isfinite(row[kHistoryNorm])) norm_ = row[kHistoryNorm];
+  if (!snapshot.contains("history")) return;
+  const std::int64_t* const counters = snapshot.at("counters").const_data_ptr<std::int64_t>();
+  const std::int64_t step = counters[kSteps] - counters[kConsecutiveSkipped];  // the last one that was applied
+  if (step < 1 || counters[kConsecutiveSkipped] >= kHistoryRows) return;
+  const double* const row =
+      snapshot.at("history").const_data_ptr<double>() + (step - 1) % kHistoryRows * kHistoryColumns;
+  if (row[kHistoryStep] == static_cast<double>(step)) norm_ = row[kHistoryNorm];
 }
 
 std::optional<double> ScaleFollower::ask(const ScaleRule& rule) {
   if (pending_) {
     if (arrived_) arrived_->synchronize();
-    read(counters_, history_);
+    const double* const record = record_.const_data_ptr<double>();
+    if (record[kRequestFound] == 0.0) norm_ = record[kRequestNorm];
     pending_ = false;
   }
-  const std::optional<double> answer = norm_ ? policy_->get_loss_scale_factor(*norm_) : std::nullopt;
+  const bool known = norm_ && std::isfinite(*norm_);  // sharded gradients have none
+  const std::optional<double> answer = known ? policy_->get_loss_scale_factor(*norm_) : std::nullopt;
   if (!answer) return std::nullopt;
   const double scale = std::clamp(*answer, rule.min_scale, rule.max_scale);
   TORCH_CHECK_VALUE(std::isfinite(*answer) && *answer > 0 && static_cast<float>(scale) > 0.0F,
@@ -50,18 +40,15 @@ std::optional<double> ScaleFollower::ask(const ScaleRule& rule) {
   return scale;
 }
 
-void ScaleFollower::apply(GradScalerState& state, double answer) {
+void ScaleFollower::apply(GradScalerState& state, std::optional<double> answer) {
   const at::NoGradGuard no_grad;
-  const at::Tensor scale = state.scale_tensor("update");
-  scale.masked_fill_(state.counters().select(0, kConsecutiveSkipped).eq(0), answer);
-}
-
-void ScaleFollower::keep(GradScalerState& state) {
-  const at::NoGradGuard no_grad;
-  const at::Device device = state.counters().device();
+  const at::Tensor record = state.request_scale(answer.value_or(NAN));
+  const at::Device device = record.device();
+  // Into the same memory every time: the copy before has been read.
+  if (!record_.defined())
+    record_ = at::empty_like(record, record.options().device(at::kCPU).pinned_memory(!device.is_cpu()));
   const c10::DeviceGuard guard(device);
-  copy_to_host(state.counters(), counters_);
-  copy_to_host(state.history(), history_);
+  record_.copy_(record, /*non_blocking=*/true);
   if (!device.is_cpu()) {
     if (!arrived_) arrived_.emplace(device.type());
     arrived_->record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));

@@ -22,17 +22,14 @@ class ScaleFollower {
   // none if there was no such step or the policy leaves the scale. Waits until that copy has arrived. Throws for an
   // answer that is no scale.
   std::optional<double> ask(const ScaleRule& rule);
-  // After an update: sets the scale, if there is an answer and the step was clean, and copies what the step did to the
-  // host. Waits for nothing.
-  static void apply(GradScalerState& state, double answer);
-  void keep(GradScalerState& state);
+  // After an update: sets the scale as far as it is granted, and copies what the step did to the host. Waits for
+  // nothing.
+  void apply(GradScalerState& state, std::optional<double> answer);
 
  private:
-  void read(const at::Tensor& counters, const at::Tensor& history);
-
   std::shared_ptr<const CustomPrecisionPolicy> policy_;
-  std::optional<double> norm_;     // of the last applied step that has been read
-  at::Tensor counters_, history_;  // host copies, pinned where they come from a GPU
+  std::optional<double> norm_;  // of the last applied step that has been read
+  at::Tensor record_;           // the host's copy, pinned where it comes from a GPU
   std::optional<c10::Event> arrived_;
   bool pending_ = false;
 };

@@ -305,6 +305,14 @@ void update_scale_(const at::Tensor& scale, const at::Tensor& growth_tracker,
           name_of(rule.refill), rule.growth_delay);
 }
 
+void request_scale_(const at::Tensor& scale, const at::Tensor& counters, const at::Tensor& history,
+                    const at::Tensor& record, double requested, const ScaleRule& rule) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::request_scale_", "")
+                             .typed<decltype(torch_ops::request_scale_op<torch_ops::request_scale_cpu>)>();
+  op.call(scale, counters, history, record, requested, rule.growth_factor, rule.min_scale, rule.max_scale);
+}
+
 at::Tensor combine_found(at::TensorList found) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("halfstep::combine_found", "")

@@ -155,6 +155,23 @@ TEST_P(GradScalerTest, SavedStateResumesTheRun) {
   EXPECT_EQ(untouched.get_scale(), 4.0);
 }
 
+TEST_P(GradScalerTest, LookingAtTheStateBeforeTheFirstLossDoesNotSettleItsDevice) {
+  GradScaler fresh, loaded;
+  fresh.state()->counters();
+  std::stringstream file;
+  torch::serialize::OutputArchive out;
+  fresh.save(out);
+  out.save_to(file);
+  torch::serialize::InputArchive in;
+  in.load_from(file);
+  loaded.load(in);
+  loaded.state()->history();
+  for (GradScaler* const scaler : {&fresh, &loaded}) {
+    scaler->scale(torch::ones({}, torch::device(GetParam())));
+    EXPECT_EQ(scaler->state()->counters().device().type(), GetParam());
+  }
+}
+
 TEST_P(GradScalerTest, DisabledIsThePlainLoop) {
   at::Tensor p = parameter({1.0F});
   torch::optim::SGD sgd({p}, torch::optim::SGDOptions(1.0));

@@ -42,6 +42,17 @@ TEST(PlanOfAModel, IsTheSameInTwoLanguages) {
             PrecisionPlan::from_json(data_file("encoder_answers.json")));
 }
 
+TEST(PlanOfAModel, AttentionsOutProjInheritsFromIt) {
+  struct Net : torch::nn::Module {
+    Net() { register_module("attention", torch::nn::MultiheadAttention(8, 2)); }
+  };
+  const Net model;
+  const PrecisionPolicy policy("n", Precision::kFloat16, {{.name = "attention", .precision = Precision::kFloat32}});
+  const PrecisionPlan made = plan(model, policy);
+  EXPECT_EQ(made.at("attention.out_proj").precision, Precision::kFloat32);
+  EXPECT_EQ(made.at("attention.out_proj").reason, "never called: inherits from attention");
+}
+
 TEST(PlanOfAModel, TypesAreClassesWhateverAModuleCallsItself) {
   struct Impl : torch::nn::Module {};
   struct Named : torch::nn::Module {
@@ -234,7 +245,20 @@ TEST_P(RunTest, ScopesNest) {
     EXPECT_EQ(layer(x).scalar_type(), at::kHalf);
   });
   kPlan.run("full", [&] {
-    EXPECT_EQ(kPlan.run("fp16", layer, x).scalar_type(), at::kFloat) << "the outer one has turned autocast off";
+    const at::Tensor inner = kPlan
+                                 .run(
+                                     "fp16",
+                                     [&](const at::Tensor& given) {
+                                       const at::Tensor product = layer(given);
+                                       EXPECT_EQ(product.scalar_type(), at::kHalf)
+                                           << "the plan has turned autocast off, not the program";
+                                       return std::pair(product, given.scalar_type());
+                                     },
+                                     x)
+                                 .first;
+    EXPECT_EQ(inner.scalar_type(), at::kFloat) << "what stands around computes without autocast";
+    EXPECT_FALSE(switches(GetParam()).enabled);
+    EXPECT_EQ(kPlan.run("full", layer, x.to(at::kHalf)).scalar_type(), at::kFloat);
     const AutocastScope own(GetParam(), at::kBFloat16);
     EXPECT_EQ(kPlan.run("fp16", layer, x).scalar_type(), at::kHalf);
   });

@@ -57,10 +57,11 @@ TEST_P(FollowTest, TheScaleFollowsTheNormOfTheStepBefore) {
   EXPECT_FLOAT_EQ(loop.step(2.0), 200.0);
   EXPECT_FLOAT_EQ(loop.step(8.0), 100.0);
   EXPECT_FLOAT_EQ(loop.step(INFINITY), 50.0) << "the rule's backoff, not 25";
-  EXPECT_FLOAT_EQ(loop.step(NAN), 25.0) << "which holds until the next step that is applied";
+  EXPECT_FLOAT_EQ(loop.step(NAN), 25.0);
   EXPECT_FLOAT_EQ(loop.step(1.0), 25.0) << "1000 / 40, of the last step that was applied";
-  EXPECT_FLOAT_EQ(loop.step(1.0), 200.0);
-  const std::vector<double> expected{5.0, 10.0, 40.0, 40.0, 40.0, 5.0};
+  EXPECT_FLOAT_EQ(loop.step(16.0), 25.0) << "not 200: what overflowed is not granted again";
+  EXPECT_FLOAT_EQ(loop.step(1.0), 12.5);
+  const std::vector<double> expected{5.0, 10.0, 40.0, 40.0, 40.0, 5.0, 80.0};
   ASSERT_EQ(policy->asked.size(), expected.size());
   for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_FLOAT_EQ(policy->asked[i], expected[i]) << i;
 }
@@ -107,6 +108,17 @@ TEST_P(FollowTest, AWrongAnswerChangesNothing) {
     EXPECT_EQ(loop.scaler.state()->counters()[kSteps].item<std::int64_t>(), before + 1);
     loop.scaler.update(64.0);
   }
+}
+
+TEST_P(FollowTest, GrowthRaisesTheLimit) {
+  Loop loop(GetParam(), {.init_scale = 64.0, .growth_interval = 3});
+  loop.scaler.follow(std::make_shared<Constant>(256.0));
+  loop.step(1.0);
+  EXPECT_EQ(loop.step(1.0), 256.0);
+  EXPECT_EQ(loop.step(INFINITY), 128.0);
+  EXPECT_EQ(loop.step(1.0), 128.0);
+  EXPECT_EQ(loop.step(1.0), 128.0);
+  EXPECT_EQ(loop.step(1.0), 256.0);
 }
 
 // A resumed run goes on with the same scales, whether the last step before was applied or not.

@@ -44,7 +44,8 @@ HALFSTEP_API PrecisionPlan plan(const torch::nn::Module& model, const CustomPrec
 // Within the scope's lifetime this thread's autocast computes in the precision of one layer of the plan: kFloat32 turns
 // it off, another half type takes the place of autocast's, without the cache of casts, whose key has no dtype. It acts
 // on the CPU and on CUDA, on each of them only while autocast is on there and would compute in another type; where the
-// program has turned autocast off nothing is changed. At its end, also by an exception, everything is as before.
+// program has turned autocast off nothing is changed. Scopes nest: within a float32 one a half one acts all the same,
+// and hands float32 back. At its end, also by an exception, everything is as before.
 //
 // Throws InvalidArgument, and changes nothing, for a layer that the plan has not, and for kTFloat32 and kInt8.
 // PrecisionPlan::run is what a program calls.
@@ -59,23 +60,23 @@ class HALFSTEP_API LayerScope {
   // device. Looks into optional, pair, tuple and vector; everything else comes back as it is.
   template <class T>
   decltype(auto) cast(T&& value) const;
+  // What a layer hands on: those in float32 where the scope stands within a float32 one, whose code has no autocast
+  // that would mend a mixture of types.
+  template <class T>
+  decltype(auto) hand_on(T&& value) const;
 
  private:
-  at::Tensor cast_held(const at::Tensor& tensor) const;
-  template <class T>
-  std::optional<T> cast_held(const std::optional<T>& value) const;
-  template <class... T>
-  std::tuple<T...> cast_held(const std::tuple<T...>& value) const;
-  template <class A, class B>
-  std::pair<A, B> cast_held(const std::pair<A, B>& value) const;
-  template <class T>
-  std::vector<T> cast_held(const std::vector<T>& value) const;
+  struct Before {
+    at::ScalarType dtype;
+    bool enabled;
+  };
+  at::Tensor cast_tensor(const at::Tensor& tensor, at::ScalarType dtype, bool only_within_float32) const;
 
   static constexpr std::array kDevices{at::kCPU, at::kCUDA};
 
   at::ScalarType dtype_;
   bool previous_cache_enabled_;
-  std::array<std::optional<at::ScalarType>, kDevices.size()> previous_;  // autocast's dtypes, where the scope acts
+  std::array<std::optional<Before>, kDevices.size()> previous_;  // autocast's state, where the scope acts
 };
 
 namespace detail {
@@ -93,38 +94,55 @@ inline constexpr bool kHoldsTensors<std::pair<A, B>> = kHoldsTensors<A> || kHold
 template <class T>
 inline constexpr bool kHoldsTensors<std::vector<T>> = kHoldsTensors<T>;
 
-}  // namespace detail
+// `value` with f(tensor) in the place of its tensors.
+template <class T, class F>
+decltype(auto) map_tensors(T&& value, const F& f);
 
-template <class T>
-decltype(auto) LayerScope::cast(T&& value) const {
-  if constexpr (detail::kHoldsTensors<std::remove_cvref_t<T>>) {
-    return cast_held(value);
+template <class F>
+at::Tensor map_held(const at::Tensor& value, const F& f) {
+  return f(value);
+}
+template <class T, class F>
+std::optional<T> map_held(const std::optional<T>& value, const F& f) {
+  return value ? std::optional<T>(map_tensors(*value, f)) : std::nullopt;
+}
+template <class... T, class F>
+std::tuple<T...> map_held(const std::tuple<T...>& value, const F& f) {
+  return std::apply([&](const T&... items) { return std::tuple<T...>(map_tensors(items, f)...); }, value);
+}
+template <class A, class B, class F>
+std::pair<A, B> map_held(const std::pair<A, B>& value, const F& f) {
+  return {map_tensors(value.first, f), map_tensors(value.second, f)};
+}
+template <class T, class F>
+std::vector<T> map_held(const std::vector<T>& value, const F& f) {
+  std::vector<T> result;
+  result.reserve(value.size());
+  for (const T& item : value) result.push_back(map_tensors(item, f));
+  return result;
+}
+
+template <class T, class F>
+decltype(auto) map_tensors(T&& value, const F& f) {
+  if constexpr (kHoldsTensors<std::remove_cvref_t<T>>) {
+    return map_held(value, f);
   } else {
     return std::forward<T>(value);
   }
 }
 
+}  // namespace detail
+
 template <class T>
-std::optional<T> LayerScope::cast_held(const std::optional<T>& value) const {
-  return value ? std::optional<T>(cast(*value)) : std::nullopt;
-}
-
-template <class... T>
-std::tuple<T...> LayerScope::cast_held(const std::tuple<T...>& value) const {
-  return std::apply([&](const T&... items) { return std::tuple<T...>(cast(items)...); }, value);
-}
-
-template <class A, class B>
-std::pair<A, B> LayerScope::cast_held(const std::pair<A, B>& value) const {
-  return {cast(value.first), cast(value.second)};
+decltype(auto) LayerScope::cast(T&& value) const {
+  return detail::map_tensors(std::forward<T>(value),
+                             [this](const at::Tensor& tensor) { return cast_tensor(tensor, dtype_, false); });
 }
 
 template <class T>
-std::vector<T> LayerScope::cast_held(const std::vector<T>& value) const {
-  std::vector<T> result;
-  result.reserve(value.size());
-  for (const T& item : value) result.push_back(cast(item));
-  return result;
+decltype(auto) LayerScope::hand_on(T&& value) const {
+  return detail::map_tensors(std::forward<T>(value),
+                             [this](const at::Tensor& tensor) { return cast_tensor(tensor, at::kFloat, true); });
 }
 
 // Returns, by value, function(inputs...), or function->forward(inputs...) for a module's holder or pointer, computed
@@ -133,10 +151,17 @@ std::vector<T> LayerScope::cast_held(const std::vector<T>& value) const {
 template <class Function, class... Inputs>
 auto PrecisionPlan::run(std::string_view layer, Function&& function, Inputs&&... inputs) const {
   const LayerScope scope(*this, layer);
-  if constexpr (requires { function->forward(scope.cast(std::forward<Inputs>(inputs))...); }) {
-    return function->forward(scope.cast(std::forward<Inputs>(inputs))...);
+  const auto call = [&]() -> decltype(auto) {
+    if constexpr (requires { function->forward(scope.cast(std::forward<Inputs>(inputs))...); }) {
+      return function->forward(scope.cast(std::forward<Inputs>(inputs))...);
+    } else {
+      return std::invoke(function, scope.cast(std::forward<Inputs>(inputs))...);
+    }
+  };
+  if constexpr (std::is_void_v<decltype(call())>) {
+    call();
   } else {
-    return std::invoke(function, scope.cast(std::forward<Inputs>(inputs))...);
+    return scope.hand_on(call());
   }
 }
 

@@ -33,6 +33,11 @@ HALFSTEP_API void update_scale_(const at::Tensor& scale, const at::Tensor& growt
                                 const std::optional<at::Tensor>& counters, const std::optional<at::Tensor>& history,
                                 at::TensorList found, at::TensorList norm, const ScaleRule& rule);
 
+// torch.ops.halfstep.request_scale_ (contract: halfstep/scaling.h), after update_scale_ with the same tensors:
+//   record float64 [kRequestColumns], on their device
+HALFSTEP_API void request_scale_(const at::Tensor& scale, const at::Tensor& counters, const at::Tensor& history,
+                                 const at::Tensor& record, double requested, const ScaleRule& rule);
+
 // 1 if any of the one-element float32 flags is not 0, else 0: a new float32 scalar on their device.
 HALFSTEP_API at::Tensor combine_found(at::TensorList found);
 
@@ -52,11 +57,15 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
   // Applies the rule to all flags since the last update. Throws if there are none.
   void update();
   void set_scale(double scale);  // throws unless a float32 > 0 within the rule's bounds
+  // After an update: sets the scale to what is asked for, as far as overflows allow (halfstep/scaling.h); NaN asks for
+  // nothing. Returns the record, float64 [kRequestColumns], live.
+  at::Tensor request_scale(double requested);
 
   double get_scale() const;  // waits for the device
   at::Tensor found() const;  // of all checks since the last update
-  at::Tensor counters();     // int64 [8], see halfstep::Counter; the live state, not a copy
-  at::Tensor history();      // float64 [1024, 4], see halfstep::HistoryColumn; likewise
+  // The live state, not a copy, once something was scaled: before that it waits on the CPU.
+  at::Tensor counters();  // int64 [8], see halfstep::Counter
+  at::Tensor history();   // float64 [1024, 4], see halfstep::HistoryColumn; likewise
   const ScaleRule& rule() const { return rule_; }
 
   using Snapshot = std::unordered_map<std::string, at::Tensor>;
@@ -65,10 +74,12 @@ class HALFSTEP_API GradScalerState : public torch::CustomClassHolder {
 
  private:
   void ensure_state(at::Device device);
+  void wait_for_device();
 
   ScaleRule rule_;
-  bool restored_ = false;  // state from a snapshot waits on the CPU for the first scaled tensor to name the device
+  bool waiting_ = false;  // the state is on the CPU until the first scaled tensor names the device
   at::Tensor scale_, growth_tracker_, hysteresis_left_, counters_, history_;
+  at::Tensor request_;                    // only if request_scale was called
   std::vector<at::Tensor> found_, norm_;  // since the last update
   friend class CapturedOptimizers;
 };
@@ -132,11 +143,11 @@ class HALFSTEP_API GradScaler {
 
   // From now on each update() of a step that was applied sets the scale to what policy->get_loss_scale_factor says of
   // the gradients' norm of the last step applied before it, clamped to the rule's bounds. Without such a step, or
-  // where the policy says nothing, the rule alone decides. A skipped step backs off as the rule says, and that holds
-  // until the next one is applied. Ranks with the same gradients get the same scales: for that update() waits until the
-  // step before has ended, never for its own, so the device has work meanwhile. It throws, before it has changed
-  // anything, for an answer that is not a finite float32 above 0. A null pointer ends it. Waits once if steps were
-  // taken before. StepGraph runs such a step as it is, since it asks the host.
+  // where the policy says nothing, the rule alone decides. A skipped step backs off as the rule says, and no more than
+  // that is granted until the rule's growth has raised the limit. Ranks with the same gradients get the same scales:
+  // for that update() waits until the step before has ended, never for its own, so the device has work meanwhile. It
+  // throws, before it has changed anything, for an answer that is not a finite float32 above 0. A null pointer ends it.
+  // Waits once if steps were taken before. StepGraph asks after each replay.
   void follow(std::shared_ptr<const CustomPrecisionPolicy> policy);
 
   double get_scale() const;  // 1 when disabled; waits for the device
@@ -164,6 +175,7 @@ class HALFSTEP_API GradScaler {
 
   friend class CapturedOptimizers;
   bool capturing_ = false;
+  bool updated_ = false;  // in this capture
   std::unique_ptr<torch_ops::ScaleFollower> follower_;
   std::int64_t host_syncs_ = 0;
   std::unordered_map<torch::optim::Optimizer*, std::unique_ptr<torch_ops::TorchOptimStep>> fused_;
@@ -192,7 +204,8 @@ class HALFSTEP_API CapturedOptimizers {
   void leave(bool keep);  // as before; without `keep` nothing of what the scaler has noted since enter() remains
   // "" or what is another than the captured one: the scaler's state or rule, an optimizer's parameters, states, groups.
   std::string outdated() const;
-  void follow();  // before a replay: hyperparameters of now, and one step more on the host
+  void follow();    // before a replay: hyperparameters of now, and one step more on the host
+  void replayed();  // after it: what update() leaves to the host
 
  private:
   GradScaler& scaler_;
@@ -201,6 +214,7 @@ class HALFSTEP_API CapturedOptimizers {
   ScaleRule rule_;
   std::unordered_map<const torch::optim::Optimizer*, GradScaler::PerOptimizer> optimizers_;
   std::vector<at::Tensor> found_, norm_;
+  bool updates_ = false;
 };
 
 }  // namespace halfstep

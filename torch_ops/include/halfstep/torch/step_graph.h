@@ -328,6 +328,7 @@ class StepGraph {
     for (std::size_t i = 0; i < inputs.size(); ++i) graph.inputs[i].copy_(inputs[i], /*non_blocking=*/true);
     graph.optimizers.follow();
     graph.graph.replay();
+    graph.optimizers.replayed();
     for (const at::Tensor& tensor : graph.written) tensor.unsafeGetTensorImpl()->bump_version();
     for (std::size_t i = 0; i < graph.gradients.size(); ++i) set_gradient(watch_->tensor(i), graph.gradients[i].after);
     if (!options_.copy_outputs) return graph.outputs;
