@@ -47,7 +47,7 @@ TEST(PlanOfAModel, AttentionsOutProjInheritsFromIt) {
     Net() { register_module("attention", torch::nn::MultiheadAttention(8, 2)); }
   };
   const Net model;
-  const PrecisionPolicy policy("n", Precision::kFloat16, {{.name = "attention", .precision = Precision::kFloat32}});
+  const PrecisionPolicy policy("n", Precision::kFloat16, {{"attention", "*", Precision::kFloat32, ""}});
   const PrecisionPlan made = plan(model, policy);
   EXPECT_EQ(made.at("attention.out_proj").precision, Precision::kFloat32);
   EXPECT_EQ(made.at("attention.out_proj").reason, "never called: inherits from attention");

@@ -1,0 +1,28 @@
+"""The Python blocks of the documents run as they stand."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = [
+    pytest.param(match[1], id=f"{path}-line-{text[: match.start()].count(chr(10)) + 2}")
+    for path in ("README.md", "docs/policies.md")
+    for text in [(ROOT / path).read_text()]
+    for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_a_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", message=".*has no float16 arithmetic.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.jit")
+        exec(compile(code, "document", "exec"), {"__name__": "document"})
