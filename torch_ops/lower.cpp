@@ -120,7 +120,8 @@ at::DeviceType device_of(const torch::jit::Module& module, std::optional<at::Dev
   for (const at::Tensor& tensor : module.parameters()) look_at(tensor);
   for (const at::Tensor& tensor : module.buffers()) look_at(tensor);
   TORCH_CHECK_VALUE(device, "lower: the module has no parameters or buffers; device must say where it will run");
-  TORCH_CHECK_VALUE(*device == at::kCPU || *device == at::kCUDA, "lower: device is ", *device, ", expected cpu or cuda");
+  TORCH_CHECK_VALUE(*device == at::kCPU || *device == at::kCUDA, "lower: device is ", *device,
+                    ", expected cpu or cuda");
   return *device;
 }
 
@@ -181,7 +182,8 @@ void add_forward(torch::jit::Module& copied, const torch::jit::Module& original,
     return found == classes.end() ? type : found->second;
   };
   graph->remapTypes(remap);
-  const c10::FunctionSchema schema = original.get_method("forward").function().getSchema().cloneWithRemappedTypes(remap);
+  const c10::FunctionSchema schema =
+      original.get_method("forward").function().getSchema().cloneWithRemappedTypes(remap);
   torch::jit::Function* const function = copied._ivalue()->compilation_unit()->create_function(
       c10::QualifiedName(*copied.type()->name(), "forward"), graph);
   copied.type()->addMethod(function);
@@ -204,7 +206,8 @@ std::vector<Layer> layers_of(const torch::jit::Module& module) {
 }
 
 torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& plan,
-                         std::optional<at::ScalarType> autocast_dtype, std::optional<at::DeviceType> device) {
+                         std::optional<at::ScalarType> autocast_dtype, std::optional<at::DeviceType> device,
+                         bool half_reductions) {
   check_module(module);
   const LayerTypes layers = types_of(plan, module);
   const at::ScalarType ambient = ambient_type(plan, autocast_dtype);
@@ -215,14 +218,15 @@ torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& 
   std::shared_ptr<torch::jit::Graph> graph = module.get_method("forward").graph()->copy();
   torch_ops::inline_calls(*graph, root, layers, ambient, runs_on);
   torch::jit::EraseShapeInformation(graph);  // tracing notes the types it saw
+  torch_ops::settle_attributes(*graph, root);
   for (int i = 0; i < 2; ++i) {
     torch::jit::ConstantPropagationImmutableTypes(graph);
     torch::jit::LowerSimpleTuples(graph);
     torch::jit::PeepholeOptimize(graph, /*disable_shape_peepholes=*/true);
   }
-  torch_ops::split_lists(*graph, root);
   torch::jit::EliminateDeadCode(graph);
-  torch_ops::insert_casts(*graph, root, runs_on);
+  torch_ops::insert_casts(*graph, root, runs_on, half_reductions);
+  torch::jit::EliminateDeadCode(graph);
   const torch_ops::TensorTypes types = torch_ops::hoist_casts(graph, root);
   torch::jit::EliminateDeadCode(graph);
   torch_ops::remove_notes(graph->block());
@@ -236,19 +240,18 @@ torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& 
 namespace torch_ops {
 namespace {
 
-c10::IValue lower_op(const c10::IValue& module, const c10::intrusive_ptr<PlanClass>& plan,
-                     std::optional<at::ScalarType> autocast_dtype, std::optional<at::Device> device) {
+// Boxed, since the module is an argument of any type.
+void lower_boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const std::vector<c10::IValue> arguments = torch::jit::pop(*stack, 5);
+  const c10::IValue& module = arguments[0];
   TORCH_CHECK_TYPE(module.isObject() && module.toObject()->type()->is_module(), "lower: module is a ", module.tagKind(),
                    ", expected a scripted or traced module");
-  const std::optional<at::DeviceType> type = device ? std::make_optional(device->type()) : std::nullopt;
-  return halfstep::lower(torch::jit::Module(module.toObject()), plan->plan, autocast_dtype, type)._ivalue();
-}
-
-void lower_boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  const std::vector<c10::IValue> arguments = torch::jit::pop(*stack, 4);
-  const auto dtype = arguments[2].toOptional<at::ScalarType>();
-  torch::jit::push(*stack, lower_op(arguments[0], arguments[1].toCustomClass<PlanClass>(), dtype,
-                                    arguments[3].toOptional<at::Device>()));
+  const auto device = arguments[3].toOptional<at::Device>();
+  const torch::jit::Module lowered =
+      halfstep::lower(torch::jit::Module(module.toObject()), arguments[1].toCustomClass<PlanClass>()->plan,
+                      arguments[2].toOptional<at::ScalarType>(),
+                      device ? std::make_optional(device->type()) : std::nullopt, arguments[4].toBool());
+  torch::jit::push(*stack, lowered._ivalue());
 }
 
 }  // namespace
@@ -256,7 +259,7 @@ void lower_boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
 void define_lower(torch::Library& library) {
   library.def(
       "lower(Any module, __torch__.torch.classes.halfstep.PrecisionPlan plan, ScalarType? autocast_dtype=None, "
-      "Device? device=None) -> Any",
+      "Device? device=None, bool half_reductions=False) -> Any",
       torch::CppFunction::makeFromBoxedFunction<&lower_boxed>());
 }
 

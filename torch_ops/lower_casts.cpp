@@ -42,9 +42,15 @@ constexpr std::array<std::string_view, 18> kMadeOfProducts{"_convolution",
                                                            "rnn_tanh_cell",
                                                            "tensordot"};
 
-AutocastClass class_of(const Node* node, c10::DeviceType device) {
+// Their kernels read half and compute in float32.
+constexpr std::array<std::string_view, 6> kHalfReductions{"embedding",         "group_norm", "layer_norm",
+                                                          "native_layer_norm", "rms_norm",   "softmax"};
+
+AutocastClass class_of(const Node* node, c10::DeviceType device, bool half_reductions) {
   const torch::jit::Operator* const op = node->maybeOperator();
   if (op == nullptr || !node->kind().is_aten()) return AutocastClass::kNone;
+  if (half_reductions && std::ranges::find(kHalfReductions, node->kind().toUnqualString()) != kHalfReductions.end())
+    return AutocastClass::kLowerPrecision;
   const AutocastClass listed = autocast_class(op->schema().operator_name(), device);
   if (listed != AutocastClass::kNone) return listed;
   const bool products = std::ranges::find(kMadeOfProducts, node->kind().toUnqualString()) != kMadeOfProducts.end();
@@ -53,8 +59,8 @@ AutocastClass class_of(const Node* node, c10::DeviceType device) {
 
 class CastInserter {
  public:
-  CastInserter(torch::jit::Graph& graph, const ModuleObject& root, c10::DeviceType device)
-      : graph_(graph), device_(device), types_(graph, root) {}
+  CastInserter(torch::jit::Graph& graph, const ModuleObject& root, c10::DeviceType device, bool half_reductions)
+      : graph_(graph), device_(device), half_reductions_(half_reductions), types_(graph, root) {}
 
   void visit(torch::jit::Block* block) {
     for (auto it = block->nodes().begin(); it != block->nodes().end();) {
@@ -79,7 +85,7 @@ class CastInserter {
   // Returns the node, or what took its place.
   Node* cast_inputs(Node* node, at::ScalarType half) {
     torch::jit::WithInsertPoint before(node);
-    switch (class_of(node, device_)) {
+    switch (class_of(node, device_, half_reductions_)) {
       case AutocastClass::kNone:
         return node;
       case AutocastClass::kLowerPrecision:
@@ -101,7 +107,9 @@ class CastInserter {
   }
 
   Node* cast_all(Node* node, at::ScalarType type) {
-    for (std::size_t i = 0; i < node->inputs().size(); ++i) node->replaceInput(i, cast(node->input(i), type));
+    const bool indexed = node->kind() == c10::aten::embedding;  // by integers, which no cast needs to look at
+    const std::size_t count = indexed ? 1 : node->inputs().size();
+    for (std::size_t i = 0; i < count; ++i) node->replaceInput(i, cast(node->input(i), type));
     return node;
   }
 
@@ -217,13 +225,14 @@ class CastInserter {
 
   torch::jit::Graph& graph_;
   c10::DeviceType device_;
+  bool half_reductions_;
   TypeInference types_;
 };
 
 }  // namespace
 
-void insert_casts(torch::jit::Graph& graph, const ModuleObject& root, c10::DeviceType device) {
-  CastInserter(graph, root, device).visit(graph.block());
+void insert_casts(torch::jit::Graph& graph, const ModuleObject& root, c10::DeviceType device, bool half_reductions) {
+  CastInserter(graph, root, device, half_reductions).visit(graph.block());
 }
 
 }  // namespace halfstep::torch_ops

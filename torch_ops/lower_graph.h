@@ -38,8 +38,9 @@ std::optional<c10::IValue> attribute_of(const torch::jit::Value* value, const Mo
 void inline_calls(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, at::ScalarType ambient,
                   c10::DeviceType device);
 
-// Casts the inputs of each op in a half region as autocast would, and resolves border casts.
-void insert_casts(torch::jit::Graph& graph, const ModuleObject& root, c10::DeviceType device);
+// Casts the inputs of each op in a half region as autocast would, and resolves border casts. With `half_reductions`
+// norms, softmax and embeddings are cast as products are.
+void insert_casts(torch::jit::Graph& graph, const ModuleObject& root, c10::DeviceType device, bool half_reductions);
 
 // A tensor by what it shows of which memory: files and lists of parameters hold several objects of one tensor.
 struct TensorIdentity {
@@ -49,8 +50,9 @@ struct TensorIdentity {
 };
 using TensorTypes = std::map<TensorIdentity, at::ScalarType>;
 
-// Reads a list of the module's tensors, as recurrent layers keep them, one by one.
-void split_lists(torch::jit::Graph& graph, const ModuleObject& root);
+// Reads of attributes that decide which code runs, and that forward does not assign, become constants: conditions, and
+// tensors that may be None. Lists of the module's tensors, as recurrent layers keep them, are read one by one.
+void settle_attributes(torch::jit::Graph& graph, const ModuleObject& root);
 
 // Removes the casts of the module's tensors that are used through casts to one type alone, and returns these with the
 // type in which they have to be stored. Constants of the graph are replaced.

@@ -21,11 +21,13 @@ c10::Symbol note_named(std::string_view what) {
   return c10::Symbol::attr("halfstep_" + std::string(what));
 }
 
-// torch.jit.trace calls a layer's first call "forward", further ones "forward1", "forward2".
-bool is_forward(const std::string& method) {
-  return method.starts_with("forward") && std::all_of(method.begin() + 7, method.end(), [](char c) {
-           return c >= '0' && c <= '9';
-         });
+// Tracing calls a layer's second call "forward1", scripting an overloaded forward "forward__0".
+bool is_forward(std::string_view method) {
+  constexpr std::string_view kForward = "forward";
+  if (!method.starts_with(kForward)) return false;
+  method.remove_prefix(kForward.size());
+  if (method.starts_with("__")) method.remove_prefix(2);
+  return std::ranges::all_of(method, [](char c) { return c >= '0' && c <= '9'; });
 }
 
 class Inliner {
@@ -71,15 +73,10 @@ class Inliner {
       case prim::Enter: {
         const auto type = node->input(0)->type()->cast<c10::ClassType>();
         const bool autocast = type != nullptr && type->name()->name().find("autocast") != std::string::npos;
-        refuse_if(autocast, node, name, "enters an autocast region of its own; the plan decides where what is computed");
+        refuse_if(autocast, node, name,
+                  "enters an autocast region of its own; the plan decides where what is computed");
         break;
       }
-      case prim::GetAttr:
-        if (is_training(node)) {
-          replace(node, false);
-          return;
-        }
-        break;
       default:
         break;
     }
@@ -101,7 +98,8 @@ class Inliner {
     const auto type = node->input(0)->type()->cast<c10::ClassType>();
     refuse_if(type == nullptr, node, name, "calls the method '" + method + "' of an interface");
     const auto self = attribute_of(node->input(0), root_);
-    refuse_if(type->is_module() && !self, node, name, "calls the method '" + method + "' of a module that is chosen at run time");
+    refuse_if(type->is_module() && !self, node, name,
+              "calls the method '" + method + "' of a module that is chosen at run time");
     std::string inner = name;
     if (type->is_module() && node->input(0)->node()->kind() == prim::GetAttr)
       inner += (name.empty() ? "" : ".") + node->input(0)->node()->s(c10::attr::name);
@@ -131,12 +129,6 @@ class Inliner {
     visit(last_before->next(), node, region, name);
     active_.pop_back();
     node->destroy();
-  }
-
-  bool is_training(Node* node) const {
-    if (node->s(c10::attr::name) != "training" || node->output()->type() != c10::BoolType::get()) return false;
-    const auto type = node->input()->type()->cast<c10::ClassType>();
-    return type != nullptr && type->is_module();
   }
 
   void replace(Node* node, bool value) {

@@ -32,6 +32,7 @@ void for_each_node(torch::jit::Block* block, const Run& run) {
 }
 
 bool is_view(const Node* node) {
+  if (node->kind() == prim::unchecked_cast) return true;
   return node->kind().is_aten() && std::ranges::find(kViews, node->kind().toUnqualString()) != kViews.end();
 }
 
@@ -95,15 +96,30 @@ void collect_identities(const ModuleObject& module, const std::unordered_set<std
   }
 }
 
-// Tensors that forward replaces by others: the names of these attributes, whatever module they are of.
-std::set<TensorIdentity> assigned_tensors(torch::jit::Graph& graph, const ModuleObject& root) {
+// The names of the attributes that forward assigns, whatever module they are of.
+std::unordered_set<std::string> assigned_names(torch::jit::Graph& graph) {
   std::unordered_set<std::string> names;
   for_each_node(graph.block(), [&](Node* node) {
     if (node->kind() == prim::SetAttr) names.insert(node->s(c10::attr::name));
   });
-  std::set<TensorIdentity> tensors;
-  if (!names.empty()) collect_identities(root, names, tensors);
-  return tensors;
+  return names;
+}
+
+// A list of tensors, made of the module's attributes that are these tensors; null if one of them is none.
+Value* insert_elements(torch::jit::Graph& graph, Value* owner, const ModuleObject& module, const c10::IValue& list) {
+  std::map<TensorIdentity, std::string> names;
+  for (std::size_t i = 0; i < module->slots().size(); ++i) {
+    const c10::IValue& slot = module->getSlot(i);
+    if (slot.isTensor() && slot.toTensor().defined())
+      names.emplace(slot.toTensor(), module->type()->getAttributeName(i));
+  }
+  std::vector<Value*> elements;
+  for (const at::Tensor& tensor : list.toTensorVector()) {
+    const auto name = names.find(TensorIdentity(tensor));
+    if (name == names.end()) return nullptr;
+    elements.push_back(graph.insertGetAttr(owner, name->second));
+  }
+  return graph.insertNode(graph.createList(c10::TensorType::get(), elements))->output();
 }
 
 void cast_constant(torch::jit::Graph& graph, Node* constant) {
@@ -125,27 +141,23 @@ TensorIdentity::TensorIdentity(const at::Tensor& tensor)
           tensor.sizes().vec(),
           tensor.layout() == at::kStrided ? tensor.strides().vec() : std::vector<std::int64_t>()) {}
 
-void split_lists(torch::jit::Graph& graph, const ModuleObject& root) {
+void settle_attributes(torch::jit::Graph& graph, const ModuleObject& root) {
+  const std::unordered_set<std::string> assigned = assigned_names(graph);
   for_each_node(graph.block(), [&](Node* node) {
-    if (node->kind() != prim::GetAttr) return;
+    if (node->kind() != prim::GetAttr || assigned.contains(node->s(c10::attr::name))) return;
     const auto value = attribute_of(node->output(), root);
-    const auto owner = attribute_of(node->input(), root);
-    if (!value || !value->isTensorList()) return;
-    std::map<TensorIdentity, std::string> names;
-    const ModuleObject module = owner->toObject();
-    for (std::size_t i = 0; i < module->slots().size(); ++i)
-      if (module->getSlot(i).isTensor() && module->getSlot(i).toTensor().defined())
-        names.emplace(module->getSlot(i).toTensor(), module->type()->getAttributeName(i));
-    const std::vector<at::Tensor> tensors = value->toTensorVector();
-    if (!std::ranges::all_of(tensors, [&](const at::Tensor& one) { return names.contains(TensorIdentity(one)); }))
-      return;
-    torch::jit::WithInsertPoint before(node);
-    std::vector<Value*> elements;
-    for (const at::Tensor& tensor : tensors)
-      elements.push_back(graph.insertGetAttr(node->input(), names.at(TensorIdentity(tensor))));
-    Value* const list = graph.insertNode(graph.createList(c10::TensorType::get(), elements))->output();
-    node->output()->replaceAllUsesWith(list);
-    node->destroy();
+    if (!value) return;
+    torch::jit::WithInsertPoint after(node->next());
+    Value* settled = nullptr;
+    if (value->isBool() || value->isNone()) {
+      settled = graph.insertConstant(*value);
+    } else if (value->isTensorList()) {
+      settled = insert_elements(graph, node->input(), attribute_of(node->input(), root)->toObject(), *value);
+    } else if (value->isTensor() && node->output()->type()->kind() == c10::TypeKind::OptionalType) {
+      settled = graph.insertUncheckedCast(graph.insertGetAttr(node->input(), node->s(c10::attr::name)),
+                                          c10::TensorType::get());
+    }
+    if (settled != nullptr) node->output()->replaceAllUsesWith(settled);
   });
 }
 
@@ -164,7 +176,8 @@ TensorTypes hoist_casts(const std::shared_ptr<torch::jit::Graph>& graph, const M
   });
   for (Node* const constant : constants) cast_constant(*graph, constant);
 
-  const std::set<TensorIdentity> assigned = assigned_tensors(*graph, root);
+  std::set<TensorIdentity> assigned;
+  collect_identities(root, assigned_names(*graph), assigned);
   TensorTypes types;
   for (const auto& [tensor, nodes] : reads) {
     const auto type = wanted_type(nodes.front()->output());

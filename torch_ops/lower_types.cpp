@@ -2,14 +2,12 @@
 #include "lower_types.h"
 
 #include <algorithm>
-#include <array>
 #include <string>
 #include <string_view>
 #include <utility>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/runtime/operator.h>
-
 
 namespace halfstep::torch_ops {
 namespace {
@@ -19,40 +17,37 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 // Results of floating-point tensors are floating-point: never indices, conditions or complex numbers.
-constexpr auto kFloatsOfFloats = std::to_array<std::string_view>({
-    "_adaptive_avg_pool2d", "_convolution", "abs", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "add", "add_", "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "cat", "celu", "channel_shuffle", "chunk",
-    "clamp", "clamp_", "clamp_max", "clamp_min", "clone", "constant_pad_nd", "contiguous", "cos", "detach", "div",
-    "div_", "dropout", "dropout_", "elu", "elu_", "erf", "exp", "expand", "expand_as", "feature_dropout", "flatten",
-    "flip", "floor", "gather", "gelu", "gelu_", "glu", "group_norm", "hardsigmoid", "hardswish", "hardswish_",
-    "hardtanh", "hardtanh_", "index_select", "instance_norm", "layer_norm", "leaky_relu", "leaky_relu_", "log",
-    "log_softmax", "logsigmoid", "masked_fill", "masked_fill_", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "mish",
-    "mish_", "movedim", "mul", "mul_", "narrow", "neg", "pad", "permute", "pixel_shuffle", "pow", "prelu", "reciprocal",
-    "relu", "relu6", "relu_", "repeat", "reshape", "rms_norm", "roll", "rsqrt", "rsub", "scaled_dot_product_attention",
-    "select", "selu", "sigmoid", "sigmoid_", "silu", "silu_", "sin", "slice", "softmax", "softplus", "split",
-    "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sub", "sub_", "sum", "t", "tanh", "tanh_", "tensor_split",
-    "to", "transpose", "tril", "triu", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "upsample_bilinear2d",
-    "upsample_nearest2d", "view", "view_as", "where",
-});
+constexpr std::string_view kFloatsOfFloats =
+    " _adaptive_avg_pool2d _convolution abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add add_ "
+    "avg_pool1d avg_pool2d avg_pool3d batch_norm cat celu channel_shuffle chunk clamp clamp_ clamp_max clamp_min "
+    "clone constant_pad_nd contiguous cos detach div div_ dropout dropout_ elu elu_ erf exp expand expand_as "
+    "feature_dropout flatten flip floor gather gelu gelu_ glu group_norm hardsigmoid hardswish hardswish_ "
+    "hardtanh hardtanh_ index_select instance_norm layer_norm leaky_relu leaky_relu_ log log_softmax logsigmoid "
+    "masked_fill masked_fill_ max_pool1d max_pool2d max_pool3d mean mish mish_ movedim mul mul_ narrow neg pad "
+    "permute pixel_shuffle pow prelu reciprocal relu relu6 relu_ repeat reshape rms_norm roll rsqrt rsub "
+    "scaled_dot_product_attention select selu sigmoid sigmoid_ silu silu_ sin slice softmax softplus split "
+    "split_with_sizes sqrt square squeeze stack sub sub_ sum t tanh tanh_ tensor_split to transpose tril triu "
+    "type_as unbind unflatten unfold unsqueeze upsample_bilinear2d upsample_nearest2d view view_as where ";
 
 // Results have the type of the first argument, whatever the others are.
-constexpr auto kOfFirst = std::to_array<std::string_view>({
-    "dropout", "embedding", "expand_as", "gather", "index", "index_fill", "index_put", "index_put_", "index_select",
-    "masked_fill", "masked_fill_", "masked_select", "repeat_interleave", "scatter", "take", "take_along_dim",
-});
+constexpr std::string_view kOfFirst =
+    " batch_norm dropout embedding expand_as gather group_norm index index_fill index_put index_put_ index_select "
+    "instance_norm layer_norm masked_fill masked_fill_ masked_select repeat_interleave scatter take "
+    "take_along_dim ";
 
 // Arguments have one type, which is the result's, but for masks.
-constexpr auto kOfOneType = std::to_array<std::string_view>({
-    "_convolution", "addbmm", "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "gru", "linear", "lstm", "matmul", "mm", "rnn_relu",
-    "rnn_tanh", "scaled_dot_product_attention",
-});
+constexpr std::string_view kOfOneType =
+    " _convolution addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
+    "conv_transpose3d convolution einsum gru linear lstm matmul mm rnn_relu rnn_tanh scaled_dot_product_attention ";
 
 // What has the types of its arguments nowhere in its result.
-constexpr auto kOfAnyType = std::to_array<std::string_view>({"bfloat16", "dequantize", "double", "float", "half"});
+constexpr std::string_view kOfAnyType = " bfloat16 dequantize double float half ";
 
-bool contains(auto& names, std::string_view name) {
-  return std::ranges::find(names, name) != std::end(names);
+// Whether one of the lists above has the name, between two spaces.
+bool contains(std::string_view names, std::string_view name) {
+  for (std::size_t at = names.find(name); at != std::string_view::npos; at = names.find(name, at + 1))
+    if (names[at - 1] == ' ' && names[at + name.size()] == ' ') return true;
+  return false;
 }
 
 TypeSet of_constant(const c10::IValue& value) {

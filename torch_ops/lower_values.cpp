@@ -117,7 +117,8 @@ Value* border_cast(torch::jit::Graph& graph, Value* value, at::ScalarType type) 
     default:
       break;
   }
-  TORCH_CHECK_VALUE(false, "lower: a layer that is planned in another precision than the code around it gets a value of type ",
+  TORCH_CHECK_VALUE(false,
+                    "lower: a layer that is planned in another precision than the code around it gets a value of type ",
                     of->repr_str(), ", expected tensors, or tuples, lists, dictionaries or optionals of tensors");
 }
 

@@ -15,6 +15,8 @@ def lower(
     plan: PrecisionPlan,
     autocast_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    half_reductions: bool = False,
 ) -> torch.jit.ScriptModule:
     """Return a copy of `module` that computes, without autocast, what a model with `plan` applied does under it.
 
@@ -24,6 +26,8 @@ def lower(
     precision of the plan, and float32 where it has none.
     device: where the copy will run, since autocast has other lists for CPU and CUDA; by default that of the module's
     parameters and buffers.
+    half_reductions: norms, softmax and embeddings in half regions read and write half, as `.half()` has them, where
+    autocast runs them in float32. Faster, and not autocast's bits.
 
     The copy has `forward`, all calls inlined, and every attribute; other methods are left out. Parameters that are only
     used in one half type are stored in it. Its file needs nothing but LibTorch.
@@ -36,6 +40,8 @@ def lower(
         raise TypeError(f"plan is {type(plan).__name__}, expected PrecisionPlan")
     if autocast_dtype is not None and not isinstance(autocast_dtype, torch.dtype):
         raise TypeError(f"autocast_dtype is {autocast_dtype!r}, expected torch.float16 or torch.bfloat16")
+    if not isinstance(half_reductions, bool):
+        raise TypeError(f"half_reductions is {half_reductions!r}, expected True or False")
     device = None if device is None else torch.device(device)
-    lowered = torch.ops.halfstep.lower(module._c, plan._plan, autocast_dtype, device)
+    lowered = torch.ops.halfstep.lower(module._c, plan._plan, autocast_dtype, device, half_reductions)
     return torch.jit._recursive.wrap_cpp_module(lowered)

@@ -118,6 +118,7 @@ class Branches(nn.Module):
     def forward(self, x: torch.Tensor, steps: int = 3) -> torch.Tensor:
         if x.size(0) > 2:
             y = self.inner(x)
+            y = y + x
         else:
             y = torch.exp(self.other(x))
         states: list[torch.Tensor] = []

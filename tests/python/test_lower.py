@@ -1,4 +1,4 @@
-"""lower(): the bits of the eager model with its plan under autocast, without autocast, and files that need no halfstep."""
+"""lower(): the bits of the eager model with its plan under autocast, and files that need no halfstep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from halfstep import PrecisionPlan, PrecisionPolicy, apply_plan, lower
-from lower_cases import CASES, PLANS, WIDTH, Cnn
+from lower_cases import CASES, PLANS, WIDTH, Cnn, Mlp
+from lower_refused import ByInterface, CallsPython, Forks, OwnAutocast
 from torch import nn
 from without_python import run_without_python
 
@@ -142,9 +143,29 @@ def test_only_the_casts_that_are_needed() -> None:
     scripted = torch.jit.script(model)
     lowered = lower(scripted, policy("half")[0].plan(model))
     assert casts(lowered) == 1, "the input's; the rest is half already"
-    products = [op for op in ops(lowered) if op not in CASTS]
-    by_hand = ops(torch.jit.freeze(scripted, optimize_numerics=False))
-    assert sorted(products) == sorted(by_hand), "the ops of the model, and no others"
+    kept = {
+        "aten::conv2d",
+        "aten::batch_norm",
+        "aten::relu",
+        "aten::max_pool2d",
+        "aten::add",
+        "aten::adaptive_avg_pool2d",
+    }
+    by_hand = torch.jit.freeze(scripted, optimize_numerics=False)
+    assert [op for op in ops(lowered) if op in kept] == [op for op in ops(by_hand) if op in kept]
+    assert "aten::_autocast_to_reduced_precision" not in ops(lowered), "nothing is looked at while it runs"
+
+
+def test_half_reductions_are_the_model_cast_by_hand(device: torch.device) -> None:
+    model = nn.Sequential(nn.Embedding(11, WIDTH), Mlp(), nn.LayerNorm(5)).eval().to(device)
+    ids = torch.randint(11, (3, 4), device=device)
+    plan = policy("half")[0].plan(model)
+    lowered = lower(torch.jit.script(model), plan, half_reductions=True)
+    by_hand = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        assert_same_bits([lowered(ids)], [by_hand(ids)])
+    assert all(value.dtype is torch.bfloat16 for value in lowered.state_dict().values())
+    assert casts(lowered) == 0
 
 
 def test_siblings_of_one_class_in_two_precisions() -> None:
@@ -307,61 +328,6 @@ def test_plans_and_modules_that_do_not_fit() -> None:
         lower(model, plan)
     with pytest.raises(TypeError, match="plan is str, expected PrecisionPlan"):
         lower(scripted, "float16")
-
-
-@torch.jit.interface
-class Scale(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pass
-
-
-class Twice(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
-
-
-class ByInterface(nn.Module):
-    scale: Scale
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-        self.scale = Twice()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scale.forward(self.layer(x))
-
-
-class Forks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.jit.wait(torch.jit.fork(self.layer, x))
-
-
-class CallsPython(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    @torch.jit.ignore
-    def python(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.python(self.layer(x))
-
-
-class OwnAutocast(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return self.layer(x)
 
 
 @pytest.mark.parametrize(

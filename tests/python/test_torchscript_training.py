@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from halfstep import AutocastContext, GradScaler, PrecisionPolicy, apply_plan
 from torch import nn
 
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.jit")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 WIDTH = 16
 STEPS = 5
@@ -41,29 +39,34 @@ def jit_autocast_pass(enabled: bool) -> Iterator[None]:
         torch._C._jit_set_autocast_mode(before)
 
 
+def make(device: torch.device) -> nn.Module:
+    """Return a model of a class of its own: scripts of one class share their compiled forward, switches and all."""
+    torch.manual_seed(0)
+    return type("Net", (Net,), {})().to(device)
+
+
 def as_script(model: nn.Module, x: torch.Tensor, how: str) -> nn.Module:
     if how == "eager":
         return model
     return torch.jit.script(model) if how == "script" else torch.jit.trace(model, x, check_trace=False)
 
 
-def train(how: str, device: torch.device, around=nullcontext) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(how: str, device: torch.device) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Return the losses of five steps under eager autocast, and the parameters after them."""
-    torch.manual_seed(0)
+    model = make(device)
     x, y = torch.randn(32, WIDTH, device=device), torch.randint(4, (32,), device=device)
-    model = as_script(Net().to(device), x, how)
+    model = as_script(model, x, how)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     scaler = GradScaler(device.type, init_scale=256.0)
     losses = []
-    with around():
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            with AutocastContext(device.type, dtype=torch.bfloat16):
-                loss = nn.functional.cross_entropy(model(x).float(), y)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses.append(loss.item())
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        with AutocastContext(device.type, dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x).float(), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
     assert all(parameter.grad.dtype is torch.float32 for parameter in model.parameters())
     return losses, {name: value.detach().clone() for name, value in model.named_parameters()}
 
@@ -71,8 +74,8 @@ def train(how: str, device: torch.device, around=nullcontext) -> tuple[list[floa
 @pytest.mark.parametrize("optimized", [True, False], ids=["pass on", "optimized_execution(False)"])
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_five_steps_as_in_eager(device: torch.device, how: str, optimized: bool) -> None:
-    around = nullcontext if optimized else lambda: torch.jit.optimized_execution(False)
-    losses, parameters = train(how, device, around)
+    with nullcontext() if optimized else torch.jit.optimized_execution(False):
+        losses, parameters = train(how, device)
     expected_losses, expected = train("eager", device)
     assert losses[-1] < 0.9 * losses[0]
     assert losses == pytest.approx(expected_losses, rel=0.02)
@@ -80,13 +83,62 @@ def test_five_steps_as_in_eager(device: torch.device, how: str, optimized: bool)
         torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0.01)
 
 
-def fresh(model_class: type[nn.Module], device: torch.device) -> nn.Module:
-    """Return a model of a class of its own: scripts of one class share their compiled forward, switches and all."""
-    torch.manual_seed(0)
-    return type(model_class.__name__, (model_class,), {})().to(device)
-
-
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_with_the_jits_pass_off_a_second_step_fails(device: torch.device, how: str) -> None:
     with jit_autocast_pass(False), pytest.raises(RuntimeError, match="dtype|scalar type"):
         train(how, device)
+
+
+def test_inference_with_the_jits_pass_off_has_the_bits_of_eager(device: torch.device) -> None:
+    model, x = make(device).eval(), torch.randn(4, WIDTH, device=device)
+    traced = as_script(model, x, "trace")
+    with torch.no_grad(), AutocastContext(device.type, dtype=torch.bfloat16), jit_autocast_pass(False):
+        expected = model(x)
+        for _ in range(3):
+            assert torch.equal(traced(x), expected)
+
+
+def test_scripted_inference_with_the_jits_pass_off_is_near_eager(device: torch.device) -> None:
+    model, x = make(device).eval(), torch.randn(4, WIDTH, device=device)
+    scripted = as_script(model, x, "script")
+    with torch.no_grad(), AutocastContext(device.type, dtype=torch.bfloat16), jit_autocast_pass(False):
+        expected = model(x)
+        for _ in range(3):
+            got = scripted(x)
+            assert got.dtype is expected.dtype
+            torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+def test_a_trace_under_autocast_keeps_the_plans_casts(device: torch.device) -> None:
+    model, x = make(device).eval(), torch.randn(4, WIDTH, device=device)
+    rules = [{"name": "head", "precision": "float32"}, {"name": "body.0", "precision": "float16"}]
+    apply_plan(model, PrecisionPolicy("test", "bfloat16", rules).plan(model))
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
+        expected = model(x)
+        traced = torch.jit.trace(model, x, check_trace=False)
+    assert expected.dtype is torch.float32
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(traced(x), expected), "without autocast, since the casts are in the trace"
+
+
+def test_loading_changes_none_of_torchs_switches() -> None:
+    code = """
+import torch
+def switches():
+    pass_on = torch._C._jit_set_autocast_mode(True)
+    torch._C._jit_set_autocast_mode(pass_on)
+    profiling = torch._C._jit_set_profiling_executor(True)
+    torch._C._jit_set_profiling_executor(profiling)
+    return (pass_on, profiling, torch._C._get_graph_executor_optimize(), torch._C._jit_texpr_fuser_enabled(),
+            torch._C._jit_can_fuse_on_cpu(), torch._C._jit_can_fuse_on_gpu(), torch.get_default_dtype())
+before = switches()
+import halfstep
+halfstep.load_library()
+import halfstep.lowering, halfstep.scopes, halfstep.manager
+assert switches() == before, (before, switches())
+assert before[0], "torch's default"
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "python_shim")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr

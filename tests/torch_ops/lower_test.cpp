@@ -91,7 +91,8 @@ TEST_P(Lower, TheBitsOfOpsUnderAutocast) {
 
 TEST_P(Lower, SavedAndLoaded) {
   const at::Tensor x = at::randn({4, 8}, options());
-  const torch::jit::Module lowered = lower(module_, plan_of(module_, Precision::kFloat16, Precision::kBFloat16), at::kHalf);
+  const torch::jit::Module lowered =
+      lower(module_, plan_of(module_, Precision::kFloat16, Precision::kBFloat16), at::kHalf);
   std::stringstream file;
   lowered.save(file);
   EXPECT_TRUE(at::equal(call(torch::jit::load(file), x), call(lowered, x)));

@@ -20,7 +20,8 @@ class TorchScript : public test::DeviceTest {
     torch::manual_seed(0);
     torch::jit::Module module("Model");
     const auto parameter = [&](const char* name, std::vector<std::int64_t> sizes) {
-      module.register_parameter(name, at::randn(sizes, at::TensorOptions(GetParam())).mul_(0.3).requires_grad_(true), false);
+      module.register_parameter(name, at::randn(sizes, at::TensorOptions(GetParam())).mul_(0.3).requires_grad_(true),
+                                false);
     };
     parameter("hidden", {16, 8});
     parameter("head", {4, 16});

@@ -33,8 +33,13 @@ HALFSTEP_API std::vector<Layer> layers_of(const torch::jit::Module& module);
 // left out it is the plan's half precision. A plan that is float32 everywhere needs none: then all is float32.
 //
 // The copy has `forward`, with everything that it calls inlined, and all attributes. Other methods are left out.
-// Parameters and buffers whose uses all want one half type are stored in it; the others stay, and are cast at their
-// uses. None requires gradients.
+// Attributes that are True, False or None and that forward does not assign are decided: setting them later does
+// nothing. Parameters and buffers whose uses all want one half type are stored in it; the others stay, and are cast at
+// their uses. None requires gradients.
+//
+// With `half_reductions` norms, softmax and embeddings in half regions read and write half too, where autocast runs
+// them in float32: torch's kernels compute in float32 inside. That is what `.half()` does, at its speed, and gives
+// other bits than autocast. Log-softmax, losses and sums stay float32.
 //
 // `device` is where the module will run, since autocast has other lists for other devices: kCPU or kCUDA; left out
 // it is that of the module's parameters and buffers.
@@ -48,6 +53,7 @@ HALFSTEP_API std::vector<Layer> layers_of(const torch::jit::Module& module);
 //   run time, fork, a Python function, autocast regions; binary_cross_entropy within half precision on CUDA.
 HALFSTEP_API torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& plan,
                                       std::optional<at::ScalarType> autocast_dtype = std::nullopt,
-                                      std::optional<at::DeviceType> device = std::nullopt);
+                                      std::optional<at::DeviceType> device = std::nullopt,
+                                      bool half_reductions = false);
 
 }  // namespace halfstep
