@@ -5,7 +5,7 @@
 
 The policy keeps normalisation layers and the head in float32 and leaves the rest to the half type. Doors: "eager" and
 "compiled" (fullgraph) are the model with the plan applied, under autocast; "exported" is
-torch.export of it, "aoti" that through AOTInductor; "lowered" is halfstep.lower() of the traced model, without
+torch.export of it, "aoti" that through AOTInductor, compiled under autocast and run without; "lowered" is halfstep.lower() of the traced model, without
 autocast; "no python" the same, saved and run by PROGRAM, the build's halfstep_run_script. Hooks note what each layer
 hands on, in the first two doors. The error is the largest difference to the float32 model's output as a share of its
 largest magnitude. ResNet-50 and ViT need torchvision.
@@ -102,9 +102,10 @@ def through(door: str, model: nn.Module, x: torch.Tensor, half: torch.dtype, run
             program = torch.export.export(model, (x,))
             if door == "exported":
                 return program.module()(x), ""
-        with tempfile.TemporaryDirectory() as folder:
-            path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
-            return torch._inductor.aoti_load_package(path)(x), ""
+            with tempfile.TemporaryDirectory() as folder:
+                path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
+                compiled = torch._inductor.aoti_load_package(path)
+        return compiled(x), ""
     seen = Observed(model, plan)
     with autocast:
         out = (torch.compile(model, fullgraph=True) if door == "compiled" else model)(x)

@@ -44,10 +44,10 @@ class Inliner {
     }
   }
 
-  // The region of a layer within another one: where autocast is off, which kFloat stands for, layers change nothing.
+  // The region of a module within another one, whatever that one's is: layers within a float32 one keep their half.
   at::ScalarType region_of(const ModuleObject& module, at::ScalarType around) const {
     const auto planned = layers_.find(module.get());
-    return planned == layers_.end() || around == at::kFloat ? around : planned->second;
+    return planned == layers_.end() ? around : planned->second;
   }
 
  private:
@@ -110,10 +110,12 @@ class Inliner {
       for (std::size_t i = 1; i < node->inputs().size(); ++i)
         node->replaceInput(i, border_cast(graph_, node->input(i), own));
     }
-    inline_call(node, type->getMethod(method), own, inner);
+    // The code of a float32 layer knows no casts that would mend a mixture of types.
+    inline_call(node, type->getMethod(method), own, inner, region == at::kFloat && own != region);
   }
 
-  void inline_call(Node* node, torch::jit::Function& function, at::ScalarType region, const std::string& name) {
+  void inline_call(Node* node, torch::jit::Function& function, at::ScalarType region, const std::string& name,
+                   bool hands_on_float32 = false) {
     refuse_if(!function.isGraphFunction(), node, name, "calls '" + function.name() + "', which is not TorchScript");
     refuse_if(std::ranges::find(active_, &function) != active_.end(), node, name,
               "calls '" + function.name() + "', which calls itself");
@@ -124,7 +126,8 @@ class Inliner {
     const std::vector<Value*> results =
         insertGraph(graph_, *torch::jit::toGraphFunction(function).graph(), node->inputs().slice(skipped));
     TORCH_INTERNAL_ASSERT(results.size() == node->outputs().size());
-    for (std::size_t i = 0; i < results.size(); ++i) node->output(i)->replaceAllUsesWith(results[i]);
+    for (std::size_t i = 0; i < results.size(); ++i)
+      node->output(i)->replaceAllUsesWith(hands_on_float32 ? border_cast(graph_, results[i], at::kFloat) : results[i]);
     active_.push_back(&function);
     visit(last_before->next(), node, region, name);
     active_.pop_back();

@@ -296,6 +296,32 @@ def test_torchs_own_transformer_layer(device: torch.device, how: str) -> None:
         torch.testing.assert_close(lowered(x).float(), model(x), rtol=0.05, atol=0.05)
 
 
+class Scaled(nn.Module):
+    """A layer, since it has a parameter, with layers inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+        self.inner = Mlp()
+        self.last = nn.Linear(5, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.last(self.inner(x * self.scale)) @ self.scale, 0)
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("outer", ["Scaled", "*"])
+def test_half_layers_inside_of_a_float32_one(device: torch.device, how: str, outer: str) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Scaled()).eval().to(device)
+    inputs = (torch.randn(3, WIDTH, device=device),)
+    rules = [{"name": "1.inner*", "precision": "bfloat16"}, {"name": "0", "precision": "bfloat16"}]
+    plan = PrecisionPolicy("n", "bfloat16", [*rules, {"type": outer, "precision": "float32"}]).plan(model)
+    lowered = lower(script(model, inputs, how), plan)
+    with torch.no_grad():
+        assert_same_bits(tensors(lowered(*inputs)), under_autocast(model, plan, torch.bfloat16, inputs))
+    assert next(lowered.get_submodule("1.inner").parameters()).dtype is torch.bfloat16
+
+
 def refused(match: str, module: torch.jit.ScriptModule, plan: PrecisionPlan, **options: object) -> None:
     with pytest.raises(ValueError, match=match):
         lower(module, plan, **options)

@@ -86,7 +86,9 @@ TEST_P(StepGraphChanges, AScalerThatFollowsAPolicyIsReplayed) {
   twins.go_to(6, 14);
   EXPECT_NE(twins.plain.scaler->get_scale(), 1024.0);
   EXPECT_EQ(twins.graph().captures(), captures);
-  if (twins.cuda) EXPECT_EQ(twins.graph().replays(), replays + 8);
+  if (twins.cuda) {
+    EXPECT_EQ(twins.graph().replays(), replays + 8);
+  }
 }
 
 TEST_P(StepGraphChanges, AReplacedParameterIsCapturedAnew) {

@@ -28,9 +28,10 @@ HALFSTEP_API std::vector<Layer> layers_of(const torch::jit::Module& module);
 // original is not changed, and shares no memory with the copy.
 //
 // Within a layer that is planned kFloat16 or kBFloat16 each op runs as autocast's lists say with that type; a layer
-// that is planned kFloat32 gets its floating inputs cast to float32 and runs as it stands, children included. Code
-// outside of the plan's layers, and layers that the plan does not have, run with `autocast_dtype` (kHalf, kBFloat16);
-// left out it is the plan's half precision. A plan that is float32 everywhere needs none: then all is float32.
+// that is planned kFloat32 gets its floating inputs cast to float32 and runs as it stands; half layers within it hand
+// float32 back to it. Code outside of the plan's layers, and layers that the plan does not have, run with
+// `autocast_dtype` (kHalf, kBFloat16); left out it is the plan's half precision. A plan that is float32 everywhere
+// needs none: then all is float32.
 //
 // The copy has `forward`, with everything that it calls inlined, and all attributes. Other methods are left out.
 // Attributes that are True, False or None and that forward does not assign are decided: setting them later does
