@@ -98,11 +98,12 @@ class Gpt(nn.Module):
 
 def cases(small: bool) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
     """Yield (name, model, input)."""
-    blocks, images = ((1, 1, 1, 1), 4) if small else ((3, 4, 6, 3), 64)
-    yield "ResNet-50" if not small else "ResNet, one block a stage", resnet(blocks), torch.randn(images, 3, 224, 224)
-    shape = (256, 2, 1024, 128) if small else (768, 12, 50257, 1024)
-    name = "GPT, two layers" if small else "GPT-2 small"
-    yield name, Gpt(*shape), torch.randint(shape[2], (2 if small else 8, shape[3]))
+    if small:
+        yield "ResNet, one block a stage", resnet((1, 1, 1, 1)), torch.randn(2, 3, 64, 64)
+        yield "GPT, two layers", Gpt(256, 2, 1024, 64), torch.randint(1024, (2, 64))
+    else:
+        yield "ResNet-50", resnet((3, 4, 6, 3)), torch.randn(64, 3, 224, 224)
+        yield "GPT-2 small", Gpt(768, 12, 50257, 1024), torch.randint(50257, (8, 1024))
 
 
 def scripts(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.jit.ScriptModule, bool]]:
