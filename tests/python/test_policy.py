@@ -192,6 +192,9 @@ class Encoder(nn.Module):
         self.tied = self.blocks[1].attention.value
         self.head = nn.Linear(8, 4)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
 
 class Conservative(CustomPrecisionPolicy):
     def should_use_fp16(self, layer_type: str, layer_name: str) -> bool:
