@@ -106,6 +106,7 @@ def through(door: str, model: nn.Module, x: torch.Tensor, half: torch.dtype, run
                 path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
                 compiled = torch._inductor.aoti_load_package(path)
         return compiled(x), ""
+    torch._dynamo.config.allow_rnn = True
     seen = Observed(model, plan)
     with autocast:
         out = (torch.compile(model, fullgraph=True) if door == "compiled" else model)(x)
