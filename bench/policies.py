@@ -4,11 +4,11 @@
                              [--doors eager,compiled,...] [--runner PROGRAM]
 
 The policy keeps normalisation layers and the head in float32 and leaves the rest to the half type. Doors: "eager" and
-"compiled" (fullgraph) are the model with the plan applied, under autocast; "exported" is
-torch.export of it, "aoti" that through AOTInductor, compiled under autocast and run without; "lowered" is halfstep.lower() of the traced model, without
-autocast; "no python" the same, saved and run by PROGRAM, the build's halfstep_run_script. Hooks note what each layer
-hands on, in the first two doors. The error is the largest difference to the float32 model's output as a share of its
-largest magnitude. ResNet-50 and ViT need torchvision.
+"compiled" (fullgraph) are the model with the plan applied, under autocast; "exported" is torch.export of it; "aoti"
+that through AOTInductor, compiled under autocast and run without; "lowered" is halfstep.lower() of the traced model,
+without autocast; "no python" the same, saved and run by PROGRAM, the build's halfstep_run_script. Hooks note what each
+layer hands on, in the first two doors. The error is the largest difference to the float32 model's output as a share of
+its largest magnitude. ResNet-50 and ViT need torchvision.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 #include "json_reader.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <iterator>
 #include <unordered_set>
 #include <utility>
 
@@ -20,6 +22,31 @@ const Json& json(const void* value) {
   return *static_cast<const Json*>(value);
 }
 
+// The characters of a text, which note how far they have been read: the parser tells its callback no position.
+struct Reading {
+  using iterator_category = std::input_iterator_tag;
+  using value_type = char;
+  using difference_type = std::ptrdiff_t;
+  using pointer = const char*;
+  using reference = const char&;
+
+  const char* place;
+  const char** furthest;
+
+  reference operator*() const { return *place; }
+  Reading& operator++() {
+    *furthest = ++place;
+    return *this;
+  }
+  bool operator==(const Reading& other) const { return place == other.place; }
+};
+
+// nlohmann's messages begin with [json.exception...] and, of what does not parse, with a place.
+std::string without_prefix(std::string what, std::string_view end_of_prefix) {
+  const auto place = what.find(end_of_prefix);
+  return what.substr(place == std::string::npos ? 0 : place + end_of_prefix.size());
+}
+
 std::string in_quotes(std::string_view text) {
   return detail::concatenate("'", text.size() > 60 ? std::string(text.substr(0, 60)) + "..." : std::string(text), "'");
 }
@@ -33,29 +60,38 @@ struct JsonDocument::Value {
 JsonDocument::JsonDocument(std::string_view text, std::string_view source, const JsonLimits& limits)
     : text_(text), source_(source), value_(std::make_unique<Value>()) {
   HS_CHECK(text.size() <= limits.bytes, source_, ": has ", text.size(), " bytes, expected at most ", limits.bytes);
+  if (const auto nul = text_.find('\0'); nul != std::string::npos) fail(nul, "", "has a NUL character");
+  const char* read = text_.data();
+  const auto fail_here = [&](std::string_view what) {
+    fail(static_cast<std::size_t>(std::max<std::ptrdiff_t>(read - text_.data() - 1, 0)), "", what);
+  };
+  // A value takes some bytes of text and many more of memory; those of a policy or plan are never this short.
+  const std::size_t most_values = 64 + text_.size() / 8;
+  std::size_t values = 0;
   std::vector<std::unordered_set<std::string>> keys;  // of the open objects
   const auto visit = [&](int depth, Json::parse_event_t event, Json& parsed) {
     using Event = Json::parse_event_t;
-    if (event == Event::object_start || event == Event::array_start)
-      HS_CHECK(static_cast<std::size_t>(depth) < limits.depth, source_, ": is nested deeper than ", limits.depth,
-               " levels");
+    const bool opens = event == Event::object_start || event == Event::array_start;
+    if (opens && static_cast<std::size_t>(depth) >= limits.depth)
+      fail_here(detail::concatenate("is nested deeper than ", limits.depth, " levels"));
+    if ((opens || event == Event::value) && ++values > most_values)
+      fail_here("has too many values for a policy or a plan");
     if (event == Event::object_start) keys.emplace_back();
     if (event == Event::object_end) keys.pop_back();
     if (event == Event::key) {
       const auto key = parsed.get<std::string>();
-      HS_CHECK(keys.back().insert(key).second, source_, ": an object has the key ", in_quotes(key), " twice");
+      if (!keys.back().insert(key).second)
+        fail_here(detail::concatenate("an object has the key ", in_quotes(key), " twice"));
     }
     return true;
   };
   try {
-    value_->json = Json::parse(text_, visit);
+    const char* const end = text_.data() + text_.size();
+    value_->json = Json::parse(Reading{read, &read}, Reading{end, &read}, visit);
   } catch (const Json::parse_error& error) {
-    std::string what = error.what();  // [json.exception...] parse error at line 1, column 2: ...
-    const auto colon = what.find(": ");
-    fail(error.byte > 0 ? error.byte - 1 : 0, "",
-         "is not JSON: " + what.substr(colon == std::string::npos ? 0 : colon + 2));
+    fail(error.byte > 0 ? error.byte - 1 : 0, "", "is not JSON: " + without_prefix(error.what(), ": "));
   } catch (const Json::exception& error) {
-    fail(0, "", error.what());
+    fail_here(without_prefix(error.what(), "] "));
   }
 }
 JsonDocument::~JsonDocument() = default;

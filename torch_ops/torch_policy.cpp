@@ -13,7 +13,11 @@
 namespace halfstep {
 namespace {
 
-std::string layer_type(const torch::nn::Module& module) {
+// `parent`: null for the model itself.
+std::string layer_type(const torch::nn::Module& module, const torch::nn::Module* parent, const std::string& key) {
+  // Its class in Python, so that one model has one plan.
+  if (parent != nullptr && key == "out_proj" && parent->as<torch::nn::MultiheadAttention>() != nullptr)
+    return "NonDynamicallyQuantizableLinear";
   constexpr std::string_view kSuffix = "Impl";  // of the class that a ModuleHolder holds
   std::string name = class_name(typeid(module));
   if (name.size() > kSuffix.size() && name.ends_with(kSuffix)) name.resize(name.size() - kSuffix.size());
@@ -23,14 +27,15 @@ std::string layer_type(const torch::nn::Module& module) {
 using Known = std::unordered_map<const torch::nn::Module*, std::string>;
 
 // Not by named_modules(), which wants the model in a shared_ptr.
-void collect(const torch::nn::Module& module, const std::string& name, Known& known, std::vector<Layer>& layers) {
+void collect(const torch::nn::Module& module, const torch::nn::Module* parent, const std::string& key,
+             const std::string& name, Known& known, std::vector<Layer>& layers) {
   const auto children = module.named_children();
   if (children.is_empty() || !module.named_parameters(/*recurse=*/false).is_empty()) {
     const auto [first, is_new] = known.try_emplace(&module, name);
-    layers.push_back({name, layer_type(module), is_new ? "" : first->second});
+    layers.push_back({name, layer_type(module, parent, key), is_new ? "" : first->second});
   }
   for (const auto& child : children)
-    collect(*child.value(), name.empty() ? child.key() : name + "." + child.key(), known, layers);
+    collect(*child.value(), &module, child.key(), name.empty() ? child.key() : name + "." + child.key(), known, layers);
 }
 
 // Attention reads the parameters of its out_proj and never calls it.
@@ -49,6 +54,7 @@ PrecisionPlan with_inherited(const PrecisionPlan& plan, const torch::nn::Module&
     for (const std::string& parent : parents) {
       if (layer.name != (parent.empty() ? "out_proj" : parent + ".out_proj")) continue;
       layer.precision = plan.at(parent).precision;
+      if (layer.reason.starts_with("the same module as ")) continue;
       layer.reason = "never called: inherits from " + (parent.empty() ? "the model" : parent);
     }
   }
@@ -76,7 +82,7 @@ at::ScalarType dtype_of(const PlannedLayer& layer) {
 std::vector<Layer> layers_of(const torch::nn::Module& model) {
   Known known;
   std::vector<Layer> layers;
-  collect(model, "", known, layers);
+  collect(model, nullptr, "", "", known, layers);
   return layers;
 }
 

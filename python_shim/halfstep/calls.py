@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from halfstep.arguments import UnsupportedArgument, flatten
-from halfstep.policy import PrecisionPlan
+from halfstep.policy import PrecisionPlan, named_modules
 from halfstep.scopes import apply_plan
 
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -131,8 +131,7 @@ def uncalled(plan: PrecisionPlan, model: nn.Module, example: Any, kwargs: Mappin
     twin = copy_of(model)
     if all(layer.precision in ("float32", *_HALF) for layer in plan.layers()):
         apply_plan(twin, plan)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    twins = dict(twin.named_modules(remove_duplicate=False))
+    modules, twins = dict(named_modules(model)), dict(named_modules(twin))
     called: set[nn.Module] = set()
     for module in {twins[name]: None for name in plan}:
         module.forward = Recorder(module, lambda module, args, kwargs: called.add(module))

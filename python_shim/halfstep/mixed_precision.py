@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from halfstep.config import MixedPrecisionConfig
-from halfstep.manager import MixedPrecisionManager
-from halfstep.policy import CustomPrecisionPolicy
-from halfstep.statistics import MixedPrecisionStatistics
+from typing import TYPE_CHECKING, Any
+
+import halfstep
+
+if TYPE_CHECKING:
+    from halfstep import (
+        CustomPrecisionPolicy,
+        MixedPrecisionConfig,
+        MixedPrecisionManager,
+        MixedPrecisionStatistics,
+    )
 
 __all__ = ["CustomPrecisionPolicy", "MixedPrecisionConfig", "MixedPrecisionManager", "MixedPrecisionStatistics"]
+
+
+def __getattr__(name: str) -> Any:  # as in halfstep itself: policies need torch, the other classes do not
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(halfstep, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

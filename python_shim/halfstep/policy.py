@@ -73,6 +73,8 @@ class PrecisionPlan:
 
     def diff(self, other: PrecisionPlan) -> str:
         """Return what `other` decides otherwise, a line each; "" if nothing."""
+        if not isinstance(other, PrecisionPlan):
+            raise TypeError(f"other is {type(other).__name__}, expected PrecisionPlan")
         return self._plan.diff(other._plan)
 
     def __getitem__(self, name: str) -> PlannedLayer:
@@ -118,6 +120,13 @@ class PrecisionPolicy:
     """
 
     def __init__(self, name: str, default: str, rules: Iterable[Mapping[str, str]] = ()) -> None:
+        rules = list(rules)
+        for what, value in {"name": name, "default": default}.items():
+            if not isinstance(value, str):
+                raise TypeError(f"{what} is {value!r}, expected a str")
+        for index, rule in enumerate(rules):
+            if not isinstance(rule, Mapping) or not all(isinstance(value, str) for value in rule.values()):
+                raise TypeError(f"rules[{index}] is {rule!r}, expected a mapping of str to str")
         text = json.dumps({"name": name, "default": default, "rules": [dict(rule) for rule in rules]})
         self._policy = torch.classes.halfstep.PrecisionPolicy(text, "policy")
 
@@ -141,11 +150,14 @@ class PrecisionPolicy:
     @classmethod
     def load(cls, path: str | Path) -> PrecisionPolicy:
         """Read a JSON file of at most 1 MiB."""
-        path = Path(path)
-        if path.stat().st_size > 2**20:  # before it is read
-            raise ValueError(f"{path}: has {path.stat().st_size} bytes, expected at most {2**20}")
+        path, most = Path(path), 2**20
+        with path.open("rb") as file:
+            content = file.read(most + 1)  # whatever the file is, and however long
+        if len(content) > most:
+            size = path.stat().st_size
+            raise ValueError(f"{path}: has {size if size > most else 'more'} bytes, expected at most {most}")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = content.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: is no UTF-8 text ({error})") from error
         return cls.from_json(text, str(path))
@@ -238,8 +250,9 @@ class CustomPrecisionPolicy:
         return None
 
     def chooses_loss_scale(self) -> bool:
-        """Return whether get_loss_scale_factor() is one of the subclass."""
-        return type(self).get_loss_scale_factor is not CustomPrecisionPolicy.get_loss_scale_factor
+        """Return whether get_loss_scale_factor() is another one than this class's."""
+        mine = getattr(self.get_loss_scale_factor, "__func__", self.get_loss_scale_factor)
+        return mine is not CustomPrecisionPolicy.get_loss_scale_factor
 
     def plan(
         self,
@@ -263,6 +276,8 @@ class CustomPrecisionPolicy:
 
     def _answer(self, kind: str, name: str) -> bool:
         answer = self.should_use_fp16(kind, name)
+        if type(answer).__module__ == "numpy" and hasattr(answer, "item"):  # of a comparison
+            answer = answer.item()
         if not isinstance(answer, bool):
             raise TypeError(f"should_use_fp16({kind!r}, {name!r}) returned {answer!r}, expected True or False")
         return answer
@@ -283,10 +298,39 @@ class CustomPrecisionPolicy:
         return tune(self.plan(model, half), model, example, kwargs, backward, margin)
 
 
+# Of torch.compile, FullyShardedDataParallel and checkpoint_wrapper: the attribute that holds what is wrapped.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (qualified name, module) of all modules, under each of their names, as if nothing wrapped them.
+
+    What torch.compile, DistributedDataParallel, DataParallel and the like put around a module is left out, with its
+    part of the names: so rules and plans are the same for the model as it was written.
+    TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
+    yield from _walk(model, "")
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    names = _WRAPPED
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        names = ("module",)
+    children = [(key, child) for key, child in module._modules.items() if child is not None]
+    if len(children) == 1 and children[0][0] in names:
+        yield from _walk(children[0][1], name)
+        return
+    yield name, module
+    for key, child in children:
+        yield from _walk(child, f"{name}.{key}" if name else key)
+
+
 def layers_of(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield (qualified name, class, name under which the same module came before or "") of what a plan covers."""
     known: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         has_parameters = next(module.parameters(recurse=False), None) is not None
         if next(module.children(), None) is not None and not has_parameters:
             continue
@@ -308,7 +352,7 @@ def with_inherited(plan: PrecisionPlan, model: nn.Module, uncalled: Collection[n
 
     uncalled: modules beside those whose kind says that nobody calls them.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     never = {*uncalled, *_never_called(model)}
     decided: dict[nn.Module, PlannedLayer] = {}
     layers: dict[str, PlannedLayer] = {}

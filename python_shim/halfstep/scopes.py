@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from halfstep.policy import PrecisionPlan, class_of, parent_of
+from halfstep.policy import PrecisionPlan, class_of, named_modules, parent_of
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
@@ -130,7 +131,9 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, autocast_dtype: torch.dtyp
     Parameters, buffers, classes and state_dict stay as they are.
     """
     dtypes = planned_dtypes(model, plan)
-    nested, holding = _nesting(plan, dict(model.named_modules(remove_duplicate=False)), dtypes)
+    if autocast_dtype not in (None, *_FLOATS):
+        raise ValueError(f"autocast_dtype is {autocast_dtype!r}, expected one of {[None, *_FLOATS]}")
+    nested, holding = _nesting(plan, dict(named_modules(model)), dtypes)
     remove_plan(model)
     for module, dtype in dtypes.items():
         if dtype is autocast_dtype and module not in nested:
@@ -143,7 +146,13 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, autocast_dtype: torch.dtyp
 
 def planned_dtypes(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, torch.dtype]:
     """Return the dtype of each module that the plan names; ValueError as apply_plan() raises it."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(plan, PrecisionPlan):
+        raise TypeError(f"plan is {type(plan).__name__}, expected PrecisionPlan")
+    modules = dict(named_modules(model))
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model has a DataParallel, whose replicas would share layer scopes: use DistributedDataParallel"
+        )
     dtypes: dict[nn.Module, torch.dtype] = {}
     for layer in plan.layers():
         module = modules.get(layer.name)
@@ -234,4 +243,6 @@ def _cast_items(value: Any, dtype: torch.dtype, done: list[tuple[torch.Tensor, t
         return type(value)(*[_cast_items(item, dtype, done) for item in value])
     if type(value) is dict:
         return {key: _cast_items(item, dtype, done) for key, item in value.items()}
+    if type(value) is collections.OrderedDict:
+        return collections.OrderedDict([(key, _cast_items(item, dtype, done)) for key, item in value.items()])
     return value

@@ -15,7 +15,7 @@ from torch import nn
 from halfstep.arguments import UnsupportedArgument, flatten, rebuild
 from halfstep.calls import Example, Recorder, copy_of, dtype_of, half_of, tensors_in
 from halfstep.config import check_bool, check_number
-from halfstep.policy import PlannedLayer, PrecisionPlan, with_inherited
+from halfstep.policy import PlannedLayer, PrecisionPlan, named_modules, with_inherited
 from halfstep.reductions import HalfNorm
 from halfstep.scopes import LayerScope, apply_plan
 
@@ -77,7 +77,7 @@ def tune(
     arguments = Example(model, example, kwargs)
     twin = copy_of(model)
     apply_plan(twin, plan)
-    modules = dict(twin.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(twin))
     if backward is None:
         backward = model.training and torch.is_grad_enabled()
     dtype = dtype_of(half_of(plan))
@@ -93,7 +93,7 @@ def tune(
         if layer.name in entries:
             layer = _decide(layer, timings[id(entries[layer.name])], margin)
         layers.append(layer)
-    originals = dict(model.named_modules(remove_duplicate=False))
+    originals = dict(named_modules(model))
     uncalled = {originals[name] for name in plan if modules[name] not in recorded.calls}
     return with_inherited(PrecisionPlan(f"{plan.policy}, tuned", layers), model, uncalled)
 
@@ -121,7 +121,7 @@ class _Recorded:
     """The calls of the layers of a plan, while `forward` is a Recorder; arguments are kept once for layers alike."""
 
     def __init__(self, plan: PrecisionPlan, model: nn.Module) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(named_modules(model))
         self._model = model
         self._names: dict[nn.Module, str] = {}
         for name in plan:

@@ -99,7 +99,13 @@ TEST(Policy, WrongFilesAreNamedByLineAndKey) {
   EXPECT_EQ(error_of(R"({"name": "n", "default": "float32", "rules": {}})"),
             "p.json, line 1, rules: expected an array");
   EXPECT_EQ(error_of(R"({"name": "n", "name": "m", "default": "float32"})"),
-            "p.json: an object has the key 'name' twice");
+            "p.json, line 1: an object has the key 'name' twice");
+  EXPECT_EQ(error_of("{\n\"name\": \"n\",\n\"name\": \"m\"}"), "p.json, line 3: an object has the key 'name' twice");
+  EXPECT_EQ(error_of("{\n\n\"default\": 1e999}").rfind("p.json, line 3: number overflow", 0), 0U)
+      << error_of("{\n\n\"default\": 1e999}");
+  using namespace std::string_literals;
+  EXPECT_EQ(error_of("{\"name\": \"n\",\n\"default\": \"float32\"}\n\0 {"s), "p.json, line 3: has a NUL character");
+  EXPECT_EQ(error_of("{\n\"rules\":\n[[[[[[[[[[["), "p.json, line 3: is nested deeper than 8 levels");
   EXPECT_EQ(error_of("{\n\"name\": \"n\",\n\"default\" \"float32\"}").rfind("p.json, line 3: is not JSON: ", 0), 0U)
       << error_of("{\n\"name\": \"n\",\n\"default\" \"float32\"}");
   EXPECT_NE(error_of(""), "no error");
@@ -109,6 +115,9 @@ TEST(Policy, WrongFilesAreNamedByLineAndKey) {
 TEST(Policy, SizesAreBounded) {
   EXPECT_EQ(error_of(std::string(PrecisionPolicy::kMaxBytes + 1, ' ')).rfind("p.json: has 1048577 bytes", 0), 0U);
   EXPECT_NE(error_of(std::string(100000, '[')).find("is nested deeper than 8 levels"), std::string::npos);
+  std::string values = "[0";
+  for (int i = 0; i < 100000; ++i) values += ",0";
+  EXPECT_EQ(error_of(values + "]"), "p.json, line 1: has too many values for a policy or a plan");
   std::string many = R"({"name": "n", "default": "float32", "rules": [)";
   for (std::size_t i = 0; i <= PrecisionPolicy::kMaxRules; ++i) {
     many += i == 0 ? "" : ",";

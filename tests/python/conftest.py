@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,12 @@ def build_folder() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_jit_fuser() -> Iterator[None]:
+    """Keep TorchScript's fuser out of comparisons of bits: on a GPU, from the second call on, it rounds less often."""
+    before = torch._C._jit_texpr_fuser_enabled()
+    torch._C._jit_set_texpr_fuser_enabled(False)
+    yield
+    torch._C._jit_set_texpr_fuser_enabled(before)

@@ -51,7 +51,7 @@ from halfstep import CustomPrecisionPolicy, MixedPrecisionManager
 
 class Policy(CustomPrecisionPolicy):
     def should_use_fp16(self, layer_type, layer_name):
-        return layer_name != "module.1"
+        return layer_name != "1"
     def get_loss_scale_factor(self, gradient_norm):
         return 2.0**6 if gradient_norm > 0.1 else 2.0**10
 

@@ -18,6 +18,7 @@ from torch import nn
 from without_python import run_without_python
 
 pytestmark = [
+    pytest.mark.usefixtures("no_jit_fuser"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]

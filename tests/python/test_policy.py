@@ -12,6 +12,7 @@ import pytest
 import torch
 from halfstep import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
 from halfstep.policy import PRECISIONS, PlannedLayer
+from halfstep.scopes import apply_plan, remove_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -228,3 +229,55 @@ def test_the_class_works_in_torchscript_and_across_processes() -> None:
             return self.plan.explain()
 
     assert torch.jit.script(Holder())() == careful().plan(Net()).explain()
+
+
+def test_wrappers_do_not_show_in_names() -> None:
+    """Rules and plans are for the model as it was written."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plan = careful().plan(model)
+    model[1] = torch.compile(model[1])
+    wrapped = torch.compile(model)
+    assert careful().plan(wrapped) == plan
+    assert list(plan) == ["0", "1"]
+    apply_plan(wrapped, PrecisionPolicy("n", "bfloat16", [{"name": "1", "precision": "float32"}]).plan(wrapped))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model[0](torch.ones(1, 4)).dtype is torch.bfloat16
+        assert model[1]._orig_mod(torch.ones(1, 4)).dtype is torch.float32
+    remove_plan(wrapped)
+    assert "forward" not in model[1]._orig_mod.__dict__
+    with pytest.raises(ValueError, match="has a DataParallel"):
+        apply_plan(nn.DataParallel(model), plan)
+
+
+def test_what_is_no_policy_plan_or_model_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    plan = careful().plan(model)
+    with pytest.raises(TypeError, match="model is NoneType, expected torch.nn.Module"):
+        careful().plan(None)
+    with pytest.raises(TypeError, match="other is NoneType, expected PrecisionPlan"):
+        plan.diff(None)
+    with pytest.raises(TypeError, match="plan is NoneType"):
+        apply_plan(model, None)
+    for wrong in ("bfloat16", torch.float64):
+        with pytest.raises(ValueError, match="autocast_dtype is"):
+            apply_plan(model, plan, wrong)
+    with pytest.raises(TypeError, match=r"rules\[0\] is 'float32', expected a mapping"):
+        PrecisionPolicy("n", "float16", ["float32"])
+    with pytest.raises(TypeError, match="default is torch.float32, expected a str"):
+        PrecisionPolicy("n", torch.float32)
+    with pytest.raises(ValueError, match="has more bytes, expected at most 1048576"):
+        PrecisionPolicy.load("/dev/zero")
+
+
+def test_answers_of_numpy_and_of_instances_count() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    class Arithmetic(CustomPrecisionPolicy):
+        def should_use_fp16(self, layer_type: str, layer_name: str):
+            return numpy.int64(len(layer_name)) < 2
+
+    policy = Arithmetic()
+    assert policy.plan(nn.Sequential(nn.Linear(1, 1)))["0"].precision == "float16"
+    assert not policy.chooses_loss_scale()
+    policy.get_loss_scale_factor = lambda norm: 2.0
+    assert policy.chooses_loss_scale()

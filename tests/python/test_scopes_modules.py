@@ -150,7 +150,9 @@ def test_named_tuples_are_cast_and_unknown_objects_handed_on() -> None:
     assert type(got[1]) is Pair
     assert got[1].n == 3
     assert got[2] is record
-    assert got[3] is ordered
+    assert got[3]["x"] is got[0]
+    assert type(got[3]) is collections.OrderedDict
+    assert ordered["x"] is half
     assert got[4]["x"] is got[0]
     assert got[5][0] is got[0]
     assert got[6:] == ["text", None]

@@ -14,7 +14,10 @@ import torch
 from halfstep import AutocastContext, GradScaler, PrecisionPolicy, apply_plan
 from torch import nn
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("no_jit_fuser"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 WIDTH = 16
 STEPS = 5

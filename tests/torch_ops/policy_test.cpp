@@ -44,13 +44,16 @@ TEST(PlanOfAModel, IsTheSameInTwoLanguages) {
 
 TEST(PlanOfAModel, AttentionsOutProjInheritsFromIt) {
   struct Net : torch::nn::Module {
-    Net() { register_module("attention", torch::nn::MultiheadAttention(8, 2)); }
+    Net() { register_module("again", register_module("attention", torch::nn::MultiheadAttention(8, 2))); }
   };
   const Net model;
   const PrecisionPolicy policy("n", Precision::kFloat16, {{"attention", "*", Precision::kFloat32, ""}});
   const PrecisionPlan made = plan(model, policy);
   EXPECT_EQ(made.at("attention.out_proj").precision, Precision::kFloat32);
   EXPECT_EQ(made.at("attention.out_proj").reason, "never called: inherits from attention");
+  EXPECT_EQ(made.at("attention.out_proj").type, "NonDynamicallyQuantizableLinear") << "as in Python";
+  EXPECT_EQ(made.at("again.out_proj").precision, Precision::kFloat32);
+  EXPECT_EQ(made.at("again.out_proj").reason, "the same module as attention.out_proj");
 }
 
 TEST(PlanOfAModel, TypesAreClassesWhateverAModuleCallsItself) {
