@@ -72,6 +72,15 @@ class LayerScope:
                 result = self._forward(*args, **kwargs)
             finally:
                 torch.set_autocast_enabled(device, on)
+        elif on and self.dtype is not torch.float32:  # it stays on
+            cache = torch.is_autocast_cache_enabled()
+            torch.set_autocast_dtype(device, self.dtype)
+            torch.set_autocast_cache_enabled(False)
+            try:
+                result = self._forward(*args, **kwargs)
+            finally:
+                torch.set_autocast_dtype(device, current)
+                torch.set_autocast_cache_enabled(cache)
         else:
             result = self._in_own_state(device, args, kwargs)
         return cast(result, torch.float32) if held else result
