@@ -23,6 +23,7 @@
 namespace halfstep {
 namespace {
 
+using torch_ops::LayerType;
 using torch_ops::LayerTypes;
 using torch_ops::ModuleObject;
 using torch_ops::TensorIdentity;
@@ -86,7 +87,9 @@ LayerTypes types_of(const PrecisionPlan& plan, const torch::jit::Module& module)
                       "', but in the module there is none");
     TORCH_CHECK_VALUE(class_of(found->second) == layer.type, "lower: the plan has a ", layer.type, " '", layer.name,
                       "', but in the module it is a ", class_of(found->second));
-    types.emplace(found->second.get(), type_of(layer));
+    const at::ScalarType type = type_of(layer);
+    if (layer.reason.starts_with("never called")) continue;  // it inherits
+    types.emplace(found->second.get(), LayerType{type, layer.name, !layer.reason.ends_with("; never called")});
   }
   return types;
 }
@@ -216,7 +219,8 @@ torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& 
   const at::NoGradGuard inference;  // what the graph asks of grad mode is folded
   const ModuleObject root = module._ivalue();
   std::shared_ptr<torch::jit::Graph> graph = module.get_method("forward").graph()->copy();
-  torch_ops::inline_calls(*graph, root, layers, ambient, runs_on);
+  const auto called = torch_ops::inline_calls(*graph, root, layers, ambient, runs_on);
+  torch_ops::check_calls(*graph, root, layers, called, ambient);
   torch::jit::EraseShapeInformation(graph);  // tracing notes the types it saw
   torch_ops::settle_attributes(*graph, root);
   for (int i = 0; i < 2; ++i) {
