@@ -71,12 +71,20 @@ class Written {
   Written(const std::shared_ptr<torch::jit::Graph>& graph, const ModuleObject& root) : root_(root) {
     // "Frozen" tells attributes apart, where all of them are one for others; each read is a tensor of its own then.
     const torch::jit::AliasDb aliases(graph, /*isFrozen=*/true);
+    std::vector<Value*> given;  // to attributes: what is read from these may be written
     for_each_node(graph->block(), [&](Node* node) {
-      if (node->kind() == prim::SetAttr) assigned_.insert(node->s(c10::attr::name));
+      if (node->kind() != prim::SetAttr) return;
+      assigned_.insert(node->s(c10::attr::name));
+      given.push_back(node->input(1));
+    });
+    for_each_node(graph->block(), [&](Node* node) {
       if (node->kind() == prim::Constant && aliases.hasWriters(node->output())) constants_.insert(node);
       if (node->kind() != prim::GetAttr) return;
       const auto value = attribute_of(node->output(), root_);
-      if (!value || !aliases.hasWriters(node->output())) return;
+      if (!value) return;
+      const bool leaves =
+          std::ranges::any_of(given, [&](Value* one) { return aliases.mayContainAlias(node->output(), one); });
+      if (!leaves && !aliases.hasWriters(node->output())) return;
       if (value->isTensor()) memory_.insert(memory_of(value->toTensor()));
       if (!value->isTensorList()) return;
       for (const at::Tensor& tensor : value->toTensorVector()) memory_.insert(memory_of(tensor));

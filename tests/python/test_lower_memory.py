@@ -61,8 +61,26 @@ class InAList(nn.Module):
         return self.q(x) @ keys
 
 
-@pytest.mark.parametrize("how", ["script", "trace"])
-@pytest.mark.parametrize("make", [Cache, InAList])
+class ByAnotherName(nn.Module):
+    """The buffer becomes another attribute, by which it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(4, WIDTH))
+        self.register_buffer("current", torch.zeros(4, WIDTH))
+        self.q = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keys = self.cache.t()
+        self.current = self.cache
+        self.current.copy_(x)
+        return self.q(x) @ keys
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [(Cache, "script"), (Cache, "trace"), (InAList, "script"), (InAList, "trace"), (ByAnotherName, "script")],
+)
 def test_views_of_buffers_that_forward_writes(device: torch.device, make: type, how: str) -> None:
     model, x = make().eval().to(device), torch.randn(4, WIDTH, device=device)
     plan = policy("half")[0].plan(model)

@@ -62,9 +62,8 @@ HALFSTEP_API std::vector<Layer> layers_of(const torch::jit::Module& module);
 // - The plan has a layer that the module has not, or one of another type; or plans kTFloat32 or kInt8.
 // - A fused op of attention was traced above layers that are planned otherwise.
 // - A layer is never called, and forward reads its tensors in code of another precision than its own; or no layer of
-// the
-//   plan is called, though some are planned otherwise than the module: it was lowered or optimized before. Layers that
-//   the plan says are never called, and those of which nothing is used, are no error.
+//   the plan is called, though some are planned otherwise than the module: it was lowered or optimized before. Layers
+//   that the plan says are never called, and those of which nothing is used, are no error.
 // - The plan has both half types, and autocast_dtype is left out; or it is another type.
 // - `device` is another one; or is left out, and the module has no tensors or has them on several kinds of devices.
 // - Something in forward cannot be inlined or followed: an interface's method, a method of a module that is chosen at
