@@ -1,12 +1,18 @@
 // Plans for TorchScript. Contract: halfstep/torch/lower.h; the steps: lower_graph.h.
 #include "halfstep/torch/lower.h"
 
+#include <algorithm>
+#include <map>
+#include <set>
 #include <string>
+#include <tuple>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
 #include <ATen/core/class_type.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/passes/constant_propagation.h>
@@ -23,6 +29,7 @@
 namespace halfstep {
 namespace {
 
+using torch_ops::LayerType;
 using torch_ops::LayerTypes;
 using torch_ops::ModuleObject;
 using torch_ops::TensorIdentity;
@@ -86,7 +93,9 @@ LayerTypes types_of(const PrecisionPlan& plan, const torch::jit::Module& module)
                       "', but in the module there is none");
     TORCH_CHECK_VALUE(class_of(found->second) == layer.type, "lower: the plan has a ", layer.type, " '", layer.name,
                       "', but in the module it is a ", class_of(found->second));
-    types.emplace(found->second.get(), type_of(layer));
+    const at::ScalarType type = type_of(layer);
+    if (layer.reason.starts_with("never called")) continue;  // it inherits
+    types.emplace(found->second.get(), LayerType{type, layer.name, !layer.reason.ends_with("; never called")});
   }
   return types;
 }
@@ -125,10 +134,18 @@ at::DeviceType device_of(const torch::jit::Module& module, std::optional<at::Dev
   return *device;
 }
 
-// Copies of values in which tensors have the types they are wanted in, and one tensor stays one.
+// Copies of values in which tensors have the types they are wanted in, and one tensor stays one; tensors that show
+// parts of one memory share one again, unless they are converted.
 class Copier {
  public:
   explicit Copier(const torch_ops::TensorTypes& types) : types_(types) {}
+
+  // Once for every value before the first copy.
+  void look_at(const c10::IValue& value) {
+    if (value.isTensor() && value.toTensor().defined()) seen_.emplace(value.toTensor());
+    if (!value.isTensorList()) return;
+    for (const at::Tensor& tensor : value.toTensorVector()) seen_.emplace(tensor);
+  }
 
   c10::IValue copy(const c10::IValue& value) {
     if (value.isTensor()) return value.toTensor().defined() ? copy(value.toTensor()) : value;
@@ -144,11 +161,32 @@ class Copier {
     const auto known = copies_.find(identity);
     if (known != copies_.end()) return known->second;
     const auto type = types_.find(identity);
-    const at::Tensor copied =
-        type == types_.end() ? tensor.detach().clone() : tensor.detach().to(type->second, false, /*copy=*/true);
+    const at::Tensor copied = type != types_.end() ? tensor.detach().to(type->second, false, /*copy=*/true)
+                              : is_part(tensor)    ? copy_part(tensor)
+                                                   : tensor.detach().clone();
     return copies_.emplace(identity, copied).first->second;
   }
 
+  // Whether another tensor shows the same memory.
+  bool is_part(const at::Tensor& tensor) const {
+    if (!tensor.has_storage() || tensor.layout() != at::kStrided || tensor.is_quantized()) return false;
+    if (tensor.is_conj() || tensor.is_neg()) return false;
+    const void* const memory = std::get<0>(TensorIdentity(tensor).key);
+    return std::ranges::count(seen_, memory, [](const TensorIdentity& one) { return std::get<0>(one.key); }) > 1;
+  }
+
+  at::Tensor copy_part(const at::Tensor& tensor) {
+    at::Tensor& memory = memories_[tensor.storage().unsafeGetStorageImpl()];
+    if (!memory.defined()) {
+      const at::Tensor bytes = at::empty({0}, tensor.options().dtype(at::kByte)).set_(tensor.storage());
+      memory = bytes.clone();
+    }
+    return at::empty({0}, tensor.options().requires_grad(false))
+        .set_(memory.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
+  }
+
+  std::set<TensorIdentity> seen_;
+  std::unordered_map<const void*, at::Tensor> memories_;
   const torch_ops::TensorTypes& types_;
   std::map<TensorIdentity, at::Tensor> copies_;
 };
@@ -161,6 +199,9 @@ torch::jit::Module copy_without_methods(const torch::jit::Module& module, const 
   });
   torch::jit::Module copied = module.clone(/*inplace=*/true, methods, {});
   Copier copier(types);
+  for_each_module(copied._ivalue(), "", [&](const std::string&, const ModuleObject& one) {
+    for (const c10::IValue& slot : one->slots()) copier.look_at(slot);
+  });
   for_each_module(copied._ivalue(), "", [&](const std::string&, const ModuleObject& one) {
     for (std::size_t i = 0; i < one->slots().size(); ++i)
       if (!one->type()->getAttribute(i)->is_module()) one->setSlot(i, copier.copy(one->getSlot(i)));
@@ -216,7 +257,8 @@ torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& 
   const at::NoGradGuard inference;  // what the graph asks of grad mode is folded
   const ModuleObject root = module._ivalue();
   std::shared_ptr<torch::jit::Graph> graph = module.get_method("forward").graph()->copy();
-  torch_ops::inline_calls(*graph, root, layers, ambient, runs_on);
+  const auto called = torch_ops::inline_calls(*graph, root, layers, ambient, runs_on);
+  torch_ops::check_calls(*graph, root, layers, called, ambient);
   torch::jit::EraseShapeInformation(graph);  // tracing notes the types it saw
   torch_ops::settle_attributes(*graph, root);
   for (int i = 0; i < 2; ++i) {

@@ -5,9 +5,11 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include <ATen/core/ivalue.h>
@@ -18,8 +20,13 @@
 namespace halfstep::torch_ops {
 
 using ModuleObject = c10::intrusive_ptr<c10::ivalue::Object>;
-// The types of the submodules that the plan has; at::kFloat for float32.
-using LayerTypes = std::unordered_map<const c10::ivalue::Object*, at::ScalarType>;
+// What the plan has of a submodule; at::kFloat for float32.
+struct LayerType {
+  at::ScalarType type;
+  std::string name;
+  bool called;  // as far as the plan knows
+};
+using LayerTypes = std::unordered_map<const c10::ivalue::Object*, LayerType>;
 
 // The steps note what they know at nodes, as attributes; the last one removes them.
 //   "region": the type that the node's region computes in, at::kFloat, at::kHalf or at::kBFloat16.
@@ -33,10 +40,19 @@ void remove_notes(torch::jit::Block* block);
 // the graph; nullopt for all other values.
 std::optional<c10::IValue> attribute_of(const torch::jit::Value* value, const ModuleObject& root);
 
+// Whether `module`, which computes in `type`, has layers inside that are planned otherwise and are called by slow code,
+// where torch's fused kernels of attention read their parameters.
+bool has_other_layers(const ModuleObject& module, at::ScalarType type, const LayerTypes& layers);
+
 // Inlines all calls in `graph`, the forward of `root`, notes the region of every node, and puts border casts to the
-// inputs of layers that compute in another type than what is around them.
-void inline_calls(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, at::ScalarType ambient,
-                  c10::DeviceType device);
+// inputs of layers that compute in another type than what is around them. Returns the modules whose forward was called.
+std::unordered_set<const c10::ivalue::Object*> inline_calls(torch::jit::Graph& graph, const ModuleObject& root,
+                                                            const LayerTypes& layers, at::ScalarType ambient,
+                                                            c10::DeviceType device);
+
+// Throws where inlined code leaves no call that would have to run in the precision of its layer.
+void check_calls(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers,
+                 const std::unordered_set<const c10::ivalue::Object*>& called, at::ScalarType ambient);
 
 // Casts the inputs of each op in a half region as autocast would, and resolves border casts. With `half_reductions`
 // norms, softmax and embeddings are cast as products are.

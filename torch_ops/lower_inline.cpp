@@ -1,6 +1,9 @@
 // lower(), first step: one graph without calls, in which each node knows what type its region computes in.
 #include <algorithm>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include <ATen/core/class_type.h>
@@ -30,6 +33,13 @@ bool is_forward(std::string_view method) {
   return std::ranges::all_of(method, [](char c) { return c >= '0' && c <= '9'; });
 }
 
+// The name of a fixed submodule.
+std::string path_of(const Value* module) {
+  if (module->node()->kind() != prim::GetAttr) return "";
+  const std::string outer = path_of(module->node()->input());
+  return (outer.empty() ? "" : outer + ".") + module->node()->s(c10::attr::name);
+}
+
 class Inliner {
  public:
   Inliner(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, c10::DeviceType device)
@@ -47,8 +57,10 @@ class Inliner {
   // The region of a module within another one, whatever that one's is: layers within a float32 one keep their half.
   at::ScalarType region_of(const ModuleObject& module, at::ScalarType around) const {
     const auto planned = layers_.find(module.get());
-    return planned == layers_.end() ? around : planned->second;
+    return planned == layers_.end() ? around : planned->second.type;
   }
+
+  std::unordered_set<const c10::ivalue::Object*> called() && { return std::move(called_); }
 
  private:
   void visit_one(Node* node, at::ScalarType region, const std::string& name) {
@@ -56,6 +68,11 @@ class Inliner {
       case prim::CallFunction: {
         const auto type = node->input(0)->type()->cast<c10::FunctionType>();
         refuse_if(type == nullptr, node, name, "calls a function that is chosen at run time");
+        if (type->function()->name() == "get_fastpath_enabled" && has_other_layers(modules_.back(), region, layers_)) {
+          slow_.insert(modules_.back().get());
+          replace(node, false);
+          return;
+        }
         inline_call(node, *type->function(), region, name);
         return;
       }
@@ -89,6 +106,13 @@ class Inliner {
       replace(node, region != at::kFloat && device_ == c10::DeviceType::CPU);
       return;
     }
+    if (op == "aten::_transformer_encoder_layer_fwd" || op == "aten::_native_multi_head_attention") {
+      const bool reached = !slow_.contains(modules_.back().get());
+      refuse_if(reached && has_other_layers(modules_.back(), region, layers_), node, name,
+                std::string("runs as one op, ") + std::string(op) +
+                    ", but layers inside are planned otherwise; script the model, or trace it after "
+                    "torch.backends.mha.set_fastpath_enabled(False)");
+    }
     note(node, "region", region);
     for (torch::jit::Block* block : node->blocks()) visit(*block->nodes().begin(), block->return_node(), region, name);
   }
@@ -101,17 +125,25 @@ class Inliner {
     refuse_if(type->is_module() && !self, node, name,
               "calls the method '" + method + "' of a module that is chosen at run time");
     std::string inner = name;
-    if (type->is_module() && node->input(0)->node()->kind() == prim::GetAttr)
-      inner += (name.empty() ? "" : ".") + node->input(0)->node()->s(c10::attr::name);
+    if (type->is_module()) inner = path_of(node->input(0));
     at::ScalarType own = region;
-    if (type->is_module() && is_forward(method)) own = region_of(self->toObject(), region);
+    if (type->is_module() && is_forward(method)) {
+      own = region_of(self->toObject(), region);
+      called_.insert(self->toObject().get());
+    }
     if (own != region) {
       torch::jit::WithInsertPoint before(node);
-      for (std::size_t i = 1; i < node->inputs().size(); ++i)
-        node->replaceInput(i, border_cast(graph_, node->input(i), own));
+      std::unordered_map<Value*, Value*> casts;  // attention asks whether query, key and value are the same
+      for (std::size_t i = 1; i < node->inputs().size(); ++i) {
+        const auto [cast, is_new] = casts.emplace(node->input(i), nullptr);
+        if (is_new) cast->second = border_cast(graph_, node->input(i), own);
+        node->replaceInput(i, cast->second);
+      }
     }
     // The code of a float32 layer knows no casts that would mend a mixture of types.
+    if (type->is_module()) modules_.push_back(self->toObject());
     inline_call(node, type->getMethod(method), own, inner, region == at::kFloat && own != region);
+    if (type->is_module()) modules_.pop_back();
   }
 
   void inline_call(Node* node, torch::jit::Function& function, at::ScalarType region, const std::string& name,
@@ -153,6 +185,9 @@ class Inliner {
   const LayerTypes& layers_;
   c10::DeviceType device_;
   std::vector<const torch::jit::Function*> active_;
+  std::vector<ModuleObject> modules_{root_};  // whose code it is; the last one's
+  std::unordered_set<const c10::ivalue::Object*> called_;
+  std::unordered_set<const c10::ivalue::Object*> slow_;  // told not to take their fused path
 };
 
 }  // namespace
@@ -184,13 +219,14 @@ std::optional<c10::IValue> attribute_of(const Value* value, const ModuleObject& 
   return owner->toObject()->getAttr(node->s(c10::attr::name));
 }
 
-void inline_calls(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, at::ScalarType ambient,
-                  c10::DeviceType device) {
+std::unordered_set<const c10::ivalue::Object*> inline_calls(torch::jit::Graph& graph, const ModuleObject& root,
+                                                            const LayerTypes& layers, at::ScalarType ambient,
+                                                            c10::DeviceType device) {
   Inliner inliner(graph, root, layers, device);
   Node* const first = *graph.nodes().begin();
   const at::ScalarType region = inliner.region_of(root, ambient);
   inliner.visit(first, graph.return_node(), region, "");
-  if (region == ambient) return;
+  if (region == ambient) return std::move(inliner).called();
   torch::jit::WithInsertPoint before(*graph.nodes().begin());  // the module itself is a layer
   for (std::size_t i = 1; i < graph.inputs().size(); ++i) {
     Value* const input = graph.inputs()[i];
@@ -199,6 +235,7 @@ void inline_calls(torch::jit::Graph& graph, const ModuleObject& root, const Laye
     if (cast == input) continue;
     for (const torch::jit::Use& use : uses) use.user->replaceInput(use.offset, cast);
   }
+  return std::move(inliner).called();
 }
 
 }  // namespace halfstep::torch_ops

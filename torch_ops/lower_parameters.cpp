@@ -1,10 +1,13 @@
 // lower(), third step: casts of parameters are made once, when the module is lowered.
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <set>
 #include <string>
+#include <tuple>
 #include <unordered_set>
 
+#include <torch/csrc/jit/ir/alias_analysis.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/common_subexpression_elimination.h>
 
@@ -62,11 +65,57 @@ void remove_casts(Value* value) {
   }
 }
 
+// What forward may write to, itself or views of it: a cast that is made earlier would miss what is written after it.
+class Written {
+ public:
+  Written(const std::shared_ptr<torch::jit::Graph>& graph, const ModuleObject& root) : root_(root) {
+    // "Frozen" tells attributes apart, where all of them are one for others; each read is a tensor of its own then.
+    const torch::jit::AliasDb aliases(graph, /*isFrozen=*/true);
+    std::vector<Value*> given;  // to attributes: what is read from these may be written
+    for_each_node(graph->block(), [&](Node* node) {
+      if (node->kind() != prim::SetAttr) return;
+      assigned_.insert(node->s(c10::attr::name));
+      given.push_back(node->input(1));
+    });
+    for_each_node(graph->block(), [&](Node* node) {
+      if (node->kind() == prim::Constant && aliases.hasWriters(node->output())) constants_.insert(node);
+      if (node->kind() != prim::GetAttr) return;
+      const auto value = attribute_of(node->output(), root_);
+      if (!value) return;
+      const bool leaves =
+          std::ranges::any_of(given, [&](Value* one) { return aliases.mayContainAlias(node->output(), one); });
+      if (!leaves && !aliases.hasWriters(node->output())) return;
+      if (value->isTensor()) memory_.insert(memory_of(value->toTensor()));
+      if (!value->isTensorList()) return;
+      for (const at::Tensor& tensor : value->toTensorVector()) memory_.insert(memory_of(tensor));
+    });
+  }
+
+  // `source` is a constant or the read of an attribute.
+  bool contains(const Node* source) const {
+    if (source->kind() == prim::Constant) return constants_.contains(source);
+    const auto value = attribute_of(source->output(), root_);
+    if (!value || assigned_.contains(source->s(c10::attr::name))) return true;
+    return value->isTensor() && memory_.contains(memory_of(value->toTensor()));
+  }
+
+ private:
+  static const void* memory_of(const at::Tensor& tensor) {
+    return tensor.defined() ? std::get<0>(TensorIdentity(tensor).key) : nullptr;
+  }
+
+  const ModuleObject& root_;
+  std::unordered_set<std::string> assigned_;
+  std::unordered_set<const Node*> constants_;
+  std::unordered_set<const void*> memory_;
+};
+
 // A cast of a view of a parameter becomes a view of the parameter's cast.
-void move_before_views(torch::jit::Graph& graph) {
+void move_before_views(torch::jit::Graph& graph, const Written& written) {
   std::vector<Node*> views;
   for_each_node(graph.block(), [&](Node* node) {
-    if (is_view(node) && source_of(node->output()) != nullptr) views.push_back(node);
+    const Node* const source = is_view(node) ? source_of(node->output()) : nullptr;
+    if (source != nullptr && !written.contains(source)) views.push_back(node);
   });
   std::set<Node*> moved;
   for (bool again = true; again;) {
@@ -162,12 +211,14 @@ void settle_attributes(torch::jit::Graph& graph, const ModuleObject& root) {
 }
 
 TensorTypes hoist_casts(const std::shared_ptr<torch::jit::Graph>& graph, const ModuleObject& root) {
-  move_before_views(*graph);
+  const Written written(graph, root);
+  move_before_views(*graph, written);
   torch::jit::EliminateCommonSubexpression(graph);
   std::map<TensorIdentity, std::vector<Node*>> reads;
   std::vector<Node*> constants;
   for_each_node(graph->block(), [&](Node* node) {
-    if (node->kind() == prim::Constant && node->output()->type()->kind() == c10::TypeKind::TensorType)
+    if (node->kind() == prim::Constant && node->output()->type()->kind() == c10::TypeKind::TensorType &&
+        !written.contains(node))
       constants.push_back(node);
     if (node->kind() != prim::GetAttr || !node->hasUses()) return;
     const auto value = attribute_of(node->output(), root);
@@ -181,7 +232,8 @@ TensorTypes hoist_casts(const std::shared_ptr<torch::jit::Graph>& graph, const M
   TensorTypes types;
   for (const auto& [tensor, nodes] : reads) {
     const auto type = wanted_type(nodes.front()->output());
-    const bool all = std::ranges::all_of(nodes, [&](Node* node) { return wanted_type(node->output()) == type; });
+    const bool all = std::ranges::all_of(
+        nodes, [&](Node* node) { return wanted_type(node->output()) == type && !written.contains(node); });
     if (!type || !all || assigned.contains(tensor)) continue;
     for (Node* const node : nodes) remove_casts(node->output());
     types.emplace(tensor, *type);

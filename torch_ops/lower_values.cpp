@@ -74,7 +74,9 @@ Value* cast_tuple(torch::jit::Graph& graph, Value* value, at::ScalarType type) {
   std::vector<Value*> elements;
   for (Value* const element : graph.insertNode(graph.createTupleUnpack(value))->outputs())
     elements.push_back(border_cast(graph, element, type));
-  return graph.insertNode(graph.createTuple(elements))->output();
+  auto named = value->type()->cast<c10::TupleType>();  // the class of a named tuple
+  if (named->schema() == nullptr) named = nullptr;
+  return graph.insertNode(graph.createTuple(elements, named))->output();
 }
 
 }  // namespace
@@ -98,7 +100,6 @@ Value* border_cast(torch::jit::Graph& graph, Value* value, at::ScalarType type) 
       return cast;
     }
     case c10::TypeKind::TupleType:
-      if (of->expectRef<c10::TupleType>().schema() != nullptr) return value;  // a class of the user's own
       return cast_tuple(graph, value, type);
     case c10::TypeKind::OptionalType:
       if (holds_tensors_directly(of)) return cast_with(graph, "cast_optional", value, type);
@@ -113,7 +114,7 @@ Value* border_cast(torch::jit::Graph& graph, Value* value, at::ScalarType type) 
       if (of->containedType(0)->kind() == c10::TypeKind::IntType) return cast_with(graph, "cast_int_dict", value, type);
       break;
     case c10::TypeKind::ClassType:
-      return value;
+      return value;  // as eager scopes hand objects on
     default:
       break;
   }

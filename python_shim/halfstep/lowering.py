@@ -31,8 +31,11 @@ def lower(
 
     The copy has `forward`, all calls inlined, and every attribute; other methods are left out. Parameters that are only
     used in one half type are stored in it. Its file needs nothing but LibTorch.
+    Scripts of torch's transformer encoders call the layers that are planned otherwise than what is around them. Traces
+    that took their fused path cannot: trace after torch.backends.mha.set_fastpath_enabled(False).
     Raises ValueError where the module has not the plan's layers, is in training mode, or does what cannot be lowered
-    (methods of interfaces, fork, Python functions, autocast regions of its own), naming it.
+    (methods of interfaces, fork, Python functions, autocast regions of its own, such traces), naming it; and where the
+    calls of layers that are planned otherwise are gone, as from a module that was lowered already.
     """
     if not isinstance(module, torch.jit.ScriptModule):
         raise TypeError(f"module is {type(module).__name__}, expected a module from torch.jit.script, trace or load")

@@ -165,6 +165,34 @@ class Containers(nn.Module):
         return self.taking((y, x), several, {"x": y}, maybe), self.taking((y, y), several, {"x": x})
 
 
+class Pair(NamedTuple):
+    first: torch.Tensor
+    others: tuple[torch.Tensor, torch.Tensor]
+
+
+class TakingNamed(nn.Module):
+    """A layer whose input is a named tuple, and whose result is another one of its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, pair: Pair) -> Pair:
+        return Pair(pair.first @ self.weight + pair.others[0], (pair.first, pair.others[1]))
+
+
+class NamedTuples(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(WIDTH, WIDTH)
+        self.taking = TakingNamed()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.before(x)
+        pair = self.taking(Pair(y, (x, y)))
+        return pair.first + pair.others[1], self.taking(pair).first
+
+
 class Case(NamedTuple):
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple]
@@ -185,6 +213,7 @@ CASES = {
     "branches": Case(Branches, floats(4, WIDTH), traces=False),
     "other branch": Case(Branches, floats(2, WIDTH), traces=False),
     "containers": Case(Containers, floats(4, WIDTH), traces=False),
+    "named tuples": Case(NamedTuples, floats(4, WIDTH), traces=False),
 }
 
 # (default, rules): the half type of the default is the ambient one, bfloat16 where that is float32.
@@ -206,6 +235,7 @@ PLANS = {
         ],
     ),
     "siblings": ("bfloat16", [{"name": "first*", "precision": "float32"}, {"name": "other", "precision": "float32"}]),
+    "taking": ("bfloat16", [{"name": "taking", "precision": "float32"}]),
     "only float32": ("float32", []),
     "one half layer": (
         "float32",

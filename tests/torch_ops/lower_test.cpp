@@ -107,6 +107,27 @@ TEST_P(Lower, TheOriginalAndTheCopyShareNoMemory) {
   EXPECT_TRUE(at::equal(call(module_, x), before));
 }
 
+TEST_P(Lower, ViewsOfOneMemoryShareItInTheCopy) {
+  const at::Tensor whole = at::zeros({8, 8}, options());
+  module_.register_buffer("whole", whole);
+  module_.register_buffer("part", whole.narrow(0, 2, 4));
+  const torch::jit::Module lowered = lower(module_, plan_of(module_, Precision::kBFloat16, Precision::kFloat32));
+  lowered.attr("part").toTensor().fill_(1);
+  EXPECT_EQ(lowered.attr("whole").toTensor().sum().item<float>(), 32);
+  EXPECT_EQ(whole.sum().item<float>(), 0) << "the original's";
+}
+
+TEST_P(Lower, AModuleThatIsLoweredAlready) {
+  const PrecisionPlan plan = plan_of(module_, Precision::kBFloat16, Precision::kFloat32);
+  const torch::jit::Module lowered = lower(module_, plan);
+  const std::string message = message_of([&] { lower(lowered, plan); });
+  EXPECT_NE(message.find("layer 'second' is planned as Float, but forward only reads its tensors"), std::string::npos)
+      << message;
+  const PrecisionPlan same = plan_of(module_, Precision::kBFloat16, Precision::kBFloat16);
+  const at::Tensor x = at::randn({4, 8}, options());
+  EXPECT_TRUE(at::equal(call(lower(lower(module_, same), same), x), call(lower(module_, same), x)));
+}
+
 TEST_P(Lower, Refusals) {
   const auto message = [&](const PrecisionPlan& plan, std::optional<at::ScalarType> dtype = std::nullopt) {
     return message_of([&] { lower(module_, plan, dtype); });
