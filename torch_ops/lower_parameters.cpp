@@ -46,11 +46,13 @@ const Node* source_of(const Value* value) {
   return is_view(node) ? source_of(node->input(0)) : nullptr;
 }
 
-// The type that all uses of a value want, if they are all casts to one.
+// The type that all uses of a value want, if they are all casts to one. An optional that is known to be a tensor is
+// used as what is made of it.
 std::optional<at::ScalarType> wanted_type(const Value* value) {
   std::optional<at::ScalarType> type;
   for (const torch::jit::Use& use : value->uses()) {
-    const auto cast = noted(use.user, "cast");
+    const bool named_anew = use.user->kind() == prim::unchecked_cast;
+    const auto cast = named_anew ? wanted_type(use.user->output()) : noted(use.user, "cast");
     if (!cast || use.offset != 0 || (type && *type != *cast)) return std::nullopt;
     type = cast;
   }
@@ -60,6 +62,10 @@ std::optional<at::ScalarType> wanted_type(const Value* value) {
 void remove_casts(Value* value) {
   const std::vector<torch::jit::Use> uses = value->uses();
   for (const torch::jit::Use& use : uses) {
+    if (use.user->kind() == prim::unchecked_cast) {
+      remove_casts(use.user->output());
+      continue;
+    }
     use.user->output()->replaceAllUsesWith(value);
     use.user->destroy();
   }
@@ -114,7 +120,8 @@ class Written {
 void move_before_views(torch::jit::Graph& graph, const Written& written) {
   std::vector<Node*> views;
   for_each_node(graph.block(), [&](Node* node) {
-    const Node* const source = is_view(node) ? source_of(node->output()) : nullptr;
+    if (!is_view(node) || node->kind() == prim::unchecked_cast) return;  // what comes before it may be an optional
+    const Node* const source = source_of(node->output());
     if (source != nullptr && !written.contains(source)) views.push_back(node);
   });
   std::set<Node*> moved;

@@ -50,6 +50,21 @@ class Cnn(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Convolutions(nn.Module):
+    """With biases, which TorchScript knows as optional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.line = nn.Conv1d(4, 4, 3)
+        self.head = nn.Conv3d(1, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.line(self.up(self.first(x)).flatten(2))
+        return self.head(x.unsqueeze(1).unsqueeze(1))
+
+
 class Attention(nn.Module):
     """A transformer block; attention by torch's function, or by products and a softmax in this module's own code."""
 
@@ -206,6 +221,7 @@ def floats(*shape: int) -> Callable[[], tuple]:
 CASES = {
     "mlp": Case(Mlp, floats(4, WIDTH)),
     "cnn": Case(Cnn, floats(2, 3, 8, 8)),
+    "convolutions": Case(Convolutions, floats(2, 3, 8, 8)),
     "attention": Case(lambda: Attention(fused=True), floats(2, 6, WIDTH)),
     "attention by hand": Case(lambda: Attention(fused=False), floats(2, 6, WIDTH)),
     "products": Case(Products, lambda: (torch.randint(11, (2, 3)),)),

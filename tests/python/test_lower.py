@@ -116,6 +116,13 @@ def test_what_is_stored_in_half_precision() -> None:
     assert set(lowered.state_dict()) == set(model.state_dict())
 
 
+def test_biases_of_convolutions_are_stored_in_half_precision() -> None:
+    model = CASES["convolutions"].make().eval()
+    lowered = lower(torch.jit.script(model), PrecisionPolicy.named("mixed_bfloat16").plan(model))
+    assert {value.dtype for value in lowered.parameters()} == {torch.bfloat16}
+    assert casts(lowered) == 1, "of the input"
+
+
 def test_shared_and_tied_parameters() -> None:
     model, inputs = made("products", torch.device("cpu"))
     plan = policy("half")[0].plan(model)
