@@ -246,6 +246,14 @@ std::vector<Layer> layers_of(const torch::jit::Module& module) {
   return layers;
 }
 
+PrecisionPlan plan(const torch::jit::Module& module, const PrecisionPolicy& policy) {
+  return {policy, layers_of(module)};
+}
+
+PrecisionPlan plan(const torch::jit::Module& module, const CustomPrecisionPolicy& policy, Precision half) {
+  return {policy, layers_of(module), half};
+}
+
 torch::jit::Module lower(const torch::jit::Module& module, const PrecisionPlan& plan,
                          std::optional<at::ScalarType> autocast_dtype, std::optional<at::DeviceType> device,
                          bool half_reductions) {

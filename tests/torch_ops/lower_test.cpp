@@ -57,7 +57,17 @@ INSTANTIATE_TEST_SUITE_P(Devices, Lower, testing::Values(at::kCPU, at::kCUDA), t
 PrecisionPlan plan_of(const torch::jit::Module& module, Precision first, Precision second) {
   const PrecisionPolicy policy("test", Precision::kBFloat16,
                                {{"first", "*", first, "first"}, {"second", "*", second, "second"}});
-  return PrecisionPlan(policy, layers_of(module));
+  return plan(module, policy);
+}
+
+TEST_P(Lower, APolicyAsCodeIsAskedOfAScript) {
+  struct First : CustomPrecisionPolicy {
+    bool should_use_fp16(std::string_view, std::string_view layer_name) const override { return layer_name == "first"; }
+  };
+  const PrecisionPlan made = plan(module_, First(), Precision::kBFloat16);
+  EXPECT_EQ(made.at("first").precision, Precision::kBFloat16);
+  EXPECT_EQ(made.at("second").precision, Precision::kFloat32);
+  EXPECT_EQ(made.at("second").type, "Linear");
 }
 
 TEST_P(Lower, LayersOfAModule) {

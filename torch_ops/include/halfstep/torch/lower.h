@@ -24,6 +24,12 @@ namespace halfstep {
 // a pair each is a layer of its own here, and no layer is the same as another.
 HALFSTEP_API std::vector<Layer> layers_of(const torch::jit::Module& module);
 
+// Decides, or asks, once per layer of the module. `half`: see PrecisionPlan. Throws InvalidArgument. A layer that is
+// never called, such as attention's out_proj, is decided as others are; lower() computes it as what reads it.
+HALFSTEP_API PrecisionPlan plan(const torch::jit::Module& module, const PrecisionPolicy& policy);
+HALFSTEP_API PrecisionPlan plan(const torch::jit::Module& module, const CustomPrecisionPolicy& policy,
+                                Precision half = Precision::kFloat16);
+
 // Returns a copy of `module` that computes as it would with the plan's layer scopes under autocast, for inference. The
 // original is not changed, and shares no memory with the copy.
 //
