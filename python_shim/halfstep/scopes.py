@@ -64,54 +64,42 @@ class LayerScope:
             args = (cast(first, self.dtype),)
         else:
             args, kwargs = cast((args, kwargs), self.dtype)
+        half = self.dtype is not torch.float32
+        dtype = self.dtype if half else _HELD_OFF if self.holds else current
         if torch.compiler.is_compiling():  # knows the context, but not the functions that it calls
-            result = self._in_a_region(device, args, kwargs)
-        elif self.dtype is torch.float32 and not self.holds:
-            torch.set_autocast_enabled(device, False)
-            try:
+            with torch.autocast(device, enabled=half, dtype=dtype, cache_enabled=False):
                 result = self._forward(*args, **kwargs)
-            finally:
-                torch.set_autocast_enabled(device, on)
-        elif on and self.dtype is not torch.float32:  # it stays on
-            cache = torch.is_autocast_cache_enabled()
-            torch.set_autocast_dtype(device, self.dtype)
-            torch.set_autocast_cache_enabled(False)
-            try:
-                result = self._forward(*args, **kwargs)
-            finally:
-                torch.set_autocast_dtype(device, current)
-                torch.set_autocast_cache_enabled(cache)
         else:
-            result = self._in_own_state(device, args, kwargs)
+            result = self._switched(device, on, half, current, dtype, args, kwargs)
         return cast(result, torch.float32) if held else result
 
-    def _state(self) -> tuple[bool, torch.dtype | None]:
-        """Return whether autocast is on inside, and its dtype if that is another one."""
-        if self.dtype is torch.float32:
-            return False, _HELD_OFF if self.holds else None
-        return True, self.dtype
-
-    def _in_a_region(self, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        on, dtype = self._state()
-        with torch.autocast(device, enabled=on, dtype=dtype, cache_enabled=False):
-            return self._forward(*args, **kwargs)
-
-    def _in_own_state(self, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        on, dtype = self._state()
-        before = (
-            torch.is_autocast_enabled(device),
-            torch.get_autocast_dtype(device),
-            torch.is_autocast_cache_enabled(),
-        )
-        torch.set_autocast_enabled(device, on)
-        torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(False)
+    def _switched(
+        self,
+        device: str,
+        on: bool,
+        half: bool,
+        current: torch.dtype,
+        dtype: torch.dtype,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call the layer with autocast's switches as they are to be inside; sets none that is so already."""
+        cached = dtype is not current and torch.is_autocast_cache_enabled()
+        if half is not on:
+            torch.set_autocast_enabled(device, half)
+        if dtype is not current:
+            torch.set_autocast_dtype(device, dtype)
+        if cached:
+            torch.set_autocast_cache_enabled(False)
         try:
             return self._forward(*args, **kwargs)
         finally:
-            torch.set_autocast_enabled(device, before[0])
-            torch.set_autocast_dtype(device, before[1])
-            torch.set_autocast_cache_enabled(before[2])
+            if half is not on:
+                torch.set_autocast_enabled(device, on)
+            if dtype is not current:
+                torch.set_autocast_dtype(device, current)
+            if cached:
+                torch.set_autocast_cache_enabled(True)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.inner is not None:
