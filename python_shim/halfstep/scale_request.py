@@ -34,7 +34,9 @@ class ScaleRequest:
         """Start from here: with this limit and this norm of an applied step, NaN for none."""
         self._limit, self._norm = limit, norm
         self._record: torch.Tensor | None = None
-        self._arriving: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+        # The host's copy, into the same memory each time, and when it has arrived.
+        self._copy: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
 
     def set_limit(self, limit: float) -> None:
         """Grant no more than this, until the rule's growth raises it."""
@@ -51,11 +53,10 @@ class ScaleRequest:
 
     def wanted(self) -> float:
         """Return what is asked for now, NaN for nothing; ValueError or TypeError for an answer that is no scale."""
-        if self._arriving is not None:
-            copy, event = self._arriving
-            if event is not None:
-                event.synchronize()  # of the update before: what has been enqueued since keeps the device busy
-            _, norm, found = copy.tolist()
+        if self._copy is not None:
+            if self._arrived is not None:
+                self._arrived.synchronize()  # of the update before: what came since keeps the device busy
+            _, norm, found = self._copy.tolist()
             if not found:
                 self._norm = norm
         if not math.isfinite(self._norm):
@@ -75,14 +76,13 @@ class ScaleRequest:
             self._record = torch.tensor(values, dtype=torch.float64).to(scale.device)
         bounds = {name: rule[name] for name in ("growth_factor", "min_scale", "max_scale")}
         _ops.request_scale_(scale, counters, history, self._record, wanted, **bounds)
-        event = None
-        copy = torch.empty(_COLUMNS, dtype=torch.float64, pin_memory=scale.is_cuda)
-        copy.copy_(self._record, non_blocking=True)
+        if self._copy is None:
+            self._copy = torch.empty(_COLUMNS, dtype=torch.float64, pin_memory=scale.is_cuda)
+        self._copy.copy_(self._record, non_blocking=True)
         if scale.is_cuda:
             with torch.cuda.device(scale.device):
-                event = torch.cuda.Event()
-                event.record()
-        self._arriving = copy, event
+                self._arrived = self._arrived or torch.cuda.Event()
+                self._arrived.record()
 
     def __getstate__(self) -> dict[str, Any]:
         limit, norm = self.state()
