@@ -24,6 +24,7 @@
 
 #include "lower_graph.h"
 #include "plan_class.h"
+#include "plan_dtype.h"
 #include "registration.h"
 
 namespace halfstep {
@@ -67,19 +68,10 @@ void check_module(const torch::jit::Module& module) {
 }
 
 at::ScalarType type_of(const PlannedLayer& layer) {
-  switch (layer.precision) {
-    case Precision::kFloat32:
-      return at::kFloat;
-    case Precision::kFloat16:
-      return at::kHalf;
-    case Precision::kBFloat16:
-      return at::kBFloat16;
-    case Precision::kTFloat32:
-    case Precision::kInt8:
-      break;
-  }
-  TORCH_CHECK_VALUE(false, "lower: layer '", layer.name, "' is planned as ", name_of(layer.precision),
+  const auto dtype = torch_ops::dtype_of(layer.precision);
+  TORCH_CHECK_VALUE(dtype, "lower: layer '", layer.name, "' is planned as ", name_of(layer.precision),
                     ", expected float32, float16 or bfloat16");
+  return *dtype;
 }
 
 LayerTypes types_of(const PrecisionPlan& plan, const torch::jit::Module& module) {

@@ -9,6 +9,7 @@
 
 #include "halfstep/status.h"
 #include "halfstep/torch/policy.h"
+#include "plan_dtype.h"
 
 namespace halfstep {
 namespace {
@@ -62,19 +63,10 @@ PrecisionPlan with_inherited(const PrecisionPlan& plan, const torch::nn::Module&
 }
 
 at::ScalarType dtype_of(const PlannedLayer& layer) {
-  switch (layer.precision) {
-    case Precision::kFloat32:
-      return at::kFloat;
-    case Precision::kFloat16:
-      return at::kHalf;
-    case Precision::kBFloat16:
-      return at::kBFloat16;
-    case Precision::kTFloat32:
-    case Precision::kInt8:
-      break;
-  }
-  HS_CHECK(false, "PrecisionPlan::run: layer '", layer.name, "' is planned as ", name_of(layer.precision),
+  const auto dtype = torch_ops::dtype_of(layer.precision);
+  HS_CHECK(dtype, "PrecisionPlan::run: layer '", layer.name, "' is planned as ", name_of(layer.precision),
            ", expected float32, float16 or bfloat16");
+  return *dtype;
 }
 
 }  // namespace
