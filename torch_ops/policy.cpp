@@ -9,22 +9,12 @@
 #include <c10/util/Exception.h>
 #include <torch/custom_class.h>
 
-#include "halfstep/status.h"
+#include "errors.h"
 #include "plan_class.h"
 #include "registration.h"
 
 namespace halfstep::torch_ops {
 namespace {
-
-// The core's errors as Python's ValueError.
-template <class Run>
-auto as_value_error(const Run& run) -> decltype(run()) {
-  try {
-    return run();
-  } catch (const InvalidArgument& error) {
-    C10_THROW_ERROR(ValueError, error.what());
-  }
-}
 
 struct PolicyClass : torch::CustomClassHolder {
   explicit PolicyClass(PrecisionPolicy the_policy) : policy(std::move(the_policy)) {}

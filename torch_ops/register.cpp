@@ -37,6 +37,8 @@ struct Registration {
     define_optimizer(definitions);
     define_policy(definitions);
     define_lower(definitions);
+    define_stability(definitions);
+    define_gradient_unscaler(definitions);
     implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
     implement_norms_cpu(cpu);

@@ -15,6 +15,8 @@ void define_grad_scaler(torch::Library& library);
 void define_optimizer(torch::Library& library);
 void define_policy(torch::Library& library);
 void define_lower(torch::Library& library);
+void define_stability(torch::Library& library);
+void define_gradient_unscaler(torch::Library& library);
 
 // Kernels by dispatch key.
 void implement_cross_entropy_cpu(torch::Library& library);

@@ -14,6 +14,7 @@ from halfstep._version import __version__
 
 if TYPE_CHECKING:
     from halfstep._library import build_info, load_library
+    from halfstep.adaptive import AdaptivePrecisionManager
     from halfstep.autocast import AutocastContext
     from halfstep.config import MixedPrecisionConfig
     from halfstep.errors import LibraryMismatchError, ScaleCollapsed
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from halfstep.step_report import StepReport
 
 _HOME_OF = {
+    "AdaptivePrecisionManager": "halfstep.adaptive",
     "AutocastContext": "halfstep.autocast",
     "CustomPrecisionPolicy": "halfstep.policy",
     "GradScaler": "halfstep.grad_scaler",
@@ -49,6 +51,7 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "AdaptivePrecisionManager",
     "AutocastContext",
     "CustomPrecisionPolicy",
     "GradScaler",

@@ -25,15 +25,17 @@ def check_number(key: str, value: Any, kind: type, low: float, high: float) -> N
         raise ValueError(f"GradScaler.load_state_dict: {key!r} is {value!r}, expected {name} from {low:g} to {high:g}")
 
 
-def check_keys(where: str, mapping: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+def check_keys(
+    where: str, mapping: Any, required: tuple[str, ...], optional: tuple[str, ...] = (), *, owner: str = "GradScaler"
+) -> None:
     """Raise unless the mapping has all required keys and no others but the optional ones."""
     if not isinstance(mapping, dict):
-        raise TypeError(f"GradScaler.load_state_dict: state_dict{where} is {type(mapping).__name__}, expected a dict")
+        raise TypeError(f"{owner}.load_state_dict: state_dict{where} is {type(mapping).__name__}, expected a dict")
     missing = [key for key in required if key not in mapping]
     foreign = [key for key in mapping if key not in required and key not in optional]
     if missing or foreign:
         raise ValueError(
-            f"GradScaler.load_state_dict: state_dict{where} has "
+            f"{owner}.load_state_dict: state_dict{where} has "
             + " and ".join(f"{what} keys {keys}" for what, keys in (("missing", missing), ("unknown", foreign)) if keys)
             + f"; expected {', '.join(required + optional)}"
         )

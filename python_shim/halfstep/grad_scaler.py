@@ -10,7 +10,7 @@ import contextlib
 import numbers
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ from halfstep.optimizer import (
 from halfstep.scaler_state import ScalerState
 
 _ops = torch.ops.halfstep
+
+# Called with the scaler when a loss is scaled: a loop that scales by itself needs no other scale.
+before_scale: list[Callable[[Any], None]] = []
 
 # Columns of the gradient statistics: csrc/include/halfstep/gradients.h.
 GRADIENT_STATISTICS = ("non_finite", "max_magnitude", "sum_of_squares", "zeros", "below_half", "elements")
@@ -106,6 +109,9 @@ class GradScaler(ScalerState):
                 "cast to half once more. Leave the autocast context before scale(loss).backward().",
                 stacklevel=2,
             )
+        if self._enabled:
+            for call in before_scale:
+                call(self)
         return super().scale(outputs)
 
     def _check_gradients(

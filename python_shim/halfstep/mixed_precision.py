@@ -8,13 +8,20 @@ import halfstep
 
 if TYPE_CHECKING:
     from halfstep import (
+        AdaptivePrecisionManager,
         CustomPrecisionPolicy,
         MixedPrecisionConfig,
         MixedPrecisionManager,
         MixedPrecisionStatistics,
     )
 
-__all__ = ["CustomPrecisionPolicy", "MixedPrecisionConfig", "MixedPrecisionManager", "MixedPrecisionStatistics"]
+__all__ = [
+    "AdaptivePrecisionManager",
+    "CustomPrecisionPolicy",
+    "MixedPrecisionConfig",
+    "MixedPrecisionManager",
+    "MixedPrecisionStatistics",
+]
 
 
 def __getattr__(name: str) -> Any:  # as in halfstep itself: policies need torch, the other classes do not

@@ -9,3 +9,4 @@
 #include "halfstep/torch/policy.h"
 #include "halfstep/torch/scaling.h"
 #include "halfstep/torch/scopes.h"
+#include "halfstep/torch/stability.h"

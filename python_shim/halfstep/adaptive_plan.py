@@ -1,0 +1,163 @@
+"""Which layers an adaptive training monitors, and how its plan gets into the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep.autocast import AutocastContext
+from halfstep.policy import (
+    CustomPrecisionPolicy,
+    PlannedLayer,
+    PrecisionPlan,
+    PrecisionPolicy,
+    class_of,
+    layers_of,
+    named_modules,
+    with_inherited,
+)
+from halfstep.scopes import LayerScope, apply_plan, cast, planned_dtypes, remove_plan
+
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def half_type_of(precision: str) -> torch.dtype:
+    """Return the dtype of "float16" or "bfloat16"."""
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
+
+
+def base_plan(model: nn.Module, half: torch.dtype, policy: Any) -> PrecisionPlan:
+    """Return the plan to start from, with every module as a layer of its own, under its first name.
+
+    A policy covers the layers that it is asked about. The others, which hold layers and compute what lies between them,
+    are half. Raises ValueError for a precision that does not run, and for layers in the other half type.
+    """
+    name = _NAMES[half]
+    if isinstance(policy, CustomPrecisionPolicy):
+        given = policy.plan(model, name)
+    elif isinstance(policy, PrecisionPolicy):
+        given = policy.plan(model)
+    else:
+        given = policy
+    if given is not None:
+        planned_dtypes(model, given)
+    known: dict[nn.Module, None] = {}
+    layers = []
+    for path, module in named_modules(model):
+        if module in known:
+            continue
+        known[module] = None
+        precision, reason = name, "adaptive"
+        if given is not None and path in given:
+            precision, reason = given[path].precision, given[path].reason
+        elif given is None and isinstance(module.__dict__.get("forward"), LayerScope):
+            precision, reason = _NAMES[module.forward.dtype], "as planned before"
+        if precision not in ("float32", name):
+            raise ValueError(f"layer {path!r} is planned as {precision}, expected float32 or {name}, which adapts")
+        layers.append(PlannedLayer(path, class_of(module), precision, reason))
+    return PrecisionPlan("adaptive", layers)
+
+
+def watched_layers(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, int]:
+    """Return the modules whose results are looked at, with their numbers in the plan: those that compute themselves."""
+    modules = dict(named_modules(model))
+    numbers = {name: number for number, name in enumerate(plan)}
+    return {modules[name]: numbers[name] for name, _, same in layers_of(model) if not same and name in numbers}
+
+
+class AdaptiveForward:
+    """The `forward` of an adaptive training's model: autocast while a context is open, float32 results.
+
+    Copies and pickles of it are without their training, and do nothing.
+    """
+
+    def __init__(self, module: nn.Module, training: Any) -> None:
+        self.module = module
+        self.inner = module.__dict__.get("forward")
+        self.training = training
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns, in float32 while a context is open."""
+        forward = self.inner if self.inner is not None else type(self.module).forward.__get__(self.module)
+        if self.training is None or torch.compiler.is_compiling() or not self.training.is_open:
+            return forward(*args, **kwargs)
+        return self.training.run(forward, args, kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "training": None}
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """What torch.jit.script asks a forward for first. It compiles source code, and this is an object."""
+        raise AttributeError(
+            "torch.jit.script cannot compile a model that an AdaptivePrecisionManager trains: call "
+            "manager.release(model) first"
+        )
+
+
+class Installed:
+    """The plan and the forward of a training in its model, from the constructor to remove()."""
+
+    def __init__(self, model: nn.Module, training: Any, half: torch.dtype, base: PrecisionPlan, policy: Any) -> None:
+        self._training = training
+        self._half = half
+        self._base = base
+        self._planned_before = policy is None
+        self._precisions = self._of(base)
+        if self._planned_before or not self._has_float32(base):
+            self._put(model)
+        else:
+            self._replace(model, base)
+
+    @staticmethod
+    def _of(plan: PrecisionPlan) -> list[str]:
+        return [layer.precision for layer in plan.layers()]
+
+    def _has_float32(self, plan: PrecisionPlan) -> bool:
+        return "float32" in self._of(plan)
+
+    def _put(self, model: nn.Module) -> None:
+        if isinstance(model, torch.jit.ScriptModule):
+            _ = model.forward  # its class has none; this puts the compiled method where others have theirs
+        model.forward = AdaptiveForward(model, self._training)
+
+    def _take(self, model: nn.Module) -> None:
+        own = model.__dict__.get("forward")
+        if isinstance(own, AdaptiveForward):
+            del model.forward
+            if own.inner is not None:
+                model.forward = own.inner
+
+    def _replace(self, model: nn.Module, plan: PrecisionPlan) -> None:
+        """Put scopes in anew: the one of the model itself must be inside of its autocast."""
+        self._take(model)
+        apply_plan(model, with_inherited(plan, model), self._half)
+        self._put(model)
+
+    def apply(self, model: nn.Module, plan: PrecisionPlan) -> None:
+        """Put another plan into force."""
+        if self._of(plan) != self._precisions:
+            self._replace(model, plan)
+            self._precisions = self._of(plan)
+
+    def remove(self, model: nn.Module) -> None:
+        """Give the model the forward methods that it had."""
+        self._take(model)
+        if self._planned_before and self._precisions == self._of(self._base):
+            return
+        remove_plan(model)
+        if self._planned_before and self._has_float32(self._base):
+            apply_plan(model, with_inherited(self._base, model), self._half)
+
+
+def autocast_for(model: nn.Module, half: torch.dtype, *, enabled: bool) -> AutocastContext:
+    """Return the autocast around one call of the model."""
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return AutocastContext(device, dtype=half, enabled=enabled)
+
+
+def in_float32(value: Any) -> Any:
+    """Return a model's results with half tensors in float32."""
+    return cast(value, torch.float32)
