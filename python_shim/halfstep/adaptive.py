@@ -103,7 +103,7 @@ class AdaptivePrecisionManager:
 
         Inside, calls of the model run in its present plan, with autocast around the model alone, and return float32.
         batch_idx: an integer, for the log. scaler: the GradScaler of the loop, if there is one: its scale is used, and
-        none is applied here. One of halfstep is noticed without; one of torch is from its second step on.
+        none is applied here. One of halfstep is noticed without; one of torch once it has applied a step.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")

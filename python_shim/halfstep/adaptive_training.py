@@ -18,6 +18,7 @@ from halfstep.checkpoints import check_keys
 from halfstep.grad_scaler import GradScaler
 from halfstep.layer_watch import watch_outputs, watching
 from halfstep.policy import PrecisionPlan
+from halfstep.step_graph import runs_as_it_is
 
 load_library()
 _ops = torch.ops.halfstep
@@ -105,6 +106,7 @@ class AdaptiveTraining:
         if scaler is not None and scaler.is_enabled():
             leave_scaling(scaler)
         self.is_open = True
+        runs_as_it_is.append(self.watches)
         if self._sampled:
             self._monitor.reset()
 
@@ -118,7 +120,6 @@ class AdaptiveTraining:
             rule = {"init_scale": 1.0, "min_scale": 1.0, "max_scale": 1.0}
         return LossScaling(GradScaler(device.type, name_overflows=True, **rule), device, scales=scales)
 
-    @property
     def watches(self) -> bool:
         """Whether calls of the model in the open batch are looked at, and cannot be replays of a captured one."""
         return self.is_open and (self._sampled or self.in_fp32)
@@ -126,7 +127,7 @@ class AdaptiveTraining:
     def run(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model for the open batch."""
         model = self._alive()
-        looked_at = self.watches and model.training and torch.is_grad_enabled()
+        looked_at = self.watches() and model.training and torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
             if self.in_fp32:
                 for device in ("cpu", "cuda"):
@@ -172,6 +173,7 @@ class AdaptiveTraining:
     def end(self, *, failed: bool) -> list[dict[str, Any]]:
         """Close the batch, decide if it is time, and return what was decided in it."""
         self.is_open = False
+        runs_as_it_is.remove(self.watches)
         self._scaling.close()
         if failed:
             self._sample_next = True

@@ -24,6 +24,10 @@ _PROTOTYPE = "Synchronization debug mode is a prototype"
 _SYNCHRONIZES = "called a synchronizing CUDA operation"
 
 
+# Asked before each capture and replay: whether this step must run as it is instead, since its layers are looked at.
+runs_as_it_is: list[Callable[[], bool]] = []
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What a step trains, and by which scaler."""
@@ -132,11 +136,12 @@ class StepGraph:
             entry = self._new_entry(key, (args, kwargs), tensors)
         for half in self._half:
             half.refresh()
-        if entry.graph is None and not entry.reason and entry.warm >= self._warmup:
+        beside = any(watches() for watches in runs_as_it_is)
+        if entry.graph is None and not entry.reason and entry.warm >= self._warmup and not beside:
             entry.reason = self._no_room()  # shapes may have warmed up side by side
             if not entry.reason:
                 self._capture(entry, (args, kwargs))
-        if entry.graph is None:
+        if entry.graph is None or beside:
             return self._run(entry, args, kwargs)
         self.replays += 1
         entry.replays += 1
@@ -189,7 +194,7 @@ class StepGraph:
     def _run(self, entry: _Entry, args: Any, kwargs: Any) -> Any:
         """Run the step as it is; while warming up, look for what a capture would break."""
         recorder = Recorder(self._fused, self._half)
-        if entry.reason:
+        if entry.reason or entry.warm >= self._warmup:
             with recorder.recording():
                 result = detached(self._step(*args, **kwargs))
         else:
