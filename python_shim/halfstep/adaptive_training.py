@@ -114,8 +114,7 @@ class AdaptiveTraining:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         scales = self._settings.half is torch.float16
         if scales:
-            # Growth is tried once an interval: an overflow costs a step, too small a scale small gradients.
-            rule = {"init_scale": self._settings.initial_loss_scale, "growth_interval": self._settings.interval}
+            rule = {"init_scale": self._settings.initial_loss_scale}
         else:
             rule = {"init_scale": 1.0, "min_scale": 1.0, "max_scale": 1.0}
         return LossScaling(GradScaler(device.type, name_overflows=True, **rule), device, scales=scales)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 
@@ -21,11 +22,11 @@ class Planted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(16, 64)
-        self.planted = nn.Linear(64, 64)
-        self.norm = nn.LayerNorm(64)
-        self.hidden = nn.Linear(64, 64)
-        self.last = nn.Linear(64, 1)
+        self.first = nn.Linear(16, 32)
+        self.planted = nn.Linear(32, 32)
+        self.norm = nn.LayerNorm(32)
+        self.hidden = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 1)
         with torch.no_grad():
             self.planted.weight.mul_(1e6)
 
@@ -38,9 +39,9 @@ class Planted(nn.Module):
 def problem(device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise that no network of this size can learn keeps the final loss well away from 0."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2048, 16, generator=generator)
-    noise = torch.randn(2048, 1, generator=generator)
-    return x.to(device), (x[:, :1] * x[:, 1:2] + noise).to(device)
+    x = torch.randn(1024, 16, generator=generator)
+    noise = torch.randn(1024, 1, generator=generator)
+    return x.to(device), (x[:, :1] + noise).to(device)
 
 
 def run(device: torch.device, way: str, seed: int, steps: int) -> tuple[float, AdaptivePrecisionManager | None]:
@@ -68,7 +69,7 @@ def run(device: torch.device, way: str, seed: int, steps: int) -> tuple[float, A
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_planted_layer_alone_leaves_half_and_training_ends_as_in_float32(device: torch.device, seed: int) -> None:
-    steps = 100
+    steps = 120
     expected, _ = run(device, "float32", seed, steps)
     loss, adaptive = run(device, "adaptive", seed, steps)
     stats = adaptive.get_adaptation_stats()
@@ -77,7 +78,7 @@ def test_the_planted_layer_alone_leaves_half_and_training_ends_as_in_float32(dev
     assert stats["fp16_ratio"] == 0.8
     assert loss == pytest.approx(expected, rel=0.01)
     plain, _ = run(device, "float16", seed, steps)
-    assert plain != pytest.approx(expected, rel=0.2), "without, every step is skipped"
+    assert math.isnan(plain), "without, every step is skipped"
 
 
 def test_the_adaptive_block_of_the_document(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
