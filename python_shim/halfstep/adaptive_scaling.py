@@ -177,12 +177,14 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         scaling.before_step(optimizer)
 
 
+_TORCHS_STEP = torch.amp.GradScaler._maybe_opt_step.__code__
+
+
 def _scaler_that_steps() -> Any:
     """Return the torch.amp.GradScaler whose step() is on this thread's stack, None if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.amp.GradScaler):
-            return owner
+        if frame.f_code is _TORCHS_STEP:
+            return frame.f_locals["self"]  # of no other frame: reading them keeps all its variables alive
         frame = frame.f_back
     return None

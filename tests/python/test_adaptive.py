@@ -14,6 +14,7 @@ import torch
 from adaptive_cases import Probe, half_type, small_model, train
 from halfstep import AdaptivePrecisionManager, GradScaler, PrecisionPolicy, apply_plan
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.autocast.*")
 
@@ -162,11 +163,27 @@ def test_losses_beside_the_model(device: torch.device) -> None:
         return [*(parameter.grad.clone() for parameter in model.parameters()), temperature.grad.clone()]
 
     expected = backward()
-    with manager(device).adaptive_context(model, 0):
+    with manager(device, initial_loss_scale=16.0).adaptive_context(model, 0):
         got = backward()
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
     assert torch.autograd.backward.__module__ == "torch.autograd"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(device: torch.device, reentrant: bool) -> None:
+    """A reentrant one runs a backward pass of its own within the pass."""
+    model = small_model().to(device)
+    x = torch.randn(8, 8, device=device, requires_grad=True)
+    gradients = []
+    for number, checkpointed in enumerate((False, True)):
+        with manager(device, initial_loss_scale=64.0).adaptive_context(model, number):
+            model.zero_grad()
+            y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+            y.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["halfstep", "torch", "torch, unannounced"])
