@@ -42,6 +42,7 @@ class LossScaling:
         self.skipped = False  # whether a step of the context was
         self.thread = 0  # that has opened it
         self.depth = 0  # of backward passes within each other
+        self._reaching = False  # whether gradients have come to leaves that no step has looked at
         self._looked = self._moves = False  # since finish(): gradients were, and the scale is to follow
         self._unscaler = torch.classes.halfstep.GradientUnscaler()
         scaler._lazy_init_scale_growth_tracker(device)
@@ -74,7 +75,7 @@ class LossScaling:
     def finish(self) -> None:
         """Move the scale by what the steps since the last call have found, if there was one."""
         if self._looked:
-            self._looked = False
+            self._looked = self._reaching = False
             self._unscaler.forget()
         if self._moves:
             self._moves = False
@@ -94,6 +95,7 @@ class LossScaling:
         if outer and any(root.dtype is torch.float16 for root in roots):
             inverse = None  # the scale itself may be infinite there
         scale = self.scaler._scale if outer and inverse is not None else None
+        self._reaching = True
         scaled, number = self._unscaler.begin(roots, given, scale, inverse)
         self.depth += 1
         try:
@@ -104,14 +106,16 @@ class LossScaling:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop the optimizer's gradients if one is infinite or NaN (waits)."""
+        if not self._reaching or self.other_scaler is not None:
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not self._unscaler.reached(parameters):
             return
         self._looked = True
         if self.scales and not self.off:
             self.other_scaler = _scaler_that_steps()
-        if self.other_scaler is not None:
-            return
+            if self.other_scaler is not None:
+                return
         found = self.scaler._check_gradients(
             optimizer, self._one, torch.zeros_like(self._one), allow_fp16=True, unscale=False
         )

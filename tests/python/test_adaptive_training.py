@@ -140,6 +140,27 @@ def test_a_layer_that_calms_down_comes_back(device: torch.device) -> None:
     assert path[-2:] == [("float32", "trial"), ("trial", "half")]
 
 
+def test_a_batch_that_was_not_looked_at_is_explained_by_its_fallback(device: torch.device) -> None:
+    torch.manual_seed(0)
+    model = Planted().to(device)
+    with torch.no_grad():
+        model.planted.weight.mul_(1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    x, y = problem(device)
+    adaptive = AdaptivePrecisionManager(adaptation_interval=1000, sampling_interval=1000)
+    for batch in range(8):
+        if batch == 5:
+            with torch.no_grad():
+                model.planted.weight.mul_(1e6)
+        step(adaptive, model, optimizer, lambda: nn.functional.mse_loss(model(x), y), batch)
+    stats = adaptive.get_adaptation_stats()
+    (decision,) = stats["decisions"]
+    assert (decision["batch"], decision["layer"], decision["to"]) == (5, "planted", "float32")
+    assert "in float32 its output reaches" in decision["reason"]
+    assert stats["unstable_batches"] == stats["fallback_batches"] == 1
+    assert stats["sampled_batches"] == 2, "the first, and the one after the decision"
+
+
 class Between(nn.Module):
     """What overflows stands between the layers."""
 

@@ -123,5 +123,70 @@ TEST_P(LayerStatisticsTest, SeveralThreadsMayWatch) {
   for (std::int64_t layer = 0; layer < 4; ++layer) EXPECT_EQ(at(statistics.rows(), layer, kOutput, kSeenElements), 500);
 }
 
+// A network whose second layer leaves float16's range, trained by a program that asks the monitor for its plan.
+struct Planted : torch::nn::Module {
+  Planted() {
+    const torch::NoGradGuard no_grad;
+    planted->weight.mul_(1e6);
+  }
+  at::Tensor forward(at::Tensor x, const PrecisionPlan& plan, LayerStatistics& statistics) {
+    statistics.begin_step();
+    const auto layer = [&](std::int64_t number, const char* name, auto& module, const at::Tensor& input) {
+      const at::Tensor output = plan.run(name, module, statistics.watch_input(number, input));
+      statistics.watch_output(number, output);
+      return output;
+    };
+    x = layer(0, "first", first, x).relu();
+    x = layer(1, "planted", planted, x);
+    x = layer(2, "norm", norm, x).relu();
+    return layer(3, "last", last, x);
+  }
+  torch::nn::Linear first = register_module("first", torch::nn::Linear(4, 16));
+  torch::nn::Linear planted = register_module("planted", torch::nn::Linear(16, 16));
+  torch::nn::LayerNorm norm = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({16})));
+  torch::nn::Linear last = register_module("last", torch::nn::Linear(16, 1));
+};
+
+TEST_P(LayerStatisticsTest, AProgramAdaptsByTheMonitorsPlan) {
+  torch::manual_seed(0);
+  const auto model = std::make_shared<Planted>();
+  model->to(GetParam());
+  StabilityMonitor monitor(plan(*model, PrecisionPolicy::named("mixed_float16")));
+  ASSERT_EQ(monitor.base().layers().size(), 4U);
+  LayerStatistics statistics(4, monitor.half());
+  torch::optim::SGD optimizer(model->parameters(), torch::optim::SGDOptions(1e-3));
+  GradScaler scaler({.rule = {.init_scale = 1024.0}});
+  const at::Tensor x = torch::randn({32, 4}, torch::TensorOptions().device(GetParam()));
+  std::vector<StabilityDecision> decisions;
+  std::vector<float> losses;
+  for (std::int64_t batch = 0; batch < 10; ++batch) {
+    const PrecisionPlan now = monitor.plan();
+    optimizer.zero_grad();
+    at::Tensor loss;
+    {
+      const AutocastScope autocast(GetParam(), at::kHalf);
+      loss = torch::mse_loss(model->forward(x, now, statistics).to(at::kFloat), x.narrow(1, 0, 1));
+    }
+    losses.push_back(loss.item<float>());
+    const bool finite = std::isfinite(losses.back());
+    if (finite) {
+      scaler.scale(loss).backward();
+      scaler.step(optimizer);
+      scaler.update();
+    }
+    for (const auto& decision :
+         monitor.observe(batch, statistics.summary(), finite ? StepKind::kUsual : StepKind::kUnstable))
+      decisions.push_back(decision);
+    statistics.reset();
+  }
+  ASSERT_EQ(decisions.size(), 1U);
+  EXPECT_EQ(decisions[0].layer, "planted");
+  EXPECT_EQ(decisions[0].batch, 0);
+  EXPECT_FALSE(std::isfinite(losses[0]));
+  for (std::size_t i = 1; i < losses.size(); ++i) EXPECT_TRUE(std::isfinite(losses[i]));
+  EXPECT_LT(losses.back(), losses[1]);
+  EXPECT_EQ(monitor.half_share(), 0.75);
+}
+
 }  // namespace
 }  // namespace halfstep
