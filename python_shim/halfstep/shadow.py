@@ -70,10 +70,10 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif type(model).__name__ == "OptimizedModule":
-            outer = outer or model
+            outer = model if outer is None else outer  # not `or`: it asks a module for its len()
             model = model._orig_mod
         else:
-            return outer or model, model
+            return model if outer is None else outer, model
 
 
 def obstacle(model: nn.Module) -> str:
@@ -345,7 +345,7 @@ def _copy(model: nn.Module, *, shared: bool = True) -> Iterator[nn.Module]:
         for module in twin.modules():
             vars(module).pop("forward", None)
         for tensor in own:
-            tensor.data = tensor.data.new_empty(0)
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def _shared_functions(model: nn.Module) -> str:

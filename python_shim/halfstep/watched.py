@@ -13,7 +13,7 @@ from torch import nn
 class Watched:
     """The `forward` of a model that is monitored: its own one, and the monitor hears of each call before it.
 
-    In code that is compiled, exported or traced by Dynamo it is its forward and nothing else. Copies and pickles are of
+    In code that is compiled or exported it is its forward and nothing else. Copies and pickles are of
     the copied model and have no monitor: they were never set up. `inspect.signature` gives that of the forward.
     """
 
@@ -38,6 +38,11 @@ class Watched:
         if self.inner is not None:
             return inspect.signature(self.inner)
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> Any:
+        """What torch.export asks for: it only names the place by it."""
+        return (type(self.module).forward if self.inner is None else self.inner).__code__
 
     @property
     def __globals__(self) -> dict[str, Any]:
