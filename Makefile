@@ -44,6 +44,7 @@ bench: setup
 	@$(BIN)/python bench/reductions.py
 	@$(BIN)/python bench/train_step.py
 	@$(BIN)/python bench/losses.py
+	@$(BIN)/python bench/monitoring.py
 	@$(BIN)/python bench/scopes.py
 	@$(BIN)/python bench/lowered.py
 

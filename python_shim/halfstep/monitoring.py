@@ -42,13 +42,14 @@ class Monitor:
 
     samples: at most 4096, the latest. note: "" or why no float32 run is sampled (any more).
     stability_threshold: the share of a gradient lost below float16's range above which a step counts as an underflow.
-    clock: seconds that only go up.
+    budget: how many times its cost must have passed before the next sample. clock: seconds that only go up.
     """
 
     def __init__(self, scaler: Any, note: str = "", *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.samples: collections.deque[Sample] = collections.deque(maxlen=_KEPT)
         self.note = note
         self.stability_threshold = _THRESHOLD
+        self.budget = _BUDGET
         self.gradients: Underflow | None = None  # where gradients are float16
         self._scaler = scaler
         self._clock = clock
@@ -88,7 +89,7 @@ class Monitor:
         finally:
             self._sampling = False
             end = self._clock()
-            self._due = end + _BUDGET * (end - start)
+            self._due = end + self.budget * (end - start)
 
     def underflow(self) -> list[tuple[int, float]]:
         """Return (step, largest share that one of its gradients lost) of the steps that were looked at (waits)."""

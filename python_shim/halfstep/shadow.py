@@ -104,6 +104,8 @@ def hindrance(device: torch.device) -> str:
         return "captured steps (manager.capture) are not sampled"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph was being captured"
+    if device.type == "cuda" and torch.cuda.get_sync_debug_mode():
+        return "torch.cuda's sync debug mode would have seen the sample's waits"
     if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "it was traced or under torch.func"
     modes = torch.overrides._get_current_function_mode_stack()

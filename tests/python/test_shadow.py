@@ -415,6 +415,35 @@ def test_calls_that_others_look_at_are_not_sampled(around, reason: str) -> None:
     assert len(monitor.samples) == 1
 
 
+@pytest.mark.cuda
+def test_who_looks_for_waits_finds_none_of_a_sample() -> None:
+    device = torch.device("cuda")
+    manager, model, _, _ = set_up(nn.Linear(4, 4), device)
+    x = torch.randn(2, 4, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with manager.autocast_context():
+            model(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert manager._manager.monitor.note == ""
+    assert "waits" in manager.get_statistics().notes["speedup_factor"]
+
+
+@pytest.mark.cuda
+def test_a_step_in_a_graph_of_ones_own_is_not_sampled() -> None:
+    device = torch.device("cuda")
+    manager, model, _, _ = set_up(nn.Linear(4, 4), device)
+    x = torch.randn(2, 4, device=device)
+    with manager.autocast_context():
+        model(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), manager.autocast_context():
+        model(x)
+    assert manager._manager.monitor.note == ""
+    assert len(manager._manager.monitor.samples) == 1
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_neither_are_transformed_traced_and_gradless_calls() -> None:
     manager, model, _, _ = set_up(nn.Linear(4, 4), torch.device("cpu"))
