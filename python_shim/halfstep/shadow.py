@@ -11,24 +11,21 @@ import dataclasses
 import math
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep._library import load_library
 from halfstep.arguments import UnsupportedArgument, flatten, rebuild
-from halfstep.calls import Example, copy_of, is_compiled, without_compiler
+from halfstep.calls import Example, is_compiled, without_compiler
 from halfstep.optimizer import current
+from halfstep.shadow_copies import CannotSample, sampled_copy, shared_functions, traceless_copy
 
 load_library()
 _ops = torch.ops.halfstep
-
-_COLLECTIVE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +50,6 @@ class Sample:
     operations: dict[str, int]
     casts: int
     cast_bytes: int
-
-
-class CannotSample(RuntimeError):
-    """Why this model is not sampled."""
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -124,7 +117,7 @@ def take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ste
     first: look too for what a copy cannot keep apart from the model. Raises CannotSample, or whatever the model raises.
     """
     start = time.perf_counter()
-    reason = obstacle(model) or _shared_functions(model)
+    reason = obstacle(model) or shared_functions(model)
     if reason:
         raise CannotSample(reason)
     try:
@@ -137,11 +130,11 @@ def take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ste
         # New parameters for each run in half: the loop's autocast has cached casts of the others, and clearing its
         # cache would change what the loop computes.
         if first:
-            with _traceless(model) as twin:
+            with traceless_copy(model) as twin:
                 counted = call.run(twin, autocast=True, count=True)
         else:
-            counted = call.run(copies.enter_context(_copy(model)), autocast=True, count=True)
-        twin = copies.enter_context(_copy(model))
+            counted = call.run(copies.enter_context(sampled_copy(model)), autocast=True, count=True)
+        twin = copies.enter_context(sampled_copy(model))
         mixed_ms = call.run(twin, autocast=True).ms
         fp32_bytes = call.run(twin, autocast=False, measure=True).bytes
         fp32_ms = call.run(twin, autocast=False).ms
@@ -331,68 +324,3 @@ def _counter() -> Any:
     except RuntimeError:
         return None
     return counter if counter.start() else None
-
-
-# ------------------------------------------------------------------------------------------------------------- copies
-
-
-@contextlib.contextmanager
-def _copy(model: nn.Module, *, shared: bool = True) -> Iterator[nn.Module]:
-    """Give a copy without hooks. Its memory is free afterwards: what stands in `forward` makes cycles."""
-    twin = copy_of(model, hooks=False, shared=shared)
-    own = list(twin.buffers()) + ([] if shared else list(twin.parameters()))
-    try:
-        yield twin
-    finally:
-        for module in twin.modules():
-            vars(module).pop("forward", None)
-        for tensor in own:
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-
-
-def _shared_functions(model: nn.Module) -> str:
-    """Return "" or which `forward` a copy would share with the model."""
-    for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        while forward is not None:
-            if isinstance(forward, types.FunctionType):
-                return f"the forward of {name or 'the model'} was replaced by a function, which a copy would share"
-            forward = getattr(forward, "inner", None)
-    return ""
-
-
-class _Collectives(TorchDispatchMode):
-    """Notes whether ranks talk to each other."""
-
-    found = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in _COLLECTIVE:
-            self.found = str(func)
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _traceless(model: nn.Module) -> Iterator[nn.Module]:
-    """Give a copy with parameters of its own, and raise CannotSample if a run of it shows what would leave traces.
-
-    Ranks that train together reach their first sample together, so collectives are found before they would hang.
-    """
-    held = [*model.parameters(), *model.buffers()]
-    versions = [tensor._version for tensor in held if not tensor.is_inference()]
-    buffers = [buffer.detach().clone() for buffer in model.buffers()]
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    watching = _Collectives() if distributed and torch.distributed.get_world_size() > 1 else None
-    with _copy(model, shared=False) as twin:
-        with watching or contextlib.nullcontext():
-            yield twin
-        if versions != [tensor._version for tensor in held if not tensor.is_inference()]:
-            with torch.no_grad():
-                for buffer, kept in zip(model.buffers(), buffers, strict=True):
-                    buffer.copy_(kept)
-            raise CannotSample("a copy of the model writes to the model: a function that it keeps refers to it")
-        for (name, parameter), copied in zip(model.named_parameters(), twin.parameters(), strict=True):
-            if not torch.equal(parameter, copied):
-                raise CannotSample(f"forward writes to the parameter {name}, or it holds NaN")
-    if watching is not None and watching.found:
-        raise CannotSample(f"the model's ranks talk to each other ({watching.found}), and a sample would do so too")

@@ -243,6 +243,7 @@ def test_bytes_on_a_gpu_are_the_allocators() -> None:
         del out
         return after - before
 
+    kept(False), kept(True)  # cuBLAS takes its workspace in the first
     expected = kept(False), kept(True)
     sample, _ = sampled(model, x, device=device)
     assert (sample.fp32_bytes, sample.mixed_bytes) == expected
@@ -308,6 +309,15 @@ class Refers(Broken):
         return self.act(super().forward(x))
 
 
+class RefersAndRaises(Refers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        Single.seen += 1
+        if Single.seen == 1:
+            raise RuntimeError("after it has written")
+        return out
+
+
 class Tells(Broken):
     def forward(self, x: torch.Tensor) -> object:
         return {1, super().forward(x)}
@@ -332,6 +342,7 @@ def replaced() -> nn.Module:
         (Single, "a sample raised RuntimeError: out of something$"),
         (Clamps, "forward writes to the parameter layer.weight"),
         (Refers, "a copy of the model writes to the model"),
+        (RefersAndRaises, "a sample raised RuntimeError: after it has written"),
         (Tells, "the model's result cannot be looked into: it has a set"),
         (Frozen, "returns nothing from which a backward pass starts"),
         (replaced, "the forward of 0 was replaced by a function"),
