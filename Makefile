@@ -45,6 +45,7 @@ bench: setup
 	@$(BIN)/python bench/train_step.py
 	@$(BIN)/python bench/losses.py
 	@$(BIN)/python bench/adaptive.py
+	@$(BIN)/python bench/monitoring.py
 	@$(BIN)/python bench/scopes.py
 	@$(BIN)/python bench/lowered.py
 

@@ -6,6 +6,7 @@
 Columns: "amp" and "ours" run the model as written, "... compiled" under torch.compile; "captured" is manager.capture
 around the same step. Each has a new model from the same seed, and one batch that it learns by heart. Peak memory is
 that of the variant's whole life, from building the model. Losses are those of the first step and of a fixed later one.
+Nothing is monitored; bench/monitoring.py times that.
 A CPU has no capture, and runs the MLP in bfloat16 so that the script can be tried. ResNet-50 needs torchvision,
 gpt2-transformers needs transformers.
 """
@@ -53,7 +54,7 @@ def our_step(problem: Problem, model: torch.nn.Module, dtype: torch.dtype, captu
     """Return the same with halfstep."""
     policy = f"mixed_{str(dtype).removeprefix('torch.')}"
     config = MixedPrecisionConfig(policy, gradient_clipping_threshold=1.0)
-    manager = MixedPrecisionManager(framework="pytorch", config=config)
+    manager = MixedPrecisionManager(framework="pytorch", config=config, enable_monitoring=False)
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=problem.lr, fused=True)
     _, optimizer, scaler = manager.setup_pytorch_training(problem.model, optimizer)
 

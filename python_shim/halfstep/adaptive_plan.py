@@ -19,6 +19,7 @@ from halfstep.policy import (
     with_inherited,
 )
 from halfstep.scopes import LayerScope, apply_plan, cast, planned_dtypes, remove_plan
+from halfstep.watched import Around, beside_watched, take_out
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -52,8 +53,8 @@ def base_plan(model: nn.Module, half: torch.dtype, policy: Any) -> PrecisionPlan
         precision, reason = name, "adaptive"
         if given is not None and path in given:
             precision, reason = given[path].precision, given[path].reason
-        elif given is None and isinstance(module.__dict__.get("forward"), LayerScope):
-            precision, reason = _NAMES[module.forward.dtype], "as planned before"
+        elif given is None and isinstance(scope := beside_watched(module), LayerScope):
+            precision, reason = _NAMES[scope.dtype], "as planned before"
         if precision not in ("float32", name):
             raise ValueError(f"layer {path!r} is planned as {precision}, expected float32 or {name}, which adapts")
         layers.append(PlannedLayer(path, class_of(module), precision, reason))
@@ -67,34 +68,26 @@ def watched_layers(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, int
     return {modules[name]: numbers[name] for name, _, same in layers_of(model) if not same and name in numbers}
 
 
-class AdaptiveForward:
+class AdaptiveForward(Around):
     """The `forward` of an adaptive training's model: autocast while a context is open, float32 results.
 
     Copies and pickles of it are without their training, and do nothing.
     """
 
+    remedy = "release(model) of its AdaptivePrecisionManager"
+
     def __init__(self, module: nn.Module, training: Any) -> None:
-        self.module = module
-        self.inner = module.__dict__.get("forward")
+        super().__init__(module, module.__dict__.get("forward"))
         self.training = training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns, in float32 while a context is open."""
-        forward = self.inner if self.inner is not None else type(self.module).forward.__get__(self.module)
         if self.training is None or torch.compiler.is_compiling() or not self.training.is_open:
-            return forward(*args, **kwargs)
-        return self.training.run(forward, args, kwargs)
+            return self.forward(*args, **kwargs)
+        return self.training.run(self.forward, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "training": None}
-
-    @property
-    def __globals__(self) -> dict[str, Any]:
-        """What torch.jit.script asks a forward for first. It compiles source code, and this is an object."""
-        raise AttributeError(
-            "torch.jit.script cannot compile a model that an AdaptivePrecisionManager trains: call "
-            "manager.release(model) first"
-        )
 
 
 class Installed:
@@ -123,16 +116,9 @@ class Installed:
             _ = model.forward  # its class has none; this puts the compiled method where others have theirs
         model.forward = AdaptiveForward(model, self._training)
 
-    def _take(self, model: nn.Module) -> None:
-        own = model.__dict__.get("forward")
-        if isinstance(own, AdaptiveForward):
-            del model.forward
-            if own.inner is not None:
-                model.forward = own.inner
-
     def _replace(self, model: nn.Module, plan: PrecisionPlan) -> None:
         """Put scopes in anew: the one of the model itself must be inside of its autocast."""
-        self._take(model)
+        take_out(model, AdaptiveForward)
         apply_plan(model, with_inherited(plan, model), self._half)
         self._put(model)
 
@@ -144,7 +130,7 @@ class Installed:
 
     def remove(self, model: nn.Module) -> None:
         """Give the model the forward methods that it had."""
-        self._take(model)
+        take_out(model, AdaptiveForward)
         if self._planned_before and self._precisions == self._of(self._base):
             return
         remove_plan(model)

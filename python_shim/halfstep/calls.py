@@ -5,6 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +18,13 @@ from halfstep.arguments import UnsupportedArgument, flatten
 from halfstep.policy import PrecisionPlan, named_modules
 from halfstep.scopes import apply_plan
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FILE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -51,19 +61,35 @@ class Example:
 
     def call(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         """Call `model` under an autocast to `dtype`, without its compiler; None for no autocast."""
-        eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
-            eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with without_compiler(model), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             model(*self.args, **self.kwargs)
         torch.clear_autocast_cache()  # has casts of the copy's weights, where this happens in another region
 
     @contextlib.contextmanager
     def random_numbers_kept(self) -> Iterator[None]:
-        """Restore the states of the generators that the call may use."""
+        """Restore the states of the generators that the call may use: torch's, Python's, and NumPy's if it is here."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            yield
+        numpy = sys.modules.get("numpy")
+        python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether torch.compile stands around this module, or acts when it is called."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def without_compiler(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which `model` runs as it is written."""
+    if any(map(is_compiled, model.modules())):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -85,17 +111,23 @@ def dtype_of(precision: str | None) -> torch.dtype | None:
     return None if precision is None else _HALF[precision]
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def copy_of(model: nn.Module, *, hooks: bool = True, shared: bool = True) -> nn.Module:
     """Return a copy that shares the memory of the parameters and nothing else: no gradients, no hooks of tensors.
 
+    hooks: False leaves the hooks of modules out, but for those by which torch.nn.utils computes weights.
+    shared: False gives the parameters memory of their own too.
     Raises TypeError for a model that cannot be copied, and says why.
     """
     memo: dict[int, Any] = {}
     parameters = list(model.parameters())  # alive meanwhile: TorchScript makes the objects, whose ids stand in memo
     for parameter in parameters:
         if not isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            values = parameter.detach()
+            memo[id(parameter)] = nn.Parameter(values if shared else values.clone(), parameter.requires_grad)
     for module in model.modules():
+        if not hooks:  # in memo: copying one that is a method would copy all that its object holds
+            for kept in map(functools.partial(getattr, module), HOOKS + _FILE_HOOKS):
+                memo[id(kept)] = type(kept)({key: hook for key, hook in kept.items() if _computes_weights(hook)})
         for value in vars(module).values():  # results that a module keeps cannot be copied by deepcopy
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()
@@ -103,6 +135,11 @@ def copy_of(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(f"the example runs on a copy of the model, which cannot be copied: {error}") from error
+
+
+def _computes_weights(hook: Any) -> bool:
+    """Return whether the hook is of weight_norm, spectral_norm or prune."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 class Recorder:

@@ -7,6 +7,7 @@ library) and in the additions that the class names.
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import warnings
 from collections import defaultdict
@@ -158,6 +159,8 @@ class GradScaler(ScalerState):
                     table = torch.empty((len(grads), len(GRADIENT_STATISTICS)), dtype=torch.float32, device=device)
                     statistics.append((names[device], table))
                 local_scale = moved(scale, device)
+                if self._underflow is not None and device not in meshes:
+                    self._underflow.look(device, len(grads), functools.partial(_ops.check_gradients_, grads))
                 if unscale:
                     _ops.unscale_(grads, local_scale, flag, norm, table, scale_is_inverse=True)
                 else:
@@ -294,6 +297,9 @@ class GradScaler(ScalerState):
             fused.collect(optimizer, allow_float16=True)  # half ones were replaced
         state = self._per_optimizer_states[id(optimizer)]
         if ready:
+            if self._underflow is not None:
+                for part in fused.parts:
+                    self._underflow.look(part.device, part.fused.count(), part.fused.check)
             norms = self._check_collected(fused, state, scale)
         elif max_norm is not None:
             one = torch.ones((), dtype=torch.float32, device=scale.device)
@@ -393,6 +399,8 @@ class GradScaler(ScalerState):
         )
         if asks:
             self._request.grant(wanted, scale, self._counters, self._history, self._rule())
+        if self._underflow is not None:
+            self._underflow.updated(self._counters)
         recorder = getattr(current, "recorder", None)
         if recorder is not None:
             recorder.updated[self] = None

@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from halfstep.half_tensor import ERRORS, NOT_IN_HALF, OF_NORM, WRITTEN, HalfOf, HalfTensor, attempted
 from halfstep.reductions import float32_stream_kept
 from halfstep.scopes import LayerScope
+from halfstep.watched import beside_watched
 
 RESIDUALS = ("half", "float32")
 OUT_OF_RANGE = "float16 does not hold its values"
@@ -42,7 +43,9 @@ Place = tuple[nn.Module, str, nn.Parameter]
 def _is_product(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Return whether the module, as its class says, only multiplies by the parameter or adds it, in half."""
     kind = type(module)
-    if "forward" in module.__dict__ or any(parameter is getattr(module, name, None) for name in ("bias_k", "bias_v")):
+    if beside_watched(module) is not None or any(
+        parameter is getattr(module, name, None) for name in ("bias_k", "bias_v")
+    ):
         return False  # attention repeats these two before they are cast, and so sums their gradients in float32
     return kind in _PRODUCTS or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
@@ -58,7 +61,7 @@ def _fits_float16(parameter: nn.Parameter) -> bool:
 
 def _scopes_of(model: nn.Module) -> dict[nn.Module, torch.dtype]:
     """Return the layers that a plan runs in a precision of their own."""
-    forwards = {module: module.__dict__.get("forward") for module in model.modules()}
+    forwards = {module: beside_watched(module) for module in model.modules()}
     return {module: forward.dtype for module, forward in forwards.items() if isinstance(forward, LayerScope)}
 
 
@@ -72,7 +75,7 @@ def _obstacle(
         return f"it is {parameter.dtype} on {parameter.device}"
     if isinstance(module, _NORMS):
         return OF_NORM
-    scope = module.__dict__.get("forward")
+    scope = beside_watched(module)
     if isinstance(scope, LayerScope) and scope.dtype is not dtype:
         return f"the plan runs its layer in {str(scope.dtype).removeprefix('torch.')}"
     if isinstance(module, nn.RNNBase):

@@ -26,7 +26,9 @@ class MixedPrecisionManager:
     precision_policy: "mixed_float16", "mixed_bfloat16" or "float32".
     enable_loss_scaling: scale the loss (mixed_float16).
     initial_loss_scale: first scale, > 0.
-    enable_monitoring: collect statistics.
+    enable_monitoring: collect statistics. Under a mixed policy this runs the model in float32 too, on a copy, in the
+        second training call and then so rarely that it takes at most 1 % of the time (docs/statistics.md). On a GPU
+        such a run raises the peak of the memory.
     config: a MixedPrecisionConfig instead of precision_policy and initial_loss_scale. With one, gradients are clipped
         to its gradient_clipping_threshold in scaler.step(); without one
         nothing is, unless update_config() sets the threshold.
@@ -92,7 +94,8 @@ class MixedPrecisionManager:
         asked once per layer, here; precision_plan(model) says what came out.
         Under a mixed policy the model's LayerNorm, RMSNorm and GroupNorm modules get another `forward`
         (MixedPrecisionConfig.half_reductions), and so do the layers that a custom policy runs in another precision than
-        autocast; parameters, buffers, state_dict and classes stay as they are.
+        autocast; parameters, buffers, state_dict and classes stay as they are. With enable_monitoring the model itself
+        has one too, which hears of its calls.
         """
         return model, optimizer, self._manager.setup(model, optimizer, use_custom_policy)
 

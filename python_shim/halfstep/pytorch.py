@@ -23,24 +23,20 @@ from halfstep.config import (
 )
 from halfstep.grad_scaler import GradScaler
 from halfstep.half_weights import RESIDUALS, HalfWeights
+from halfstep.monitoring import SAMPLED_FIELDS, Monitor
 from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
 from halfstep.reductions import remove_half_norms, use_half_norms
 from halfstep.scopes import apply_plan, planned_dtypes, remove_plan
+from halfstep.shadow import obstacle, unwrapped
 from halfstep.statistics import MixedPrecisionStatistics
 from halfstep.step_graph import StepGraph, Training
+from halfstep.underflow import Underflow
+from halfstep.watched import Watched, take_out, watch
 
 _HALF_TYPES = {"mixed_float16": torch.float16, "mixed_bfloat16": torch.bfloat16}
 
-_NOT_SAMPLED = "no fp32 run is sampled beside training in this version"
-_NOT_COUNTED = "operations are not counted by dtype in this version"
-_NOTES = {
-    **dict.fromkeys(("speedup_factor", "average_speedup", "peak_speedup"), _NOT_SAMPLED),
-    **dict.fromkeys(("memory_saved_bytes", "memory_reduction", "accuracy_preservation"), _NOT_SAMPLED),
-    **dict.fromkeys(
-        ("total_operations", "fp16_operations", "bf16_operations", "fp32_operations", "mixed_operations"), _NOT_COUNTED
-    ),
-    "underflow_events": "gradients below the half range are not counted per step in this version",
-}
+_SCALER_FIELDS = ("overflow_events", "scale_adjustments", "steps", "skipped_steps", "loss_scale", "host_syncs")
+_MEASURED_FIELDS = (*SAMPLED_FIELDS, "underflow_events")
 
 
 class PyTorchManager:
@@ -59,7 +55,8 @@ class PyTorchManager:
         self.config = config
         self._custom_policy = custom_policy
         self._loss_scaling = enable_loss_scaling
-        self._monitor = monitor
+        self._monitoring = monitor
+        self.monitor: Monitor | None = None  # of the latest setup
         self._clip = clip
         self._device_type: str | None = None  # the model's, once there is one
         self._scaler: GradScaler | None = None
@@ -107,6 +104,8 @@ class PyTorchManager:
         self._scaler, self._scaler_kind = scaler, kind
         self._models.add(model)
         self._apply_policy(model, plan)
+        if self._monitoring:
+            self._start_monitoring(model, scaler)
         others = [training for training in self._trainings if training[1]() not in (None, optimizer)]
         self._trainings = [*others, (weakref.ref(model), weakref.ref(optimizer), scaler)]
         if scaler_device == "cpu" and self.config.precision_policy == "mixed_float16":
@@ -133,19 +132,43 @@ class PyTorchManager:
         """Let the model's layers run as the configuration and its plan say, whatever was set up before."""
         config = self.config
         half = _HALF_TYPES.get(config.precision_policy) if config.enable_autocast else None
-        if plan is not None or self._plans.pop(model, None) is not None:
-            remove_plan(model)  # one that the user has applied stays
-        use_half_norms(model, config.half_reductions if half is not None else ())
-        if plan is not None:
-            self._plans[model] = plan
-            if half is not None:
-                apply_plan(model, plan, half)
+        place = unwrapped(model)[0]
+        watched = take_out(place, Watched)
+        try:
+            if plan is not None or self._plans.pop(model, None) is not None:
+                remove_plan(model)  # one that the user has applied stays
+            use_half_norms(model, config.half_reductions if half is not None else ())
+            if plan is not None:
+                self._plans[model] = plan
+                if half is not None:
+                    apply_plan(model, plan, half)
+        finally:
+            if watched is not None:  # the same object: compiled code and captured steps know it
+                watch(place, watched)
+
+    def _start_monitoring(self, model: torch.nn.Module, scaler: GradScaler) -> None:
+        """Sample the training of this model from now on, and that of no other."""
+        if self.monitor is not None:  # its Watched stays where it is: a forward that is replaced is captured anew
+            self.monitor.note = "another model was set up"
+        mixed = self.config.precision_policy != "float32"
+        place, inside = unwrapped(model)
+        self.monitor = Monitor(scaler, obstacle(inside) if mixed else "the policy is float32: both runs would be one")
+        if self._scaler_kind == "scale" or (self.config.precision_policy == "mixed_float16" and scaler.is_enabled()):
+            self.monitor.gradients = scaler._underflow = Underflow()
+        watched = place.__dict__.get("forward")
+        if not isinstance(watched, Watched) or watched.module is not place:
+            watched = None if self.monitor.note else watch(place)
+        if watched is not None:
+            watched.monitor = self.monitor
 
     def remove_policy(self, model: torch.nn.Module) -> None:
         """Take out of the model what setup() has put in."""
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         self._models.discard(model)
+        watched = take_out(unwrapped(model)[0], Watched)
+        if watched is not None and watched.monitor is not None:
+            watched.monitor.note = "remove_policy() has ended it"
         if self._plans.pop(model, None) is not None:
             remove_plan(model)
         remove_half_norms(model)
@@ -305,14 +328,15 @@ class PyTorchManager:
         """Return what was measured so far (waits for the device)."""
         result = MixedPrecisionStatistics(self.framework, self.config.precision_policy)
         scaler = self._scaler
-        unknown = dict(_NOTES)
-        scaler_fields = ("overflow_events", "scale_adjustments", "steps", "skipped_steps", "loss_scale", "host_syncs")
-        if not self._monitor:
-            unknown.update(dict.fromkeys((*unknown, *scaler_fields), "monitoring is off (enable_monitoring=False)"))
+        unknown: dict[str, str] = {}
+        if not self._monitoring:
+            reason = "monitoring is off (enable_monitoring=False)"
+            unknown.update(dict.fromkeys((*_MEASURED_FIELDS, *_SCALER_FIELDS), reason))
         elif scaler is None:
-            unknown.update(dict.fromkeys(scaler_fields, "setup_pytorch_training has not been called"))
+            reason = "setup_pytorch_training has not been called"
+            unknown.update(dict.fromkeys((*_MEASURED_FIELDS, *_SCALER_FIELDS), reason))
         elif not scaler.is_enabled():
-            unknown.update(dict.fromkeys(scaler_fields, "the policy checks no gradients, so no steps were counted"))
+            unknown.update(dict.fromkeys(_SCALER_FIELDS, "the policy checks no gradients, so no steps were counted"))
         else:
             counters = scaler.counters()
             result.steps = counters["steps"]
@@ -320,6 +344,8 @@ class PyTorchManager:
             result.scale_adjustments = counters["growths"] + counters["backoffs"]
             result.loss_scale = scaler.get_scale()
             result.host_syncs = scaler.host_syncs
+        if self.monitor is not None:
+            unknown.update(self.monitor.fill(result))
         result.notes = unknown
         return result
 

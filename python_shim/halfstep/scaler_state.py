@@ -110,6 +110,7 @@ class ScalerState(torch.amp.GradScaler):
         self._reporter = Reporter()
         self._request = ScaleRequest(scale_from_norm, max_scale) if scale_from_norm and enabled else None
         self._max_norm: float | None = None  # set by a manager that was given a config
+        self._underflow: Any = None  # set by a manager that monitors
         self._init_growth_tracker = -growth_delay
         self._init_hysteresis_left = hysteresis
         self._init_counters = [0] * len(COUNTERS)
@@ -327,6 +328,7 @@ class ScalerState(torch.amp.GradScaler):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
+        state["_underflow"] = None
         if self._enabled:
             state["_init_counters"] = list(self.counters().values())
             if self._hysteresis_left is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halfstep.policy import PrecisionPlan, class_of, named_modules, parent_of
+from halfstep.watched import beside_watched, take_out
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
@@ -166,11 +167,7 @@ def planned_dtypes(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, tor
 def remove_plan(model: nn.Module) -> None:
     """Undo apply_plan(): no trace of it stays in `model`."""
     for module in model.modules():
-        scope = module.__dict__.get("forward")
-        if isinstance(scope, LayerScope):
-            del module.forward
-            if scope.inner is not None:
-                module.forward = scope.inner
+        take_out(module, LayerScope)
         for kind, attribute in _FAST_PATHS:
             if isinstance(module, kind) and _FAST_PATH_BEFORE in module.__dict__:
                 setattr(module, attribute, module.__dict__.pop(_FAST_PATH_BEFORE))
@@ -202,7 +199,7 @@ def _leave_fast_paths(model: nn.Module) -> None:
         for kind, attribute in _FAST_PATHS:
             if not isinstance(module, kind) or not getattr(module, attribute, False):
                 continue
-            if any(isinstance(inner.__dict__.get("forward"), LayerScope) for inner in module.modules()):
+            if any(isinstance(beside_watched(inner), LayerScope) for inner in module.modules()):
                 module.__dict__[_FAST_PATH_BEFORE] = getattr(module, attribute)
                 setattr(module, attribute, False)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from halfstep.arguments import UnsupportedArgument, flatten, rebuild
-from halfstep.calls import Example, Recorder, copy_of, dtype_of, half_of, tensors_in
+from halfstep.calls import HOOKS, Example, Recorder, copy_of, dtype_of, half_of, tensors_in
 from halfstep.config import check_bool, check_number
 from halfstep.policy import PlannedLayer, PrecisionPlan, named_modules, with_inherited
 from halfstep.reductions import HalfNorm
@@ -24,7 +24,6 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 7, 25
 _BUDGET = 0.5  # seconds for a layer, once it has had its least rounds
 _SAMPLE = 5e-4  # seconds that one sample should take at least
 _MOST_RUNS = 50  # in one sample
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclasses.dataclass
@@ -149,7 +148,7 @@ class _Recorded:
             if scope is not None:
                 module.forward = scope
         for module in self._model.modules():
-            for hooks in _HOOKS:
+            for hooks in HOOKS:
                 getattr(module, hooks).clear()
 
     def entries(self) -> dict[str, _Entry]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from halfstep import MixedPrecisionConfig, MixedPrecisionManager
+from halfstep import MixedPrecisionConfig, MixedPrecisionManager, shadow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,15 @@ def test_cmake_has_the_only_source_lists() -> None:
     assert "GLOB" not in text
 
 
+# torch's optimizers, clipping, layers and backward passes do their own arithmetic.
+OF_TORCH = (
+    "torch/optim/optimizer.py",
+    "torch/nn/utils/clip_grad.py",
+    "torch/nn/modules/module.py",
+    "torch/autograd/__init__.py",
+)
+
+
 class CallerOfEachOp(TorchDispatchMode):
     """Records which aten ops the package's own lines call, and which torch.amp's do on its behalf."""
 
@@ -73,6 +82,8 @@ class CallerOfEachOp(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame is not None:
             name = frame.f_code.co_filename
+            if name.endswith("halfstep/watched.py"):
+                break  # it only hands on to the model's own forward
             if name.startswith(str(SHIM)):
                 self.calls["shim"].add(str(func))
                 break
@@ -81,8 +92,8 @@ class CallerOfEachOp(TorchDispatchMode):
                 break
             if "/torch/" not in name:
                 break
-            if name.endswith(("torch/optim/optimizer.py", "torch/nn/utils/clip_grad.py", "torch/nn/modules/module.py")):
-                break  # torch's optimizers, clipping and layers do their own arithmetic
+            if name.endswith(OF_TORCH):
+                break
             frame = frame.f_back
         return func(*args, **(kwargs or {}))
 
@@ -104,6 +115,14 @@ ALLOWED_IN_THE_SHIM = {
     "aten._local_scalar_dense.default",
     "aten.select.int",
     "aten.unbind.int",
+}
+# A sample compares two results and looks whether a copy has changed, and the gradient that its backward passes start
+# with is 1; no number of the training depends on these.
+ALLOWED_IN_A_SAMPLE = {
+    "aten.clone.default",
+    "aten.equal.default",
+    "aten.ones_like.default",
+    "aten.sub.Tensor",
 }
 # What torch.amp.GradScaler's own code computes when the subclass calls it: loss * scale, 1 / scale in float64, and
 # 0 + found for a fused optimizer.
@@ -145,3 +164,15 @@ def test_the_package_does_no_tensor_arithmetic(optimizer_name: str) -> None:
     assert own - ALLOWED_IN_THE_SHIM == set()
     assert recorded.calls["torch.amp"] - INHERITED_FROM_TORCH == set()
     assert any(name.startswith("halfstep.unscale_") for name in recorded.calls["shim"])
+
+
+def test_a_sample_does_no_other_arithmetic() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), CallerOfEachOp() as recorded:
+        for first in (True, False):
+            assert shadow.take(model, (x,), {}, step=0, first=first).difference > 0
+    own = {name for name in recorded.calls["shim"] if not name.startswith("halfstep.")}
+    assert own - ALLOWED_IN_THE_SHIM - ALLOWED_IN_A_SAMPLE == set()
+    assert "aten.sub.Tensor" in own
+    assert any(name.startswith("halfstep.check_gradients_") for name in recorded.calls["shim"])

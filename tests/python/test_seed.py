@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import re
 import warnings
@@ -39,12 +38,18 @@ def test_pytorch_mixed_precision_training() -> None:
     losses = [float(text) for text in re.findall(r"Average Loss: ([0-9.]+)", printed)]
     assert len(losses) == 5
     assert losses[-1] < losses[0], "it learns the random labels a little"
-    assert printed.count("Memory saved: nan MB, Speedup: nanx") == 5
-    assert "  Total operations: nan\n" in printed
+    assert len(re.findall(r"^Memory saved: -?[0-9.]+ MB, Speedup: [0-9.]+x$", printed, re.MULTILINE)) == 5
+    assert re.search(r"^  Memory reduction: -?[0-9.]+%$", printed, re.MULTILINE)
+    assert re.search(r"^  Average speedup: [0-9.]+x$", printed, re.MULTILINE)
+    assert re.search(r"^  Accuracy preservation: (0\.9[0-9]+|1\.000)$", printed, re.MULTILINE)
     stats = namespace["final_stats"]
     assert stats["steps"] == 5 * len(namespace["dataloader"])
-    assert math.isnan(stats["accuracy_preservation"])
-    assert stats["notes"]["accuracy_preservation"]
+    assert stats["underflow_events"] >= 0
+    counted = "total_operations" not in stats["notes"]
+    assert counted or "not counted by dtype in this build" in stats["notes"]["total_operations"]
+    assert re.search(
+        r"^  FP16 operations: [1-9][0-9]*$" if counted else "^  FP16 operations: nan$", printed, re.MULTILINE
+    )
 
 
 class Robust:
