@@ -14,6 +14,7 @@ from halfstep._version import __version__
 
 if TYPE_CHECKING:
     from halfstep._library import build_info, load_library
+    from halfstep.analyzer import MixedPrecisionAnalyzer
     from halfstep.autocast import AutocastContext
     from halfstep.config import MixedPrecisionConfig
     from halfstep.errors import LibraryMismatchError, ScaleCollapsed
@@ -32,6 +33,7 @@ _HOME_OF = {
     "CustomPrecisionPolicy": "halfstep.policy",
     "GradScaler": "halfstep.grad_scaler",
     "LibraryMismatchError": "halfstep.errors",
+    "MixedPrecisionAnalyzer": "halfstep.analyzer",
     "MixedPrecisionConfig": "halfstep.config",
     "MixedPrecisionManager": "halfstep.manager",
     "MixedPrecisionStatistics": "halfstep.statistics",
@@ -53,6 +55,7 @@ __all__ = [
     "CustomPrecisionPolicy",
     "GradScaler",
     "LibraryMismatchError",
+    "MixedPrecisionAnalyzer",
     "MixedPrecisionConfig",
     "MixedPrecisionManager",
     "MixedPrecisionStatistics",

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from halfstep.reductions import remove_half_norms, use_half_norms
 from halfstep.scopes import apply_plan, planned_dtypes, remove_plan
 from halfstep.statistics import MixedPrecisionStatistics
 from halfstep.step_graph import StepGraph, Training
+
+if TYPE_CHECKING:
+    from halfstep.analysis_timeline import Timeline
 
 _HALF_TYPES = {"mixed_float16": torch.float16, "mixed_bfloat16": torch.bfloat16}
 
@@ -69,6 +72,7 @@ class PyTorchManager:
         # Of all setups; neither models nor optimizers are kept alive.
         self._trainings: list[tuple[weakref.ref[Any], weakref.ref[Any], GradScaler]] = []
         self._half: weakref.WeakSet[HalfWeights] = weakref.WeakSet()  # of the captured steps
+        self.timelines: list[Timeline] = []  # of the analyses that are running
 
     @property
     def device_type(self) -> str:
@@ -183,6 +187,9 @@ class PyTorchManager:
 
     def autocast_context(self) -> AutocastContext:
         """Return a new context manager for the forward pass."""
+        if self.timelines and not torch.compiler.is_compiling():
+            for timeline in self.timelines:
+                timeline.tick()
         half = _HALF_TYPES.get(self.config.precision_policy)
         enabled = half is not None and self.config.enable_autocast
         return AutocastContext(
@@ -239,6 +246,7 @@ class PyTorchManager:
             warmup=warmup,
             max_graphs=max_graphs,
             copy_outputs=copy_outputs,
+            timelines=self.timelines,
         )
         if example is not None:
             graph.expect(example)
