@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from halfstep.analysis_axes import (
+    FEW,
+    MOST_POINTS,
+    STYLE,
+    count,
+    legend,
+    line,
+    percent,
+    powers_of_two,
+    say,
+    steps_axis,
+    whole_numbers,
+)
 from halfstep.analysis_files import write_file
-from halfstep.analysis_summary import NO_SAMPLE, NO_STEP, SHARES, shares, speedups, with_memory
+from halfstep.analysis_summary import SHARES, shares, speedups, with_memory
 
 if TYPE_CHECKING:
     import os
@@ -27,25 +39,14 @@ _PRECISIONS = {
     "float32": "#E69F00",
     "float64": "#D55E00",
 }
-_MIXED, _FLOAT32, _SKIPPED, _SAVED, _NORM = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#555555"
-_STYLE = {
-    "font.size": 10.0,
-    "axes.titlesize": 10.0,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-    "figure.dpi": 100.0,
-    "savefig.dpi": 100.0,
-    "svg.hashsalt": "halfstep",
-}
-_FEW = 40  # points that are drawn one by one
-_MOST_POINTS = 1000  # of a line
+_MIXED, _FLOAT32, _SKIPPED, _SAVED, _NORM, _UNDERFLOW = (
+    "#0072B2",
+    "#E69F00",
+    "#D55E00",
+    "#009E73",
+    "#555555",
+    "#CC79A7",
+)
 
 
 def save(name: str, analysis: Analysis, path: str | os.PathLike[str]) -> None:
@@ -67,10 +68,11 @@ def render(name: str, analysis: Analysis, file: BinaryIO, kind: str) -> None:
     from matplotlib.figure import Figure
 
     title, draw, height = _PLOTS[name]
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(8, height), layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        draw(figure, analysis)
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+        title += draw(figure, analysis)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         metadata = {"Date": None} if kind in ("svg", "svgz") else None  # the same data give the same file
         figure.savefig(file, format=kind, metadata=metadata)
 
@@ -85,15 +87,14 @@ def _import_matplotlib() -> None:
 # ------------------------------------------------------------------------------------------------------- the plots
 
 
-def _precision_timeline(figure: Figure, analysis: Analysis) -> None:
+def _precision_timeline(figure: Figure, analysis: Analysis) -> str:
     axes = figure.subplots()
-    counted = [sample for sample in analysis.samples if sum(sample.operations.values())]
     axes.set_ylabel("share of operations (%)")
     axes.set_ylim(0, 100)
-    _steps(axes)
+    counted = [sample for sample in analysis.samples if sum(sample.operations.values())]
     if not counted:
-        _say(axes, _reason(analysis, "operations", NO_SAMPLE))
-        return
+        say(axes, _reason(analysis, "operations"))
+        return ""
     rows = dict(zip(SHARES.values(), zip(*map(shares, counted), strict=True), strict=True))
     steps = [sample.step for sample in counted]
     end = max(analysis.last_step, steps[-1] + 1)
@@ -103,133 +104,154 @@ def _precision_timeline(figure: Figure, analysis: Analysis) -> None:
             continue
         top = [low + 100 * share for low, share in zip(bottom, [*rows[dtype], rows[dtype][-1]], strict=True)]
         field = next(field for field, name in SHARES.items() if name == dtype)
-        label = f"{dtype}, {analysis.report[field]:.1%}"
+        label = f"{dtype} {percent(analysis.report[field])}"
         axes.fill_between([*steps, end], bottom, top, step="post", color=color, linewidth=0, label=label)
         bottom = top
-    if len(steps) <= _FEW:
-        axes.plot(steps, [0] * len(steps), "^", color="black", markersize=6, clip_on=False, zorder=5, label="sample")
-    axes.set_xlim(steps[0], end)
-    axes.set_title(f"{_count(len(steps), 'sampled step')}, each shown until the next; shares of all of them:")
-    _legend(axes, reverse=True)
+    if len(steps) <= FEW:
+        axes.plot(steps, [0] * len(steps), "^", color="black", markersize=6, clip_on=False, zorder=5)
+    steps_axis(axes, steps[0], end, margin=0)
+    legend(axes)
+    marks = " (triangles)" if len(steps) <= FEW else ""
+    return f": {count(len(steps), 'sampled step')}{marks}, each shown until the next"
 
 
-def _speedup_distribution(figure: Figure, analysis: Analysis) -> None:
+def _speedup_distribution(figure: Figure, analysis: Analysis) -> str:
     axes = figure.subplots()
-    found = sorted(speedups(analysis.samples))
     axes.set_xlabel("speed-up: float32 time / mixed time of the same step")
-    axes.set_ylabel("samples")
+    found = sorted(speedups(analysis.samples))
     if not found:
-        _say(axes, _reason(analysis, "average_speedup", NO_SAMPLE))
-        return
+        say(axes, _reason(analysis, "average_speedup"))
+        return ""
     median, peak = statistics.median(found), found[-1]
     low, high = min(found[0], 1.0), max(peak, 1.0)
     low, high = low - 0.05 * (high - low) - 0.02, high + 0.05 * (high - low) + 0.02
-    bins = max(10, min(60, round(2 * math.sqrt(len(found)))))
-    width = (high - low) / bins
-    counts = [0] * bins
-    for value in found:
-        counts[min(bins - 1, int((value - low) / width))] += 1
-    if len(found) <= _FEW:  # a dot for each sample, stacked where they are close
-        heights = [0] * bins
-        for value in found:
-            index = min(bins - 1, int((value - low) / width))
-            heights[index] += 1
-            axes.plot(value, heights[index], "o", color=_MIXED, markersize=8, alpha=0.8)
-    else:
-        axes.bar([low + width * (i + 0.5) for i in range(bins)], counts, 0.92 * width, color=_MIXED)
-    axes.set_ylim(0, max(counts) + max(1, 0.1 * max(counts)))
     axes.set_xlim(low, high)
-    _whole_numbers(axes.yaxis)
-    axes.axvline(1, color="#777777", linewidth=1.5, linestyle=":", label="1x: as fast as float32")
+    if len(found) <= FEW:  # a dot for each sample, in the lowest row that has room
+        rows: list[float] = []
+        for value in found:
+            row = next((i for i, last in enumerate(rows) if value - last > (high - low) / 60), len(rows))
+            rows[row : row + 1] = [value]
+            axes.plot(value, row + 1, "o", color=_MIXED, markersize=8)
+        axes.set_ylim(0, max(4, len(rows)) + 1)
+        axes.set_yticks([])
+        axes.set_ylabel("samples, a dot each")
+    else:
+        bins = min(60, round(2 * math.sqrt(len(found))))
+        tallest = max(axes.hist(found, bins=bins, range=(found[0], peak), color=_MIXED, rwidth=0.92)[0])
+        axes.set_ylim(0, 1.1 * tallest)
+        whole_numbers(axes.yaxis)
+        axes.set_ylabel("samples")
+    axes.axvline(1, color="#777777", linewidth=2, linestyle=":", label="1x: as fast as float32")
     axes.axvline(median, color="black", linewidth=1.5, label=f"median {median:.2f}x")
     axes.axvline(peak, color=_SKIPPED, linewidth=1.5, linestyle="--", label=f"peak {peak:.2f}x")
-    axes.set_title(_count(len(found), "sampled step"))
-    _legend(axes)
+    legend(axes)
+    return f": {count(len(found), 'sampled step')}"
 
 
-def _memory_usage(figure: Figure, analysis: Analysis) -> None:
+def _memory_usage(figure: Figure, analysis: Analysis) -> str:
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    found = with_memory(analysis.samples)
+    upper.set_ylabel("memory")
     lower.set_ylabel("saved (%)")
-    _steps(lower)
+    found = with_memory(analysis.samples)
     if not found:
-        upper.set_ylabel("memory")
-        _say(upper, _reason(analysis, "memory_saved_gb", NO_SAMPLE))
-        _say(lower, "")
-        return
+        say(upper, _reason(analysis, "memory_saved_gb"))
+        say(lower, "")
+        return ""
     steps = [sample.step for sample in found]
     most = max(max(sample.fp32_bytes, sample.mixed_bytes) for sample in found)
     unit, name = next((size, name) for size, name in _UNITS if most >= size)
     kind = "peak memory" if analysis.report["device"] == "cuda" else "saved for backward"
     upper.set_ylabel(f"{kind} ({name})")
-    for values, color, marker, label in (
-        ([sample.fp32_bytes for sample in found], _FLOAT32, "s", "float32 run"),
-        ([sample.mixed_bytes for sample in found], _MIXED, "o", "mixed run"),
-    ):
-        _line(upper, steps, [value / unit for value in values], color, label, marker)
+    line(upper, steps, [sample.fp32_bytes / unit for sample in found], _FLOAT32, "float32", "s")
+    line(upper, steps, [sample.mixed_bytes / unit for sample in found], _MIXED, "mixed", "o")
     saved = [100 * (1 - sample.mixed_bytes / sample.fp32_bytes) for sample in found]
-    _line(lower, steps, saved, _SAVED, f"saved, median {statistics.median(saved):.1f} %", "D")
+    line(lower, steps, saved, _SAVED, f"saved, median {percent(statistics.median(saved) / 100)}", "D")
     upper.set_ylim(0, 1.1 * most / unit)
     lower.set_ylim(min(0, 1.2 * min(saved)), max(5, 1.2 * max(saved)))
     lower.axhline(0, color="#777777", linewidth=1)
-    upper.set_title(f"forward and backward pass of {_count(len(found), 'sampled step')}")
-    _legend(upper)
-    _legend(lower)
+    steps_axis(lower, steps[0], steps[-1])
+    legend(upper)
+    legend(lower)
+    return f": forward and backward pass of {count(len(found), 'sampled step')}"
 
 
-def _numerical_stability(figure: Figure, analysis: Analysis) -> None:
-    scale, norm, underflow = figure.subplots(3, sharex=True, height_ratios=(2, 2, 1))
-    updates = analysis.updates
+def _numerical_stability(figure: Figure, analysis: Analysis) -> str:
+    scale, norm, lost = figure.subplots(3, sharex=True, height_ratios=(2, 2, 1))
     scale.set_ylabel("loss scale")
     norm.set_ylabel("gradient norm")
-    underflow.set_ylabel("underflow (%)")
-    _steps(underflow)
-    if not updates.steps:
-        _say(scale, _reason(analysis, "loss_scale_min", NO_STEP))
-        _say(norm, "")
+    lost.set_ylabel("underflow (%)")
+    steps = list(analysis.updates.steps)
+    if steps:
+        _draw_scale(scale, analysis)
+        _draw_norm(norm, analysis)
+        for first, last in analysis.gaps:
+            for axes in (scale, norm):
+                label = "not recorded" if (axes, first) == (scale, analysis.gaps[0][0]) else None
+                # Opaque and above the lines, which would bridge the gap.
+                axes.axvspan(first - 0.5, last + 0.5, color="#CCCCCC", linewidth=0, zorder=3, label=label)
+        legend(scale)
     else:
-        _draw_updates(scale, norm, analysis)
+        say(scale, _reason(analysis, "loss_scale_min"))
+        say(norm, "")
     if analysis.underflow:
-        steps, values = zip(*analysis.underflow, strict=True)
-        _line(underflow, steps, [100 * value for value in values], _FLOAT32, "largest share of a gradient", "o")
-        underflow.set_ylim(0, max(1.0, 120 * max(values)))
-        _legend(underflow)
+        sampled, values = zip(*analysis.underflow, strict=True)
+        label = "largest share of a gradient's elements below the half range"
+        line(lost, sampled, [100 * value for value in values], _UNDERFLOW, label, "o")
+        lost.set_ylim(0, max(1.0, 120 * max(values)))
+        legend(lost)
+        steps += sampled
     else:
-        _say(underflow, _reason(analysis, "underflow_events", "no gradients were sampled"))
+        say(lost, _reason(analysis, "underflow_events"))
+    if steps:
+        edges = [edge for gap in analysis.gaps for edge in gap]
+        steps_axis(lost, min(*edges, *steps[:1], min(steps)), max(*edges, *steps[-1:], max(steps)))
+    return f": {count(len(analysis.updates.steps), 'step')}" if steps else ""
 
 
-def _draw_updates(scale: Axes, norm: Axes, analysis: Analysis) -> None:
-    steps, scales, skipped, norms = analysis.updates
-    bad = [i for i, flag in enumerate(skipped) if flag]
+def _draw_scale(axes: Axes, analysis: Analysis) -> None:
+    steps, scales, skipped, _ = analysis.updates
     ends = [i for i in range(len(steps)) if i in (0, len(steps) - 1) or scales[i] != scales[i - 1]]
-    few = len(steps) <= _FEW
-    scale.plot(
+    marker = "o" if len(steps) <= FEW else ""
+    axes.plot(
         [steps[i] for i in ends], [scales[i] for i in ends], color=_MIXED, drawstyle="steps-post", label="loss scale"
     )
-    if few:
-        scale.plot(steps, scales, "o", color=_MIXED, markersize=4)
-    scale.set_yscale("log", base=2)
-    scale.set_ylim(min(scales) / 4, max(scales) * 4)
+    if marker:
+        axes.plot(steps, scales, marker, color=_MIXED, markersize=4)
+    bad = [i for i, flag in enumerate(skipped) if flag]
     if bad:
-        size = 7 if len(bad) <= _FEW else 4
-        label = f"skipped step ({len(bad)} of {len(steps)})"
+        label = f"skipped step ({len(bad):,} of {len(steps):,})"
+        size = 7 if len(bad) <= FEW else 4
         points = [steps[i] for i in bad], [scales[i] for i in bad]
-        scale.plot(*points, "x", color=_SKIPPED, markersize=size, label=label, zorder=4)
-    good = [i for i in range(len(steps)) if math.isfinite(norms[i]) and norms[i] > 0]
-    if good:
-        _line(norm, [steps[i] for i in good], [norms[i] for i in good], _NORM, "of applied steps, unscaled", ".")
-        norm.set_yscale("log")
-        for i in bad[: _FEW + 1] if len(bad) <= _FEW else []:
-            norm.axvline(steps[i], color=_SKIPPED, linewidth=0.8, alpha=0.6)
+        axes.plot(*points, "x", color=_SKIPPED, markersize=size, markeredgewidth=1.5, label=label, zorder=4)
+    positive = [value for value in scales if value > 0] or [1.0]  # at 0 it is below the axes
+    powers_of_two(axes, min(positive), max(positive))
+
+
+def _draw_norm(axes: Axes, analysis: Analysis) -> None:
+    steps, _, skipped, norms = analysis.updates
+    good = [i for i, norm in enumerate(norms) if math.isfinite(norm) and norm > 0]
+    if not good:
+        say(axes, "no gradient had a norm above 0 that is finite")
+        return
+    zeros = sum(norm == 0 for norm in norms)
+    label = "of the unscaled gradients" + (f" ({count(zeros, 'step')} with norm 0 not shown)" if zeros else "")
+    if len(steps) <= MOST_POINTS:  # the line has a hole where there is none
+        line(axes, steps, [norm if math.isfinite(norm) and norm > 0 else math.nan for norm in norms], _NORM, label, ".")
     else:
-        _say(norm, "no finite gradient norm was recorded")
-    for number, (first, last) in enumerate(analysis.gaps):
-        for axes in (scale, norm):
-            label = "not recorded" if number == 0 and axes is scale else None
-            axes.axvspan(first - 0.5, last + 0.5, color="#BBBBBB", alpha=0.5, linewidth=0, label=label)
-    _legend(scale)
-    if good:
-        _legend(norm)
+        line(axes, [steps[i] for i in good], [norms[i] for i in good], _NORM, label, ".")
+    shown = [norms[i] for i in good]
+    if max(shown) > 20 * min(shown):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.15 * max(shown))
+    bad = [step for step, flag in zip(steps, skipped, strict=True) if flag]
+    for number, step in enumerate(bad if len(bad) <= FEW else []):
+        axes.axvline(step, color=_SKIPPED, linewidth=0.8, alpha=0.7, label=None if number else "skipped step")
+    legend(axes)
+
+
+def _reason(analysis: Analysis, field: str) -> str:
+    return analysis.report["notes"].get(field, "")
 
 
 _PLOTS = {
@@ -240,52 +262,3 @@ _PLOTS = {
 }
 NAMES = tuple(_PLOTS)
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, "bytes"))
-
-# ------------------------------------------------------------------------------------------------------------ parts
-
-
-def _line(axes: Axes, steps: Sequence[float], values: Sequence[float], color: str, label: str, marker: str) -> None:
-    """Draw values over steps; of many points the range in each of some hundred spans, and its median."""
-    if len(steps) <= _MOST_POINTS:
-        style = {"marker": marker, "markersize": 5} if len(steps) <= _FEW else {"linewidth": 1.0}
-        axes.plot(steps, values, color=color, label=label, **style)
-        return
-    span = math.ceil(2 * len(steps) / _MOST_POINTS)
-    parts = [slice(i, i + span) for i in range(0, len(steps), span)]
-    middles = [steps[part][len(steps[part]) // 2] for part in parts]
-    lows, highs = ([choose(values[part]) for part in parts] for choose in (min, max))
-    axes.fill_between(middles, lows, highs, color=color, alpha=0.3, linewidth=0, label="range")
-    axes.plot(middles, [statistics.median(values[part]) for part in parts], color=color, linewidth=1.0, label=label)
-
-
-def _steps(axes: Axes) -> None:
-    axes.set_xlabel("step (update of the loss scale)")
-    _whole_numbers(axes.xaxis)
-
-
-def _whole_numbers(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(8, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _legend(axes: Axes, *, reverse: bool = False) -> None:
-    """Put the legend beside the axes, where it can cover nothing."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, reverse=reverse)
-
-
-def _say(axes: Axes, reason: str) -> None:
-    """Say in the empty plot that nothing was recorded, and why."""
-    text = f"Nothing was recorded:\n{reason}" if reason else "Nothing was recorded."
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="#333333", wrap=True)
-    axes.set_yticks([])
-    axes.grid(False)
-
-
-def _reason(analysis: Analysis, field: str, otherwise: str) -> str:
-    return analysis.report["notes"].get(field, otherwise)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -48,8 +48,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the report.
 
-    own: the manager's statistics of the whole run. device: "cpu" or "cuda". The rest is of the window: samples, counters of the scaler, its
-    updates, how many of these are missing, steps with underflow, seconds.
+    own: the manager's statistics of the whole run. device: "cpu" or "cuda". The rest is of the window: samples,
+    counters of the scaler, its updates, how many of these are missing, steps with underflow, seconds.
     """
     notes: dict[str, str] = {}
 
