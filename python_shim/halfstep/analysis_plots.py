@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -65,16 +66,22 @@ def render(name: str, analysis: Analysis, file: BinaryIO, kind: str) -> None:
     """Draw the plot `name` and write it to an open file in a format of matplotlib's."""
     _import_matplotlib()
     import matplotlib.style
+
+    metadata = {"Date": None} if kind in ("svg", "svgz") else None  # the same data give the same file
+    with matplotlib.style.context(["default", STYLE]):  # whatever the user has set
+        draw(name, analysis).savefig(file, format=kind, metadata=metadata)
+
+
+def draw(name: str, analysis: Analysis) -> Figure:
+    """Return the plot `name` as a figure, in the style of the moment."""
     from matplotlib.figure import Figure
 
-    title, draw, height = _PLOTS[name]
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(8, height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-        title += draw(figure, analysis)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        metadata = {"Date": None} if kind in ("svg", "svgz") else None  # the same data give the same file
-        figure.savefig(file, format=kind, metadata=metadata)
+    title, fill, height = _PLOTS[name]
+    figure = Figure(figsize=(8, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    title += fill(figure, analysis)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    return figure
 
 
 def _import_matplotlib() -> None:
@@ -241,6 +248,7 @@ def _draw_norm(axes: Axes, analysis: Analysis) -> None:
         line(axes, [steps[i] for i in good], [norms[i] for i in good], _NORM, label, ".")
     shown = [norms[i] for i in good]
     if max(shown) > 20 * min(shown):
+        axes.set_ylim(min(shown) / 1.5, min(1.5 * max(shown), sys.float_info.max))
         axes.set_yscale("log")
     else:
         axes.set_ylim(0, 1.15 * max(shown))

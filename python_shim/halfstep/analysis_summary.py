@@ -52,28 +52,27 @@ def summarize(
     counters of the scaler, its updates, how many of these are missing, steps with underflow, seconds.
     """
     notes: dict[str, str] = {}
+    known = dict(own.notes)
+    if monitor is not None and monitor.note:
+        known.update(dict.fromkeys((_TIMES[1], _MEMORY[1], _ACCURACY[1]), monitor.note))
 
     def group(fields: tuple[tuple[str, ...], str], values: dict[str, float] | str) -> dict[str, float]:
         """Return the values, or NaN for each field and the reason, which the manager may know better."""
         names, source = fields
         if not isinstance(values, str):
             return values
-        notes.update(dict.fromkeys(names, own.notes.get(source) or values))
+        notes.update(dict.fromkeys(names, known.get(source) or values))
         return dict.fromkeys(names, NAN)
 
     measured = not math.isnan(own.steps)
     report = group(_OPERATIONS, _operations(samples))
-    compared = (monitor.note if monitor is not None else "") or (
-        "the sampled steps were not run in float32 as well" if samples else NO_SAMPLE
-    )
+    compared = "the sampled steps were not run in float32 as well" if samples else NO_SAMPLE
     report |= group(_TIMES, _times(samples) or compared)
     report |= group(_MEMORY, _memory(samples) or compared)
     report |= group(_ACCURACY, _accuracy(samples) or compared)
     report["underflow_events"] = underflow_events
     if math.isnan(underflow_events):
-        notes["underflow_events"] = (
-            own.notes.get("underflow_events") or "no gradients were sampled in the analysed window"
-        )
+        notes["underflow_events"] = known.get("underflow_events") or "no gradients were sampled in the analysed window"
     report |= group(_COUNTS, _counts(counts, missing) if measured else NO_STEP)
     report |= group(_SCALES, _scales(updates) if measured and updates.steps else NO_STEP)
     report |= group((("loss_scale",), "loss_scale"), {"loss_scale": own.loss_scale} if measured else NO_STEP)

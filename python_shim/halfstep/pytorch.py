@@ -187,9 +187,8 @@ class PyTorchManager:
 
     def autocast_context(self) -> AutocastContext:
         """Return a new context manager for the forward pass."""
-        if self.timelines and not torch.compiler.is_compiling():
-            for timeline in self.timelines:
-                timeline.tick()
+        for timeline in self.timelines:
+            timeline.tick()
         half = _HALF_TYPES.get(self.config.precision_policy)
         enabled = half is not None and self.config.enable_autocast
         return AutocastContext(
