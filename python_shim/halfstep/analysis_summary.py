@@ -52,7 +52,8 @@ def summarize(
     counters of the scaler, its updates, how many of these are missing, steps with underflow, seconds.
     """
     notes: dict[str, str] = {}
-    known = dict(own.notes)
+    # A note on what the manager has measured in the whole run is no reason why the window has none.
+    known = {name: note for name, note in own.notes.items() if math.isnan(getattr(own, name, NAN))}
     if monitor is not None and monitor.note:
         known.update(dict.fromkeys((_TIMES[1], _MEMORY[1], _ACCURACY[1]), monitor.note))
 

@@ -100,6 +100,17 @@ def test_what_was_not_measured_is_nan_with_the_reason() -> None:
     assert report["notes"]["loss_scale_min"] == "no step was trained in the analysed window"
 
 
+def test_a_note_on_the_whole_run_is_no_reason_for_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training()
+    own = training.manager.get_statistics()
+    own.memory_saved_bytes, own.notes = 5.0, {"memory_saved_bytes": "bytes saved for the backward pass"}
+    monkeypatch.setattr(training.manager, "get_statistics", lambda: own)
+    with MixedPrecisionAnalyzer(training.manager) as analyzer:
+        pass
+    report = analyzer.generate_report()
+    assert report["notes"]["memory_saved_gb"] == "no step was sampled in the analysed window"
+
+
 @pytest.mark.parametrize(
     ("kwargs", "note"),
     [
