@@ -15,6 +15,7 @@ from halfstep._version import __version__
 if TYPE_CHECKING:
     from halfstep._library import build_info, load_library
     from halfstep.adaptive import AdaptivePrecisionManager
+    from halfstep.analyzer import MixedPrecisionAnalyzer
     from halfstep.autocast import AutocastContext
     from halfstep.config import MixedPrecisionConfig
     from halfstep.errors import LibraryMismatchError, ScaleCollapsed
@@ -34,6 +35,7 @@ _HOME_OF = {
     "CustomPrecisionPolicy": "halfstep.policy",
     "GradScaler": "halfstep.grad_scaler",
     "LibraryMismatchError": "halfstep.errors",
+    "MixedPrecisionAnalyzer": "halfstep.analyzer",
     "MixedPrecisionConfig": "halfstep.config",
     "MixedPrecisionManager": "halfstep.manager",
     "MixedPrecisionStatistics": "halfstep.statistics",
@@ -56,6 +58,7 @@ __all__ = [
     "CustomPrecisionPolicy",
     "GradScaler",
     "LibraryMismatchError",
+    "MixedPrecisionAnalyzer",
     "MixedPrecisionConfig",
     "MixedPrecisionManager",
     "MixedPrecisionStatistics",

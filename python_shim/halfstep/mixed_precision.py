@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from halfstep import (
         AdaptivePrecisionManager,
         CustomPrecisionPolicy,
+        MixedPrecisionAnalyzer,
         MixedPrecisionConfig,
         MixedPrecisionManager,
         MixedPrecisionStatistics,
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptivePrecisionManager",
     "CustomPrecisionPolicy",
+    "MixedPrecisionAnalyzer",
     "MixedPrecisionConfig",
     "MixedPrecisionManager",
     "MixedPrecisionStatistics",
 ]
 
 
-def __getattr__(name: str) -> Any:  # as in halfstep itself: policies need torch, the other classes do not
+def __getattr__(name: str) -> Any:  # as in halfstep itself: policies and the analyzer need torch, the others do not
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(halfstep, name)

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from halfstep.statistics import MixedPrecisionStatistics
 from halfstep.step_graph import StepGraph, Training
 from halfstep.underflow import Underflow
 from halfstep.watched import Watched, take_out, watch
+
+if TYPE_CHECKING:
+    from halfstep.analysis_timeline import Timeline
 
 _HALF_TYPES = {"mixed_float16": torch.float16, "mixed_bfloat16": torch.bfloat16}
 
@@ -66,6 +69,7 @@ class PyTorchManager:
         # Of all setups; neither models nor optimizers are kept alive.
         self._trainings: list[tuple[weakref.ref[Any], weakref.ref[Any], GradScaler]] = []
         self._half: weakref.WeakSet[HalfWeights] = weakref.WeakSet()  # of the captured steps
+        self.timelines: list[Timeline] = []  # of the analyses that are running
 
     @property
     def device_type(self) -> str:
@@ -206,6 +210,8 @@ class PyTorchManager:
 
     def autocast_context(self) -> AutocastContext:
         """Return a new context manager for the forward pass."""
+        for timeline in self.timelines:
+            timeline.tick()
         half = _HALF_TYPES.get(self.config.precision_policy)
         enabled = half is not None and self.config.enable_autocast
         return AutocastContext(
@@ -262,6 +268,7 @@ class PyTorchManager:
             warmup=warmup,
             max_graphs=max_graphs,
             copy_outputs=copy_outputs,
+            timelines=self.timelines,
         )
         if example is not None:
             graph.expect(example)

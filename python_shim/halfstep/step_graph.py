@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from halfstep.arguments import UnsupportedArgument, describe, flatten
 from halfstep.half_weights import HalfWeights
 from halfstep.optimizer import FusedStep, hyperparameters, obstacle
 from halfstep.step_capture import CapturedStep, FusedSteps, NotCapturable, Recorder, Watch, detached, pool_bytes
+
+if TYPE_CHECKING:
+    from halfstep.analysis_timeline import Timeline
 
 _CHANGING = "changing"
 _MOST_VALUES = 8  # of constants beside tensors of the same shapes; also there are modes of the model
@@ -74,8 +77,10 @@ class StepGraph:
         warmup: int,
         max_graphs: int,
         copy_outputs: bool,
+        timelines: list[Timeline],
     ) -> None:
         self._step = step
+        self._timelines = timelines  # the manager's: of the analyses that are running
         self._trainings = trainings
         self._make_half = make_half
         self._settings = settings
@@ -122,6 +127,8 @@ class StepGraph:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Train one step."""
+        for timeline in self._timelines:  # replays open no autocast_context(), which tells them too
+            timeline.tick()
         changed = self._changed()
         if changed:
             self.reset(changed)
