@@ -37,6 +37,7 @@ struct Registration {
     define_optimizer(definitions);
     define_policy(definitions);
     define_lower(definitions);
+    define_scale_gradient(definitions);
     implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
     implement_norms_cpu(cpu);

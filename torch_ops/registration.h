@@ -13,7 +13,9 @@ void define_norms(torch::Library& library);
 void define_scaling(torch::Library& library);
 void define_grad_scaler(torch::Library& library);
 void define_optimizer(torch::Library& library);
+void define_operation_counter(torch::Library& library);
 void define_policy(torch::Library& library);
+void define_scale_gradient(torch::Library& library);
 void define_lower(torch::Library& library);
 
 // Kernels by dispatch key.

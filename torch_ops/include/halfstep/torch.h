@@ -7,5 +7,6 @@
 #include "halfstep/torch/norms.h"
 #include "halfstep/torch/optimizer.h"
 #include "halfstep/torch/policy.h"
+#include "halfstep/torch/scale_gradient.h"
 #include "halfstep/torch/scaling.h"
 #include "halfstep/torch/scopes.h"
