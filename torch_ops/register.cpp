@@ -38,6 +38,7 @@ struct Registration {
     define_policy(definitions);
     define_lower(definitions);
     define_scale_gradient(definitions);
+    define_operation_counter(definitions);
     implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
     implement_norms_cpu(cpu);

@@ -64,7 +64,8 @@ struct ScaleGradientFunction : torch::autograd::Function<ScaleGradientFunction> 
 void check_scale(const at::Tensor& x, const at::Tensor& scale) {
   constexpr std::string_view op = "scale_gradient";
   check_input(x, op);
-  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, op, ": scale has dtype ", scale.scalar_type(), ", expected Float");
+  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, op, ": scale has dtype ", scale.scalar_type(),
+                   ", expected Float");
   TORCH_CHECK_VALUE(scale.sym_numel() == 1, op, ": scale has ", scale.sym_numel(), " elements, expected 1");
   TORCH_CHECK(scale.device() == x.device() || scale.device().is_cpu(), op, ": scale is on ", scale.device(),
               ", expected ", x.device(), ", the device of x, or cpu");
@@ -99,6 +100,8 @@ void define_scale_gradient(torch::Library& library) {
   library.def("scale_gradient(Tensor(a) x, Tensor scale) -> Tensor(a)", &scale_gradient_tensor);
   library.def("scale_gradient.Scalar(Tensor(a) x, float scale) -> Tensor(a)", &scale_gradient_scalar);
   library.def("cast(Tensor(a) x, ScalarType dtype) -> Tensor(a)", &cast_op);
+  // torch.func.vmap looks through ATen's composite ops by itself, not through others'.
+  library.impl("cast", torch::dispatch(c10::DispatchKey::FuncTorchBatched, &cast_op));
 }
 
 }  // namespace torch_ops
@@ -118,9 +121,8 @@ at::Tensor scale_gradient(const at::Tensor& x, double scale) {
 }
 
 at::Tensor cast(const at::Tensor& x, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("halfstep::cast", "")
-                             .typed<decltype(torch_ops::cast_op)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("halfstep::cast", "").typed<decltype(torch_ops::cast_op)>();
   return op.call(x, dtype);
 }
 

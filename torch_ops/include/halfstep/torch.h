@@ -5,6 +5,7 @@
 #include "halfstep/torch/gradients.h"
 #include "halfstep/torch/lower.h"
 #include "halfstep/torch/norms.h"
+#include "halfstep/torch/operation_counter.h"
 #include "halfstep/torch/optimizer.h"
 #include "halfstep/torch/policy.h"
 #include "halfstep/torch/scale_gradient.h"

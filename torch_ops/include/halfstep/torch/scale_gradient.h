@@ -11,11 +11,12 @@ namespace halfstep {
 //   x      of dtype Half, BFloat16, Float or Double; its gradient keeps dtype and shape
 //   scale  one element, Float, on the device of x or the CPU; no gradient flows to it
 // `scale` is held, not copied, and read on its device when the backward pass runs: what is written to it in the
-// meantime takes effect, as often as backward runs, and nothing waits for the device. The product is computed in float32
-// (Double: float64), so that neither a scale beyond float16's range nor the bits of one in bfloat16 are lost.
-// The result shares memory with x and must not be written in place; torch raises an error. The C++ autograd functions
-// of torch know no torch.func transforms and no forward-mode AD: an error there too. Under torch.compile a scale that
-// is written between forward and backward is an error as well; pass it through the compiled function anew.
+// meantime takes effect, as often as backward runs, and nothing waits for the device. The product is computed in
+// float32 (Double: float64), so that neither a scale beyond float16's range nor the bits of one in bfloat16 are lost.
+// The result shares memory with x, and torch raises an error where either is written in place afterwards. So it does
+// under the transforms of torch.func, which know no C++ autograd functions. Under torch.compile a scale that is written
+// between forward and backward is an error too, since compiled graphs check the versions of their inputs; what was
+// written before the forward is read.
 HALFSTEP_API at::Tensor scale_gradient(const at::Tensor& x, const at::Tensor& scale);
 
 // The same by a finite number.
