@@ -20,6 +20,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include "operation_list.h"
@@ -93,6 +94,14 @@ Operator describe(const char* name, const char* overload) {
   return found;
 }
 
+// A meta tensor, or one of a Python class that is about to handle the operation (a fake tensor of a compiler, a wrapper
+// around others): it computes nothing itself, and what its class then calls is seen by itself.
+bool is_hollow(const at::Tensor& tensor) {
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return keys.has_backend(c10::BackendComponent::MetaBit) ||
+         (keys.has(c10::DispatchKey::Python) && !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::Python));
+}
+
 // The type in which tensors compute, as far as they tell, or kNotFloating.
 class ComputeType {
  public:
@@ -105,14 +114,14 @@ class ComputeType {
   }
   int index() const {
     const unsigned types = with_dimensions_ != 0 ? with_dimensions_ : without_;
-    if (types == 0 || meta_) return kNotFloating;
+    if (types == 0 || computes_nothing_) return kNotFloating;
     return std::has_single_bit(types) ? std::countr_zero(types) : kMixed;
   }
 
  private:
   void see(const at::Tensor& tensor) {
     if (!tensor.defined()) return;
-    meta_ |= tensor.key_set().has_backend(c10::BackendComponent::MetaBit);
+    computes_nothing_ |= is_hollow(tensor);
     const int type = index_of(tensor.scalar_type());
     if (type == kNotFloating || tensor.unsafeGetTensorImpl()->is_wrapped_number()) return;
     (tensor.dim() > 0 ? with_dimensions_ : without_) |= 1U << static_cast<unsigned>(type);
@@ -120,7 +129,7 @@ class ComputeType {
 
   unsigned with_dimensions_ = 0;  // one bit for each type
   unsigned without_ = 0;
-  bool meta_ = false;
+  bool computes_nothing_ = false;
 };
 
 struct Cast {
@@ -140,17 +149,19 @@ Cast cast_of(Operator::Kind kind, c10::ArrayRef<const c10::IValue> inputs) {
   const at::ScalarType dtype = copies_into ? inputs[0].toTensor().scalar_type() : inputs[1].toScalarType();
   cast.from = index_of(from.scalar_type());
   cast.to = index_of(dtype);
-  if (!cast.is_one() || from.key_set().has_backend(c10::BackendComponent::MetaBit)) return {};
+  if (!cast.is_one() || is_hollow(from)) return {};
   const std::int64_t written = copies_into ? inputs[0].toTensor().numel() : from.numel();
   cast.bytes = from.numel() * static_cast<std::int64_t>(from.element_size()) +
                written * static_cast<std::int64_t>(c10::elementSize(dtype));
   return cast;
 }
 
-// Whether a compiler looks at the thread's operations instead of running them.
+// Whether a compiler looks at the thread's operations instead of running them. While a fake tensor finds its shapes no
+// mode is set, but the thread's operations go to the meta device.
 bool is_tracing() {
   using Modes = c10::impl::TorchDispatchModeTLS;
   using Key = c10::impl::TorchDispatchModeKey;
+  if (c10::impl::tls_local_dispatch_key_set().included_.has_backend(c10::BackendComponent::MetaBit)) return true;
   return Modes::any_modes_set() && (Modes::get_mode(Key::FAKE).has_value() || Modes::get_mode(Key::PROXY).has_value() ||
                                     Modes::get_mode(Key::FUNCTIONAL).has_value());
 }
