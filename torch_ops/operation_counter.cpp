@@ -302,7 +302,7 @@ struct OperationCallbacks {
       here.handle = handle;
     }
     if (function.scope() == at::RecordScope::USER_SCOPE) {
-      const bool is_step = std::string_view(function.name()).starts_with("Optimizer.");
+      const bool is_step = std::string_view(function.name()).starts_with("Optimizer.step#");
       return is_step ? std::make_unique<Event>(here, nullptr) : nullptr;
     }
     if (here.optimizer_steps > 0) return nullptr;

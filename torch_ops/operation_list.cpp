@@ -10,13 +10,12 @@ namespace {
 // Names of ATen without overload. Where `x` is here, x_ (in place) is counted as it, and so is what begins with
 // `x_backward`, under its own name. Functions that are made of others (linear, conv2d, layer_norm) are here too: what
 // they are made of depends on device and torch version, and of a nest the innermost counts. Not here is what may turn
-// out to do nothing (dropout, to, sum_to_size), since it would count then.
+// out to do nothing (dropout, einsum, sum_to_size), since it would count then.
 constexpr std::string_view kAten[] = {
     // Matrix products.
     "_addmm_activation", "_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_scaled_mm", "_scaled_mm_v2",
-    "_trilinear", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bilinear", "bmm", "chain_matmul", "dot", "einsum",
-    "ger", "inner", "kron", "linalg_matmul", "linalg_multi_dot", "linalg_vecdot", "linear", "matmul", "mkldnn_linear",
-    "mm", "mv", "outer", "tensordot", "vdot",
+    "_trilinear", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bilinear", "bmm", "dot", "ger", "inner", "kron",
+    "linalg_matmul", "linalg_vecdot", "linear", "matmul", "mkldnn_linear", "mm", "mv", "outer", "tensordot", "vdot",
     // Convolutions.
     "_conv_depthwise2d", "_convolution", "_mps_convolution", "_nnpack_spatial_convolution", "_slow_conv2d",
     "_slow_conv2d_forward", "conv1d", "conv2d", "conv3d", "conv_depthwise3d", "conv_tbc", "conv_transpose1d",

@@ -99,7 +99,7 @@ def test_no_gradient_flows_to_the_scale() -> None:
 
 
 def test_derivatives_of_second_order(device: torch.device) -> None:
-    """f = s(x)^3 has, with each backward pass scaling by the scale of its time, the derivatives 3 x^2 s and 6 x s t t."""
+    """s(x)^3 has the derivatives 3 x^2 s and, t being the scale in the second pass, 6 x t t."""
     x = torch.randn(5, device=device, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor(2.0, device=device)
     (first,) = torch.autograd.grad((ops.scale_gradient(x, scale) ** 3).sum(), x, create_graph=True)

@@ -37,10 +37,12 @@ struct CastCount {
 // What counts is a list (torch_ops/operation_list.cpp): products, convolutions, attention, recurrent layers, norms,
 // softmax, losses, activations, elementwise arithmetic, reductions, pooling, interpolation, embeddings, their backward
 // operations, and halfstep's own norms and cross entropy. Not in it: views, copies, fills, comparisons, indexing,
-// random numbers, integer and complex arithmetic, optimizer updates (all that runs inside torch.optim's step included).
+// random numbers, integer and complex arithmetic, optimizer updates (in Python all that runs inside an optimizer's
+// step, a closure too; torch::optim of C++ calls plain arithmetic, which is counted: stop before).
 //
 //   Once   An operation may call others of the list: a linear layer under autocast is `linear` in float32, `linear` in
-//          half and `addmm`. Counted is the innermost, `addmm` here. One that ends by an exception is not counted.
+//          half and `addmm`. Counted is the innermost, `addmm` here. So names are those of torch's kernels, and may
+//          differ by device: a mean on the CPU is `sum` and `div`. One that ends by an exception is not counted.
 //   dtype  That of its floating-point tensors, those in lists included, `out=` excluded; of several types, "mixed".
 //          Python numbers have none, and tensors without dimensions count only if all are, as in type promotion.
 //   Casts  `_to_copy` and `copy_` between two of the four types; counted apart from the operations. What a kernel does
