@@ -15,6 +15,7 @@
 // `register_hook`, which owns that list; the one slot for hooks after accumulation belongs to others as well; and what
 // torch.autograd.grad returns does not pass these nodes, so it is what it is without a scale. Nodes are held from
 // begin() to end() alone, so that nothing is left behind and nothing of a model is kept alive.
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -53,10 +54,18 @@ struct Pass {
     const std::lock_guard lock(mutex);
     reached_ours.insert(leaf);
     if (inverses.empty()) return gradient;
-    for (const at::Tensor& inverse : inverses)
-      if (inverse.device() == gradient.device()) return gradient.mul(inverse);  // 0-dimensional: the dtype stays
+    const auto known = std::find_if(inverses.begin(), inverses.end(), [&](const at::Tensor& inverse) {
+      return inverse.device() == gradient.device();
+    });
+    if (known != inverses.end()) return product(gradient, *known);
     inverses.push_back(inverses.front().to(gradient.device(), /*non_blocking=*/!gradient.is_cpu()));
-    return gradient.mul(inverses.back());
+    return product(gradient, inverses.back());
+  }
+
+  // In the gradient's dtype. That of a half parameter is multiplied in float32: half may not hold the factor.
+  static at::Tensor product(const at::Tensor& gradient, const at::Tensor& factor) {
+    const bool half = at::isReducedFloatingType(gradient.scalar_type());
+    return half ? gradient.to(at::kFloat).mul(factor).to(gradient.scalar_type()) : gradient.mul(factor);
   }
 };
 

@@ -39,6 +39,8 @@ struct Registration {
     define_lower(definitions);
     define_stability(definitions);
     define_gradient_unscaler(definitions);
+    define_scale_gradient(definitions);
+    define_operation_counter(definitions);
     implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
     implement_norms_cpu(cpu);

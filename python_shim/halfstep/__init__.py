@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from halfstep.grad_scaler import GradScaler
     from halfstep.lowering import lower
     from halfstep.manager import MixedPrecisionManager
+    from halfstep.operations import count_operations
     from halfstep.optimizer import release
     from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
     from halfstep.scopes import apply_plan, remove_plan
@@ -46,6 +47,7 @@ _HOME_OF = {
     "StepReport": "halfstep.step_report",
     "apply_plan": "halfstep.scopes",
     "build_info": "halfstep._library",
+    "count_operations": "halfstep.operations",
     "load_library": "halfstep._library",
     "lower": "halfstep.lowering",
     "release": "halfstep.optimizer",
@@ -70,6 +72,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "build_info",
+    "count_operations",
     "load_library",
     "lower",
     "release",

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import math
 import time
 
 import torch
 from halfstep import MixedPrecisionConfig, MixedPrecisionManager
+from halfstep.monitoring import Monitor
+from halfstep.shadow import Sample
 from torch import nn
 
-try:
-    from halfstep.monitoring import Sample
-except ModuleNotFoundError:  # until the monitor is here: its samples, as agreed
 
-    @dataclasses.dataclass(frozen=True)
-    class Sample:
-        step: int
-        time: float
-        fp32_ms: float
-        mixed_ms: float
-        fp32_bytes: int
-        mixed_bytes: int
-        difference: float
-        seconds: float
-        operations: dict[str, int]
-        casts: int
-        cast_bytes: int
-
-
-class Samples:
+class Samples(Monitor):
     """A monitor whose samples and gradients are given by hand, so that their numbers are known."""
 
     def __init__(self, note: str = "") -> None:
-        self.samples: collections.deque[Sample] = collections.deque(maxlen=4096)
-        self.note = note
+        super().__init__(None, note)
+        self.gradients = True  # they are looked at
         self.lost: list[tuple[int, float]] = []
 
     def underflow(self) -> list[tuple[int, float]]:

@@ -193,6 +193,9 @@ def test_gradients_keep_their_dtype(device: torch.device, dtype: torch.dtype) ->
     scaled_backward(unscaler(), (x.float() * 2**-20).sum(), 2.0**15)
     assert x.grad.dtype is dtype
     assert x.grad.tolist() == [2.0**-20] * 3
+    x.grad = None
+    scaled_backward(unscaler(), (x.float() * 2**-20).sum(), 2.0**30)
+    assert x.grad.tolist() == [2.0**-20] * 3, "half could not hold the inverse"
 
 
 def test_sparse_gradients(device: torch.device) -> None:
