@@ -1,6 +1,9 @@
 """What monitoring costs: whole training steps with it off, on as it is by default, and sampled in every step.
 
-    python bench/monitoring.py [--device cuda|cpu] [--model gpt2|mlp|...] [--steps 800] [--only VARIANT,...]
+"layers": the same loop with its layers looked at by an AdaptivePrecisionManager, by default in every 25th step.
+"adaptive loop": without a scaler, as that manager's own loop, which reads a flag twice a step.
+
+    python bench/monitoring.py [--device cuda|cpu] [--model gpt2|mlp|...] [--steps 800] [--only "VARIANT;..."]
 
 The variants run in one process in turns of some steps, each with a model of its own from the same seed and one batch.
 Median and mean are of the turns' times per step: samples are rare, so a median alone would not see them. A variant's
@@ -10,12 +13,13 @@ monitor has a clock that stands still while others run. "samples": how many, and
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from halfstep import MixedPrecisionManager
+from halfstep import AdaptivePrecisionManager, MixedPrecisionManager
 from timing import machine
 from train_models import MODELS, Problem
 
@@ -45,9 +49,22 @@ class Clock:
 
 
 class Variant:
-    """One way to train the model: `step` trains one step, `clock` runs while it is this one's turn."""
+    """One way to train the model: `step` trains one step, `clock` runs while it is this one's turn.
 
-    def __init__(self, problem: Problem, dtype: torch.dtype, *, monitored: bool, every_step: bool = False) -> None:
+    monitored: by the manager, every_step: in each step. layers: the layers are looked at every so many steps by an
+    AdaptivePrecisionManager; own_scale: whose loss scale is used, in its own loop.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: torch.dtype,
+        *,
+        monitored: bool = False,
+        every_step: bool = False,
+        layers: int | None = None,
+        own_scale: bool = False,
+    ) -> None:
         policy = f"mixed_{str(dtype).removeprefix('torch.')}"
         manager = MixedPrecisionManager("pytorch", policy, enable_monitoring=monitored)
         optimizer = torch.optim.Adam(problem.model.parameters(), lr=problem.lr, fused=True)
@@ -70,7 +87,25 @@ class Variant:
             scaler.step(optimizer)
             scaler.update()
 
-        self.step: Step = step
+        half = str(dtype).removeprefix("torch.")
+        interval = layers or 25
+        adaptive = AdaptivePrecisionManager(precision=half, sampling_interval=interval)
+        number = itertools.count()
+
+        def watched_step() -> None:
+            with adaptive.adaptive_context(model, next(number), scaler=scaler):
+                step()
+
+        def adaptive_step() -> None:
+            with adaptive.adaptive_context(model, next(number)) as context:
+                optimizer.zero_grad(set_to_none=True)
+                with manager.autocast_context():
+                    loss = problem.loss(model, problem.x, problem.y)
+                if context.is_stable(loss):
+                    loss.backward()
+                    optimizer.step()
+
+        self.step: Step = adaptive_step if own_scale else watched_step if layers else step
 
     def sampled(self) -> tuple[int, float]:
         """Return how many samples there were, and the seconds that they took."""
@@ -82,6 +117,9 @@ VARIANTS: dict[str, Callable[[Problem, torch.dtype], Variant]] = {
     "off": lambda problem, dtype: Variant(problem, dtype, monitored=False),
     "on": lambda problem, dtype: Variant(problem, dtype, monitored=True),
     "every step": lambda problem, dtype: Variant(problem, dtype, monitored=True, every_step=True),
+    "layers": lambda problem, dtype: Variant(problem, dtype, layers=25),
+    "layers, every step": lambda problem, dtype: Variant(problem, dtype, layers=1),
+    "adaptive loop": lambda problem, dtype: Variant(problem, dtype, own_scale=True),
 }
 
 
@@ -106,12 +144,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=MODELS, help="default: gpt2 on a GPU, mlp on a CPU")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas")
+    parser.add_argument("--only", default=";".join(VARIANTS), help="variants, separated by semicolons")
     options = parser.parse_args()
     device = torch.device(options.device)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     name = options.model or ("gpt2" if device.type == "cuda" else "mlp")
-    wanted = options.only.split(",")
+    wanted = options.only.split(";")
     if unknown := set(wanted) - set(VARIANTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; variants {tuple(VARIANTS)}")
     variants = {}

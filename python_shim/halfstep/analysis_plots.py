@@ -202,7 +202,7 @@ def _numerical_stability(figure: Figure, analysis: Analysis) -> str:
         say(norm, "")
     if analysis.underflow:
         sampled, values = zip(*analysis.underflow, strict=True)
-        label = "largest share of a gradient's elements below the half range"
+        label = "largest share that a gradient may have lost below float16's range"
         line(lost, sampled, [100 * value for value in values], _UNDERFLOW, label, "o")
         lost.set_ylim(0, max(1.0, 120 * max(values)))
         legend(lost)

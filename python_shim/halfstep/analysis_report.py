@@ -106,8 +106,8 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         in force), "skipped", "norm" (L2 norm of the unscaled gradients; null where none was taken or is finite).
     gaps: [first, last] of each run of updates that are missing there.
     samples: a dictionary for each sampled step, with the fields of halfstep.monitoring.Sample.
-    underflow: [step, share] of steps whose gradients were sampled: the largest share of a gradient's elements that
-        fell below the half range.
+    underflow: [step, share] of steps whose gradients were sampled: the largest share of a gradient's squared
+        norm that may be lost below float16's range.
     """
     steps, scales, skipped, norms = analysis.updates
     data = {

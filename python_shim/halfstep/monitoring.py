@@ -116,8 +116,7 @@ class Monitor:
     def _fill_runs(self, result: MixedPrecisionStatistics, notes: dict[str, str]) -> None:
         speedups = [sample.fp32_ms / sample.mixed_ms for sample in self.samples if sample.mixed_ms > 0]
         if speedups:
-            result.speedup_factor = statistics.median(speedups)
-            result.average_speedup = statistics.fmean(speedups)
+            result.speedup_factor = result.average_speedup = statistics.median(speedups)
             result.peak_speedup = max(speedups)
         else:
             notes.update(dict.fromkeys(_SPEED, "the clock is too coarse for this model"))
