@@ -16,6 +16,7 @@ from halfstep.adaptive_plan import Installed, autocast_for, base_plan, in_float3
 from halfstep.adaptive_scaling import LossScaling, leave_scaling
 from halfstep.checkpoints import check_keys
 from halfstep.grad_scaler import GradScaler
+from halfstep.gradients import name_parameters
 from halfstep.layer_watch import watch_outputs, watching
 from halfstep.policy import PrecisionPlan
 from halfstep.step_graph import runs_as_it_is
@@ -70,6 +71,7 @@ class AdaptiveTraining:
             raise ValueError(f"the model's parameters are on {sorted(devices)}, expected all on cpu or all on cuda")
         self._settings = settings
         self._model = weakref.ref(model)
+        name_parameters(model)
         base = base_plan(model, settings.half, settings.policy)
         self._monitor = torch.classes.halfstep.StabilityMonitor(
             base._plan, settings.stability_threshold, settings.hold, settings.max_hold, 1.0

@@ -7,16 +7,34 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+# Of models that were set up: an optimizer that was given model.parameters() has no names.
+_names = WeakTensorKeyDictionary()
+
+
+def name_parameters(model: torch.nn.Module) -> None:
+    """Let reports name these parameters as the model does, where their optimizer has no names for them."""
+    for name, parameter in model.named_parameters():
+        _names[parameter] = name
+
+
+def parameter_name(group: dict[str, Any], number: int, index: int) -> str:
+    """Return what to call a parameter of an optimizer's group: the name it was given, its model's, else its place."""
+    names = group.get("param_names")
+    if names:
+        return names[index]
+    return _names.get(group["params"][index]) or f"parameter {index} of group {number}"
+
+
 def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield (name, parameter) of an optimizer: the name it was given, else its place."""
+    """Yield (name, parameter) of an optimizer."""
     for number, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names")
         for index, parameter in enumerate(group["params"]):
-            yield (names[index] if names else f"parameter {index} of group {number}"), parameter
+            yield parameter_name(group, number, index), parameter
 
 
 def element_count(parameter: torch.nn.Parameter) -> int | None:

@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 )
 
 from halfstep import _library
-from halfstep.gradients import moved
+from halfstep.gradients import moved, parameter_name
 
 _library.load_library()
 
@@ -348,10 +348,9 @@ class FusedStep:
         counts = self._counts
         kind = _KINDS[type(optimizer)]
         for number, group in enumerate(optimizer.param_groups):
-            names = group.get("param_names")
             keys = _state_keys(kind, group)
             for index, param in enumerate(group["params"]):
-                name = names[index] if names else f"parameter {index} of group {number}"
+                name = parameter_name(group, number, index)
                 self._reason = _unsupported(name, param)
                 if self._reason:
                     self._objects, self._layout = list(_objects(optimizer)), _layout(optimizer)

@@ -22,6 +22,7 @@ from halfstep.config import (
     check_scale,
 )
 from halfstep.grad_scaler import GradScaler
+from halfstep.gradients import name_parameters
 from halfstep.half_weights import RESIDUALS, HalfWeights
 from halfstep.monitoring import SAMPLED_FIELDS, Monitor
 from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
@@ -107,6 +108,7 @@ class PyTorchManager:
         self._device_type = scaler_device
         self._scaler, self._scaler_kind = scaler, kind
         self._models.add(model)
+        name_parameters(model)
         self._apply_policy(model, plan)
         if self._monitoring:
             self._start_monitoring(model, scaler)
@@ -196,9 +198,12 @@ class PyTorchManager:
                 backoff_factor=config.loss_scale_backoff_factor,
                 growth_interval=config.loss_scale_growth_interval,
                 scale_from_norm=policy.get_loss_scale_factor if asks else None,
+                name_overflows=self._monitoring,
             )
         elif kind == "check":  # multiply by 1, but still skip steps with infinite or NaN gradients
-            scaler = GradScaler(device_type, init_scale=1.0, min_scale=1.0, max_scale=1.0)
+            scaler = GradScaler(
+                device_type, init_scale=1.0, min_scale=1.0, max_scale=1.0, name_overflows=self._monitoring
+            )
         else:
             scaler = GradScaler(device_type, enabled=False)
         self._set_clipping(scaler)

@@ -323,3 +323,16 @@ def test_a_model_on_two_kinds_of_device_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="the model's parameters are on"):
         MixedPrecisionManager().setup_pytorch_training(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_overflows_are_named_as_the_model_names_its_parameters(device: torch.device) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)  # which knows no names
+    manager = MixedPrecisionManager(precision_policy="mixed_bfloat16")
+    _, _, scaler = manager.setup_pytorch_training(model, optimizer)
+    with manager.autocast_context():
+        loss = model(torch.ones(2, 4, device=device)).sum()
+    scaler.scale(loss + model[0].bias[1] * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.last_step(wait=True).overflowed == ("0.bias",)
