@@ -1,6 +1,6 @@
 """What monitoring costs: whole training steps with it off, on as it is by default, and sampled in every step.
 
-"layers": the same loop with its layers looked at by an AdaptivePrecisionManager, by default in every 25th step.
+"layers": the same loop with its layers looked at by an AdaptivePrecisionManager, by default in every 100th step.
 "adaptive loop": without a scaler, as that manager's own loop, which reads a flag twice a step.
 
     python bench/monitoring.py [--device cuda|cpu] [--model gpt2|mlp|...] [--steps 800] [--only "VARIANT;..."]
@@ -88,8 +88,7 @@ class Variant:
             scaler.update()
 
         half = str(dtype).removeprefix("torch.")
-        interval = layers or 25
-        adaptive = AdaptivePrecisionManager(precision=half, sampling_interval=interval)
+        adaptive = AdaptivePrecisionManager(precision=half, sampling_interval=layers)
         number = itertools.count()
 
         def watched_step() -> None:
@@ -117,7 +116,7 @@ VARIANTS: dict[str, Callable[[Problem, torch.dtype], Variant]] = {
     "off": lambda problem, dtype: Variant(problem, dtype, monitored=False),
     "on": lambda problem, dtype: Variant(problem, dtype, monitored=True),
     "every step": lambda problem, dtype: Variant(problem, dtype, monitored=True, every_step=True),
-    "layers": lambda problem, dtype: Variant(problem, dtype, layers=25),
+    "layers": lambda problem, dtype: Variant(problem, dtype, layers=100),
     "layers, every step": lambda problem, dtype: Variant(problem, dtype, layers=1),
     "adaptive loop": lambda problem, dtype: Variant(problem, dtype, own_scale=True),
 }

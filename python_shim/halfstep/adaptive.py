@@ -41,7 +41,8 @@ class AdaptivePrecisionManager:
     adaptation_interval: batches between two decisions, >= 1. After a loss that is not finite one comes at once.
     enable_gradient_monitoring: look at gradients too; False looks at outputs alone.
     precision: "float16" or "bfloat16".
-    sampling_interval: every so many batches the layers are looked at, >= 1; a batch after a decision is as well.
+    sampling_interval: every so many batches the layers are looked at, >= 1; by default in the last one of each
+        adaptation interval. The first batch, and one after a layer has left half, are as well.
     hold_intervals: how long a layer stays in float32 at first, in intervals. Each failed trial doubles it, up to
         max_hold_intervals.
     custom_policy: a precision for each layer to start from: a CustomPrecisionPolicy, PrecisionPolicy or PrecisionPlan.
@@ -61,7 +62,7 @@ class AdaptivePrecisionManager:
         enable_gradient_monitoring: bool = True,
         *,
         precision: str = "float16",
-        sampling_interval: int = 25,
+        sampling_interval: int | None = None,
         hold_intervals: int = 1,
         max_hold_intervals: int = 64,
         custom_policy: CustomPrecisionPolicy | PrecisionPolicy | PrecisionPlan | None = None,
@@ -72,6 +73,7 @@ class AdaptivePrecisionManager:
         check_count("adaptation_interval", adaptation_interval)
         check_bool("enable_gradient_monitoring", enable_gradient_monitoring)
         check_choice("float16", "bfloat16")("precision", precision)
+        sampling_interval = adaptation_interval if sampling_interval is None else sampling_interval
         check_count("sampling_interval", sampling_interval)
         check_count("hold_intervals", hold_intervals)
         check_count("max_hold_intervals", max_hold_intervals)
@@ -102,6 +104,7 @@ class AdaptivePrecisionManager:
         """Return a context manager for one whole training step of `model`, from zero_grad() to optimizer.step().
 
         Inside, calls of the model run in its present plan, with autocast around the model alone, and return float32.
+        Where the loop has autocast on around model and loss, that one is used, and results stay as they are.
         batch_idx: an integer, for the log. scaler: the GradScaler of the loop, if there is one: its scale is used, and
         none is applied here. One of halfstep is noticed without; one of torch once it has applied a step.
         """

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.autocast import AutocastContext
 from halfstep.policy import (
     CustomPrecisionPolicy,
     PlannedLayer,
@@ -18,7 +17,7 @@ from halfstep.policy import (
     named_modules,
     with_inherited,
 )
-from halfstep.scopes import LayerScope, apply_plan, cast, planned_dtypes, remove_plan
+from halfstep.scopes import LayerScope, apply_plan, planned_dtypes, remove_plan
 from halfstep.watched import Around, beside_watched, take_out
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -136,14 +135,3 @@ class Installed:
         remove_plan(model)
         if self._planned_before and self._has_float32(self._base):
             apply_plan(model, with_inherited(self._base, model), self._half)
-
-
-def autocast_for(model: nn.Module, half: torch.dtype, *, enabled: bool) -> AutocastContext:
-    """Return the autocast around one call of the model."""
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    return AutocastContext(device, dtype=half, enabled=enabled)
-
-
-def in_float32(value: Any) -> Any:
-    """Return a model's results with half tensors in float32."""
-    return cast(value, torch.float32)

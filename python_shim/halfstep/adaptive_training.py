@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from halfstep._library import load_library
-from halfstep.adaptive_plan import Installed, autocast_for, base_plan, in_float32, watched_layers
+from halfstep.adaptive_plan import Installed, base_plan, watched_layers
 from halfstep.adaptive_scaling import LossScaling, leave_scaling
+from halfstep.autocast import AutocastContext
 from halfstep.checkpoints import check_keys
 from halfstep.grad_scaler import GradScaler
 from halfstep.gradients import name_parameters
 from halfstep.layer_watch import watch_outputs, watching
 from halfstep.policy import PrecisionPlan
+from halfstep.scopes import cast
 from halfstep.step_graph import runs_as_it_is
 
 load_library()
@@ -99,7 +101,7 @@ class AdaptiveTraining:
         if self._scaling is None:
             self._scaling = self._make_scaling(model)
         looks_into_skips = self._skips.in_a_row() >= _SKIPS_LOOKED_INTO
-        regular = self._counts["batches"] % self._settings.sampling_interval == 0
+        regular = (self._counts["batches"] + 1) % self._settings.sampling_interval == 0  # the last one of an interval
         self._sampled = model.training and (self._sample_next or regular or looks_into_skips)
         self._batch = batch
         self._new: list[dict[str, Any]] = []
@@ -128,13 +130,16 @@ class AdaptiveTraining:
     def run(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model for the open batch."""
         model = self._alive()
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        # Where the loop has autocast around model and loss, results stay as it wants them.
+        outer = torch.is_autocast_enabled(device)
         looked_at = self.watches() and model.training and torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
             if self.in_fp32:
-                for device in ("cpu", "cuda"):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            else:
-                stack.enter_context(autocast_for(model, self._settings.half, enabled=True))
+                for kind in ("cpu", "cuda"):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            elif not outer:
+                stack.enter_context(AutocastContext(device, dtype=self._settings.half))
             if looked_at:
                 self._seen = True
                 if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
@@ -144,7 +149,7 @@ class AdaptiveTraining:
             result = forward(*args, **kwargs)
             if looked_at:
                 watch_outputs(self._monitor, _MODEL, result, gradients=False)
-        return in_float32(result)
+        return result if outer else cast(result, torch.float32)
 
     def is_stable(self, loss: torch.Tensor) -> bool:
         """Return whether the loss is finite on all ranks (waits)."""

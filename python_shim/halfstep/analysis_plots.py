@@ -167,7 +167,7 @@ def _memory_usage(figure: Figure, analysis: Analysis) -> str:
     steps = [sample.step for sample in found]
     most = max(max(sample.fp32_bytes, sample.mixed_bytes) for sample in found)
     unit, name = next((size, name) for size, name in _UNITS if most >= size)
-    kind = "peak memory" if analysis.report["device"] == "cuda" else "saved for backward"
+    kind = "after the forward pass" if analysis.report["device"] == "cuda" else "saved for backward"
     upper.set_ylabel(f"{kind} ({name})")
     line(upper, steps, [sample.fp32_bytes / unit for sample in found], _FLOAT32, "float32", "s")
     line(upper, steps, [sample.mixed_bytes / unit for sample in found], _MIXED, "mixed", "o")

@@ -152,7 +152,7 @@ def test_they_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "skipped step (3 of 12)" in drawn["numerical_stability"]
     assert "Numerical stability: 12 steps" in drawn["numerical_stability"]
     on_gpu = dataclasses.replace(analysis, report={**analysis.report, "device": "cuda"})
-    assert "peak memory (MiB)" in words("memory_usage", on_gpu, monkeypatch)
+    assert "after the forward pass (MiB)" in words("memory_usage", on_gpu, monkeypatch)
 
 
 @pytest.mark.parametrize("name", NAMES)
