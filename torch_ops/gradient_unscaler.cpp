@@ -1,12 +1,12 @@
 // torch.classes.halfstep.GradientUnscaler: the loss scale of one backward pass, undone at the leaves by C++ hooks.
 //
-//   begin(Tensor[] roots, Tensor?[] gradients, Tensor? scale, Tensor? inverse) -> (Tensor[], int)
+//   begin(Tensor[] roots, Tensor?[] gradients, Tensor? scale, bool scale_roots) -> (Tensor[], int)
 //       Call before backward(roots, <the result>). Finds the leaves that the roots depend on, and, with a scale, hooks
-//       them so that what arrives is multiplied by `inverse` before it is added to `.grad`, and before
-//       DistributedDataParallel reduces it. Returns what to pass as gradients: ones, or `gradients`, times `scale`.
-//       Both are float32 with one element, read on the device. Passes may nest, as those of reentrant checkpoints do:
-//       an inner one goes without a scale of its own (its gradients carry that of the outer one) but with the inverse,
-//       and may come from another thread. The number is the pass's.
+//       them so that what arrives is divided by it before it is added to `.grad`, and before DistributedDataParallel
+//       reduces it. Returns what to pass as gradients: ones, or `gradients`, with `scale_roots` times the scale, which
+//       is float32 with one element, read on the device. Passes may nest, as those of reentrant checkpoints do: an
+//       inner one goes without scale_roots, since its gradients carry the scale of the outer one, and may come from
+//       another thread. The number is the pass's.
 //   end(int pass)                       takes its hooks away, whether it came to its end or not
 //   reached(Tensor[] tensors) -> bool   whether a gradient has come to one of these since forget()
 //   forget()
@@ -46,26 +46,25 @@ using torch::autograd::Node;
 // What the hooks of a pass share.
 struct Pass {
   std::mutex mutex;
-  std::vector<at::Tensor> inverses;              // by device; the first is the one that was given
+  std::vector<at::Tensor> scales;                // by device; the first is the one that was given
   std::unordered_set<const void*> reached_ours;  // leaves, by their implementation
 
   at::Tensor unscaled(const at::Tensor& gradient, const void* leaf) {
     if (!gradient.defined()) return gradient;
     const std::lock_guard lock(mutex);
     reached_ours.insert(leaf);
-    if (inverses.empty()) return gradient;
-    const auto known = std::find_if(inverses.begin(), inverses.end(), [&](const at::Tensor& inverse) {
-      return inverse.device() == gradient.device();
-    });
-    if (known != inverses.end()) return product(gradient, *known);
-    inverses.push_back(inverses.front().to(gradient.device(), /*non_blocking=*/!gradient.is_cpu()));
-    return product(gradient, inverses.back());
+    if (scales.empty()) return gradient;
+    const auto known = std::find_if(scales.begin(), scales.end(),
+                                    [&](const at::Tensor& scale) { return scale.device() == gradient.device(); });
+    if (known != scales.end()) return quotient(gradient, *known);
+    scales.push_back(scales.front().to(gradient.device(), /*non_blocking=*/!gradient.is_cpu()));
+    return quotient(gradient, scales.back());
   }
 
-  // In the gradient's dtype. That of a half parameter is multiplied in float32: half may not hold the factor.
-  static at::Tensor product(const at::Tensor& gradient, const at::Tensor& factor) {
+  // In the gradient's dtype. That of a half parameter is divided in float32: half may not hold the scale.
+  static at::Tensor quotient(const at::Tensor& gradient, const at::Tensor& scale) {
     const bool half = at::isReducedFloatingType(gradient.scalar_type());
-    return half ? gradient.to(at::kFloat).mul(factor).to(gradient.scalar_type()) : gradient.mul(factor);
+    return half ? gradient.to(at::kFloat).div(scale).to(gradient.scalar_type()) : gradient.div(scale);
   }
 };
 
@@ -109,20 +108,19 @@ class UnscalerClass : public torch::CustomClassHolder {
  public:
   std::tuple<std::vector<at::Tensor>, std::int64_t> begin(const std::vector<at::Tensor>& roots,
                                                           const std::vector<std::optional<at::Tensor>>& gradients,
-                                                          const std::optional<at::Tensor>& scale,
-                                                          const std::optional<at::Tensor>& inverse) {
+                                                          const std::optional<at::Tensor>& scale, bool scale_roots) {
     TORCH_CHECK_VALUE(roots.size() == gradients.size(), "GradientUnscaler.begin: got ", roots.size(), " roots and ",
                       gradients.size(), " gradients, expected as many of each");
-    for (const auto& factor : {scale, inverse})
-      if (factor) check_argument(*factor, "GradientUnscaler.begin", "scale", at::kFloat, factor->device());
     auto pass = std::make_shared<Pass>();
-    if (inverse) pass->inverses.push_back(inverse->dim() == 0 ? *inverse : inverse->view({}));
-
+    if (scale) {
+      check_argument(*scale, "GradientUnscaler.begin", "scale", at::kFloat, scale->device());
+      pass->scales.push_back(scale->reshape(at::IntArrayRef()));
+    }
     std::vector<at::Tensor> scaled;
     for (std::size_t i = 0; i < roots.size(); ++i) {
       const at::Tensor gradient = gradients[i] ? *gradients[i] : at::ones_like(roots[i]);
-      scaled.push_back(scale ? gradient.mul((scale->dim() == 0 ? *scale : scale->view({})).to(gradient.device()))
-                             : gradient);
+      scaled.push_back(scale && scale_roots ? gradient.mul(scale->reshape(at::IntArrayRef()).to(gradient.device()))
+                                            : gradient);
     }
     const std::lock_guard lock(mutex_);
     Hooked hooked{pass, {}};

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from halfstep.grad_scaler import GradScaler, before_scale
 
 _scalings: weakref.WeakSet[LossScaling] = weakref.WeakSet()
+_flagged: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # were given a flag for their next step
 _open: list[LossScaling] = []  # those whose contexts are entered, the innermost last
 _torchs_backward = torch.autograd.backward
 
@@ -28,7 +29,8 @@ class LossScaling:
 
     An optimizer's step is looked at before it happens: if a gradient is infinite or NaN, all gradients of that
     optimizer are dropped, and a step without gradients changes neither parameters nor states. This reads a flag on the
-    host. The rule then moves the scale (finish()).
+    host, but for torch's optimizers with fused=True, which skip by themselves on a flag on the device. The rule then
+    moves the scale (finish()).
 
     scaler: whose rule and counters are used; a GradScaler of its own, which nobody else calls.
     scales: False looks for infinite and NaN gradients alone (bfloat16).
@@ -39,7 +41,7 @@ class LossScaling:
         self.scales = scales
         self.off = False  # for the context that is open: another scaler is at work, or the pass runs in float32
         self.other_scaler: Any = None  # a GradScaler of the loop's own, once there is one
-        self.skipped = False  # whether a step of the context was
+        self.skipped_in_fp32 = 0  # steps; the others are in the scaler's counters
         self.thread = 0  # that has opened it
         self.depth = 0  # of backward passes within each other
         self._reaching = False  # whether gradients have come to leaves that no step has looked at
@@ -47,7 +49,6 @@ class LossScaling:
         self._unscaler = torch.classes.halfstep.GradientUnscaler()
         scaler._lazy_init_scale_growth_tracker(device)
         self._one = torch.full((), 1.0, dtype=torch.float32, device=device)
-        self._inverse: torch.Tensor | None = None
         _scalings.add(self)
         _look_at_steps()
 
@@ -55,10 +56,7 @@ class LossScaling:
         """Begin: from now on backward() of this process is scaled."""
         self.finish()  # of a step that came after its context
         self.off = self.other_scaler is not None
-        self.skipped = False
         self.thread = threading.get_ident()
-        if self.scales and self._inverse is None:
-            self._inverse = torch.full_like(self.scaler._scale, 1.0 / self.scaler.get_scale())
         if not _open:
             torch.autograd.backward = _backward
             before_scale.append(leave_scaling)
@@ -80,10 +78,12 @@ class LossScaling:
         if self._moves:
             self._moves = False
             self.scaler.update()
-            self._inverse = None
 
     def backward(self, tensors: Any, grad_tensors: Any, run: Any) -> None:
         """Run a backward pass, run(gradients), with the scale."""
+        if self.other_scaler is not None:
+            run(grad_tensors)
+            return
         roots = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         given = [grad_tensors] if isinstance(grad_tensors, (torch.Tensor, type(None))) else list(grad_tensors)
         given += [None] * (len(roots) - len(given))
@@ -91,21 +91,20 @@ class LossScaling:
             run(grad_tensors)  # torch's error
             return
         outer = self.depth == 0
-        inverse = self._inverse if self.scales and not self.off else None
+        scale = self.scaler._scale if self.scales and not self.off else None
         if outer and any(root.dtype is torch.float16 for root in roots):
-            inverse = None  # the scale itself may be infinite there
-        scale = self.scaler._scale if outer and inverse is not None else None
+            scale = None  # which may be infinite there
         self._reaching = True
-        scaled, number = self._unscaler.begin(roots, given, scale, inverse)
+        scaled, number = self._unscaler.begin(roots, given, scale, outer)
         self.depth += 1
         try:
-            run(scaled if scale is not None else grad_tensors)
+            run(scaled if outer and scale is not None else grad_tensors)
         finally:
             self.depth -= 1
             self._unscaler.end(number)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the optimizer's gradients if one is infinite or NaN (waits)."""
+        """Let the optimizer skip its step if a gradient is infinite or NaN."""
         if not self._reaching or self.other_scaler is not None:
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -124,8 +123,11 @@ class LossScaling:
         elif found:
             self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
             self._moves = True
-        if any(flag.item() for flag in found.values()):
-            self.skipped = True
+        if len(found) == 1 and not self.off and all(group.get("fused") for group in optimizer.param_groups):
+            (optimizer.found_inf,) = found.values()  # as torch.amp.GradScaler hands it over
+            _flagged.add(optimizer)
+        elif any(flag.item() for flag in found.values()):
+            self.skipped_in_fp32 += self.off
             for parameter in parameters:
                 parameter.grad = None
 
@@ -174,11 +176,18 @@ def _scaling_here() -> LossScaling | None:
 @functools.cache
 def _look_at_steps() -> None:
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for scaling in list(_scalings):
         scaling.before_step(optimizer)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _flagged:
+        _flagged.remove(optimizer)
+        del optimizer.found_inf
 
 
 _TORCHS_STEP = torch.amp.GradScaler._maybe_opt_step.__code__

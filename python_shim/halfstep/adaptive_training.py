@@ -33,7 +33,6 @@ _COUNTS = (
     "sampled_batches",
     "unstable_batches",
     "fallback_batches",
-    "skipped_steps",
     "demotions",
     "promotions",
     "trials",
@@ -186,7 +185,6 @@ class AdaptiveTraining:
         else:
             self._scaling.finish()
             self._counts["batches"] += 1
-            self._counts["skipped_steps"] += self._scaling.skipped
             self._look()
         self._skips.follow(self._scaling.other_scaler)
         demoted = any(decision["to"] == "float32" != decision["from"] for decision in self._new)
@@ -259,10 +257,14 @@ class AdaptiveTraining:
         """Return AdaptivePrecisionManager.get_adaptation_stats()."""
         layers = [dict(zip(_LAYER, values, strict=True)) for values in self._monitor.layers()]
         report = None if self._scaling is None else self._scaling.scaler.last_step(wait=True)
+        skipped = 0
+        if self._scaling is not None:
+            skipped = self._scaling.skipped_in_fp32 + self._scaling.scaler.counters()["skipped"]
         return {
             "fp16_ratio": self._monitor.half_share(),
             "layers": {layer.pop("name"): layer for layer in layers if layer["state"] != "fixed"},
             **self._counts,
+            "skipped_steps": skipped,
             "loss_scale": self._settings.initial_loss_scale if self._scaling is None else self._loss_scale(),
             "overflowed": () if report is None else report.overflowed,
             "decisions": list(self._decisions) + (self._new if self.is_open else []),

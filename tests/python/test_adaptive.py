@@ -114,6 +114,31 @@ def test_an_overflow_leaves_parameters_and_moments_alone(device: torch.device) -
         assert stats["loss_scale"] == scale / 2
 
 
+def test_a_fused_optimizer_skips_on_the_device(device: torch.device) -> None:
+    """Nothing is read on the host between backward() and the next is_stable()."""
+    model = small_model().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5, fused=True)
+    adaptive = manager(device)
+    x = torch.randn(8, 8, device=device)
+    for number, factor in enumerate((1.0, float("inf"), 1.0)):
+        before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+        with adaptive.adaptive_context(model, number):
+            optimizer.zero_grad()
+            loss = model(x).square().mean() * factor
+            if device.type == "cuda" and number > 0:  # the first step makes states, the first batch is looked at
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss.backward()
+                optimizer.step()
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        after = [model.state_dict(), optimizer.state_dict()["state"]]
+        assert _equal(before, after) == (factor == float("inf"))
+        assert not hasattr(optimizer, "found_inf")
+    assert adaptive.get_adaptation_stats()["skipped_steps"] == 1
+
+
 def _equal(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)

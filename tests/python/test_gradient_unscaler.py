@@ -20,7 +20,7 @@ def unscaler():
 
 def scaled_backward(hooks, root: torch.Tensor, scale: float = 1024.0, **kwargs) -> None:
     factor = torch.tensor(scale, device=root.device)
-    gradients, number = hooks.begin([root], [None], factor, torch.full_like(factor, 1.0 / scale))
+    gradients, number = hooks.begin([root], [None], factor, True)
     try:
         torch.autograd.backward(root, gradients, **kwargs)
     finally:
@@ -73,7 +73,7 @@ def test_python_hooks_on_the_same_parameters_see_and_stay(device: torch.device, 
     factor = torch.tensor(1024.0, device=device)
     if when == "before":
         add()
-    gradients, number = hooks.begin([loss], [None], factor, 1 / factor)
+    gradients, number = hooks.begin([loss], [None], factor, True)
     if when == "after":
         add()
     torch.autograd.backward(loss, gradients)
@@ -157,12 +157,12 @@ def test_checkpoints(device: torch.device, reentrant: bool) -> None:
 
     def nested(tensors, grad_tensors=None, *args, **kwargs):
         given = [grad_tensors] if isinstance(grad_tensors, torch.Tensor) else list(grad_tensors)
-        _, inner = hooks.begin(list(tensors), given, None, 1 / factor)
+        _, inner = hooks.begin(list(tensors), given, factor, False)
         torchs(tensors, grad_tensors, *args, **kwargs)
         hooks.end(inner)
 
     loss = checkpoint(model, x, use_reentrant=reentrant).sum()
-    gradients, number = hooks.begin([loss], [None], factor, 1 / factor)
+    gradients, number = hooks.begin([loss], [None], factor, True)
     torch.autograd.backward = nested
     try:
         torchs(loss, gradients)
@@ -181,7 +181,7 @@ def test_autograd_grad_and_second_derivatives(device: torch.device) -> None:
     assert second.tolist() == [6.0, 12.0]
     loss = (x**3).sum()
     factor = torch.tensor(8.0, device=device)
-    _, number = hooks.begin([loss], [None], factor, 1 / factor)
+    _, number = hooks.begin([loss], [None], factor, True)
     (first,) = torch.autograd.grad(loss, x)
     hooks.end(number)
     assert first.tolist() == [3.0, 12.0]
@@ -195,7 +195,7 @@ def test_gradients_keep_their_dtype(device: torch.device, dtype: torch.dtype) ->
     assert x.grad.tolist() == [2.0**-20] * 3
     x.grad = None
     scaled_backward(unscaler(), (x.float() * 2**-20).sum(), 2.0**30)
-    assert x.grad.tolist() == [2.0**-20] * 3, "half could not hold the inverse"
+    assert x.grad.tolist() == [2.0**-20] * 3, "half could not hold the scale"
 
 
 def test_sparse_gradients(device: torch.device) -> None:
@@ -245,8 +245,8 @@ def test_bad_arguments() -> None:
     hooks = unscaler()
     x = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="1 roots and 2 gradients"):
-        hooks.begin([x], [None, None], None, None)
+        hooks.begin([x], [None, None], None, True)
     with pytest.raises(TypeError, match="scale has dtype Double"):
-        hooks.begin([x], [None], torch.ones(1, dtype=torch.float64), None)
+        hooks.begin([x], [None], torch.ones(1, dtype=torch.float64), True)
     with pytest.raises(ValueError, match="no pass 7"):
         hooks.end(7)

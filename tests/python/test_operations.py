@@ -49,20 +49,23 @@ def test_a_network_counted_by_hand(device: torch.device, dtype: torch.dtype) -> 
     half = str(dtype).removeprefix("torch.")
     # On the CPU torch's layer norm reads half as it is, beside its float32 weights; on CUDA autocast widens it first.
     norm = "mixed" if device.type == "cpu" else "float32"
+    # torch asks for a softmax in the logits' own type, which CUDA's autocast leaves so; the CPU's casts the loss whole.
+    softmax = "float32" if device.type == "cpu" else half
     assert flat(counted) == {
         ("addmm", half): 2,  # the two linear layers
         ("clamp_min", half): 1,  # ReLU calls it
         ("native_layer_norm", norm): 1,
-        ("_log_softmax", "float32"): 1,  # cross entropy: a softmax
+        ("_log_softmax", softmax): 1,  # cross entropy: a softmax
         ("nll_loss_forward", "float32"): 1,  # and a loss
         ("nll_loss_backward", "float32"): 1,
-        ("_log_softmax_backward_data", "float32"): 1,
+        ("_log_softmax_backward_data", softmax): 1,
         ("mm", half): 3,  # gradients of both weights, and of the second layer's input; x needs none
         ("sum", half): 2,  # gradients of both biases
         ("native_layer_norm_backward", norm): 1,
         ("threshold_backward", half): 1,  # of ReLU
     }
-    expected = {"float16": 0, "bfloat16": 0, "float32": 4, "float64": 0, "mixed": 0}
+    expected = {"float16": 0, "bfloat16": 0, "float32": 2, "float64": 0, "mixed": 0}
+    expected[softmax] += 2
     expected[half] += 9
     expected[norm] += 2
     assert counted.by_dtype() == expected
@@ -271,7 +274,7 @@ def test_the_profiler_counts_the_same(device: torch.device, name: str, dtype: to
     events = profile.profiler.kineto_results.events()
     operations, casts = operations_profiled(events, names_in_the_list()), casts_profiled(events)
     assert flat(counted) == dict(operations)
-    assert len(operations) > 8
+    assert len(operations) >= 8
     counts, moved = Counter(), Counter()
     for (source, target, each), n in casts.items():
         counts[source, target] += n

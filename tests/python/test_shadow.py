@@ -199,27 +199,25 @@ def test_the_difference_is_that_of_the_outputs_in_eval_mode(device: torch.device
     assert sample.difference == pytest.approx(expected, rel=1e-4)
 
 
-def test_times_are_those_of_two_runs() -> None:
+def test_times_are_those_of_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the model moves on."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
     class Slow(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 4)
-            self.wait = threading.Event().wait  # of the class: copied as it is
-
-        def __deepcopy__(self, memo: dict) -> nn.Module:
-            twin = Slow()
-            twin.layer = copy.deepcopy(self.layer, memo)
-            return twin
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             out = self.layer(x)
-            self.wait(0.02 if out.dtype is torch.bfloat16 else 0.05)
+            now[0] += 0.02 if out.dtype is torch.bfloat16 else 0.05
             return out
 
     sample, _ = sampled(Slow(), torch.randn(2, 4))
-    assert 20 <= sample.mixed_ms < sample.fp32_ms
-    assert sample.fp32_ms >= 50
-    assert sample.seconds >= (2 * 20 + 2 * 50 + 20 + 50) / 1e3, "two runs of each, and the outputs of both"
+    assert sample.mixed_ms == pytest.approx(20)
+    assert sample.fp32_ms == pytest.approx(50)
+    assert sample.seconds == pytest.approx((2 * 20 + 2 * 50 + 20 + 50) / 1e3), "two runs of each, and both outputs"
 
 
 def test_bytes_on_a_cpu_are_what_is_saved_beside_parameters_and_arguments() -> None:
