@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy
