@@ -100,7 +100,8 @@ std::vector<double> summarize(std::span<const double> statistics, Precision half
     const double* const input_gradient = output_gradient + kLayerStatistics;
     double* const row = &summary[i * kSummaryColumns];
     row[kLostOutput] = lost_share(output, half);
-    row[kLostGradient] = lost_share(input_gradient, half);
+    // What it gets counts too: that is rounded to the type of its output, whoever sends it.
+    row[kLostGradient] = std::max(lost_share(output_gradient, half), lost_share(input_gradient, half));
     row[kFirstOutput] = output[kEarliest];
     row[kFirstOutputGradient] = output_gradient[kEarliest];
     row[kFirstInputGradient] = input_gradient[kEarliest];
@@ -125,35 +126,78 @@ StabilityMonitor::StabilityMonitor(PrecisionPlan base, const StabilityOptions& o
   }
 }
 
+// The innermost layer that holds this one and runs in half.
+std::optional<std::size_t> StabilityMonitor::around(std::size_t layer) const {
+  for (std::string_view name = base_.layers()[layer].name; !name.empty();) {
+    const std::size_t dot = name.rfind('.');
+    name = dot == std::string_view::npos ? std::string_view() : name.substr(0, dot);
+    const PlannedLayer* const outer = base_.find(name);
+    if (outer == nullptr) continue;
+    const auto place = static_cast<std::size_t>(outer - base_.layers().data());
+    if (runs_in_half(layers_[place].state)) return place;
+  }
+  return std::nullopt;
+}
+
 // Where the forward pass went wrong first. Values that a layer in float32 returns were given to it, by what the layer
 // around it computes.
-std::optional<StabilityMonitor::Fault> StabilityMonitor::forward_fault(std::span<const double> summary,
-                                                                       StepKind kind) const {
+std::optional<StabilityMonitor::Fault> StabilityMonitor::forward_fault(std::span<const double> summary) const {
   const auto layer = first_of(summary, kFirstOutput, [&](std::size_t i) { return !layers_[i].masks; });
-  if (layer && kind == StepKind::kFloat32)
-    return Fault{*layer, kInfinity, "its output is infinite or NaN in float32 too: half is not the cause", false};
-  if (layer && runs_in_half(layers_[*layer].state)) return Fault{*layer, kInfinity, "the first infinite or NaN output"};
-  if (layer) {
-    const std::string& first = base_.layers()[*layer].name;
-    for (std::string_view name = first; !name.empty();) {
-      const std::size_t dot = name.rfind('.');
-      name = dot == std::string_view::npos ? std::string_view() : name.substr(0, dot);
-      const PlannedLayer* const outer = base_.find(name);
-      if (outer == nullptr) continue;
-      const auto place = static_cast<std::size_t>(outer - base_.layers().data());
-      if (runs_in_half(layers_[place].state))
-        return Fault{place, kInfinity,
-                     detail::concatenate("the first infinite or NaN output is that of '", first,
-                                         "', which computes in float32 and is inside of this layer")};
-    }
-    return Fault{*layer, kInfinity, "its output is infinite or NaN in float32 too: half is not the cause", false};
+  if (!layer) return std::nullopt;
+  if (runs_in_half(layers_[*layer].state)) return Fault{*layer, kInfinity, "the first infinite or NaN output"};
+  if (const auto outer = around(*layer))
+    return Fault{*outer, kInfinity,
+                 detail::concatenate("the first infinite or NaN output is that of '", base_.layers()[*layer].name,
+                                     "', which computes in float32 and is inside of this layer")};
+  return Fault{*layer, kInfinity, "its output is infinite or NaN in float32 too: half is not the cause", false};
+}
+
+// What a pass in float32 says about the unstable step that it repeats.
+std::vector<StabilityDecision> StabilityMonitor::compare_with_float32(std::int64_t batch,
+                                                                      std::span<const double> summary,
+                                                                      bool came_to_nothing) {
+  const auto at = [&](std::size_t layer, SummaryColumn column) { return summary[layer * kSummaryColumns + column]; };
+  if (!came_to_nothing)
+    for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i].masks = at(i, kFirstOutput) > 0.0;
+  const bool compares = unstable_batch_ == batch && !unstable_.empty();
+  std::optional<std::size_t> culprit;
+  std::string reason;
+  if (compares) {
+    culprit = first_of(unstable_, kFirstOutput, [&](std::size_t i) { return at(i, kFirstOutput) == 0.0; });
+    reason = "its output is infinite or NaN in half and not in float32";
+  } else {
+    culprit = first_of(summary, kFirstBeyond, [&](std::size_t i) { return runs_in_half(layers_[i].state); });
+    if (culprit)
+      reason =
+          detail::concatenate("in float32 its output reaches ", at(*culprit, kMaxOutput), ", beyond ", name_of(half_));
   }
-  if (kind != StepKind::kFloat32) return std::nullopt;
-  const auto beyond = first_of(summary, kFirstBeyond, [&](std::size_t i) { return runs_in_half(layers_[i].state); });
-  if (!beyond) return std::nullopt;
-  return Fault{*beyond, kInfinity,
-               detail::concatenate("in float32 its output reaches ", summary[*beyond * kSummaryColumns + kMaxOutput],
-                                   ", beyond ", name_of(half_))};
+  const auto demoted = compares ? demoted_then_ : std::nullopt;
+  std::vector<StabilityDecision> decisions;
+  if (culprit && (culprit == demoted || !runs_in_half(layers_[*culprit].state))) return decisions;
+  if (demoted)
+    decisions.push_back(
+        take_back(batch, *demoted,
+                  culprit ? detail::concatenate("taken back: it began in '", base_.layers()[*culprit].name, "'")
+                          : "taken back: float32 is no better, half is not the cause"));
+  if (culprit) {
+    decisions.push_back(demote(batch, {*culprit, kInfinity, reason}));
+    layers_[*culprit].left += 1;
+  } else if (!demoted && came_to_nothing) {
+    if (const auto first = first_of(summary, kFirstOutput, [](std::size_t) { return true; }))
+      decisions.push_back(event(
+          batch, {*first, kInfinity, "its output is infinite or NaN in float32 too: half is not the cause", false}));
+  }
+  return decisions;
+}
+
+StabilityDecision StabilityMonitor::take_back(std::int64_t batch, std::size_t layer, const std::string& reason) {
+  LayerEntry& entry = layers_[layer];
+  entry.state = LayerState::kHalf;
+  entry.left = 0;
+  entry.hold = options_.hold;
+  entry.demotions -= 1;
+  entry.reason = reason;
+  return {batch, base_.layers()[layer].name, LayerState::kFloat32, entry.state, entry.score, entry.hold, reason};
 }
 
 std::vector<StabilityDecision> StabilityMonitor::observe(std::int64_t batch, std::span<const double> summary,
@@ -165,17 +209,21 @@ std::vector<StabilityDecision> StabilityMonitor::observe(std::int64_t batch, std
     return summary[static_cast<std::size_t>(model - base_.layers().data()) * kSummaryColumns + column];
   };
   const bool watched = model != nullptr && (of_model(kMaxOutput) > 0.0 || of_model(kFirstOutput) > 0.0);
-  const bool came_to_nothing = watched ? of_model(kFirstOutput) > 0.0 : kind != StepKind::kUsual;
-  if (kind == StepKind::kFloat32 || came_to_nothing) {
-    const auto fault = forward_fault(summary, kind);
+  const bool came_to_nothing = watched ? of_model(kFirstOutput) > 0.0 : kind == StepKind::kUnstable;
+  if (kind == StepKind::kFloat32) return compare_with_float32(batch, summary, came_to_nothing);
+  if (came_to_nothing) {
+    unstable_.assign(summary.begin(), summary.end());
+    unstable_batch_ = batch;
+    demoted_then_.reset();
+    const auto fault = forward_fault(summary);
     if (!fault) return {};
     if (!fault->demotes) return {event(batch, *fault)};
     StabilityDecision decision = demote(batch, *fault);
     layers_[fault->layer].left += 1;  // the interval that has begun does not count
+    demoted_then_ = fault->layer;
     return {std::move(decision)};
   }
-  for (std::size_t i = 0; i < layers_.size(); ++i)
-    layers_[i].masks |= summary[i * kSummaryColumns + kFirstOutput] > 0.0;
+  for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i].masks = summary[i * kSummaryColumns + kFirstOutput] > 0.0;
   pending_.resize(summary.size(), 0.0);
   for (std::size_t i = 0; i < summary.size(); ++i) pending_[i] = std::max(pending_[i], summary[i]);
   return {};
@@ -185,21 +233,30 @@ double StabilityMonitor::pending(std::size_t layer, SummaryColumn column) const 
   return pending_.empty() ? 0.0 : pending_[layer * kSummaryColumns + column];
 }
 
-// What the interval's summaries say, each layer once. What is not in half comes with `demotes` false.
-std::vector<StabilityMonitor::Fault> StabilityMonitor::interval_faults(double loss_scale) const {
-  std::vector<Fault> found;
+// Whose gradients stay infinite or NaN where the loss scale can fall no further.
+std::optional<StabilityMonitor::Fault> StabilityMonitor::gradient_fault(double loss_scale) const {
   const auto any = [](std::size_t) { return true; };
   const auto sender = first_of(pending_, kFirstInputGradient, any);
   const auto receiver = first_of(pending_, kFirstOutputGradient, any);
+  if ((!sender && !receiver) || loss_scale > options_.lowest_scale) return std::nullopt;
+  const auto in_half = [&](std::size_t layer) { return runs_in_half(layers_[layer].state); };
+  const std::string where = detail::concatenate(", and gradients are infinite or NaN at a loss scale of ", loss_scale);
+  if (const auto first = first_of(pending_, kFirstOutput, in_half))
+    return Fault{*first, kInfinity, "its output is infinite or NaN" + where};
   const bool sent =
       sender && (!receiver || pending(*sender, kFirstInputGradient) > pending(*receiver, kFirstOutputGradient));
-  if (sent && loss_scale <= options_.lowest_scale) {
-    const bool half = runs_in_half(layers_[*sender].state);
-    found.push_back({*sender, kInfinity,
-                     detail::concatenate("the first infinite or NaN gradient is what it sends on, at a loss scale of ",
-                                         loss_scale, half ? "" : ", in float32 too: half is not the cause"),
-                     half});
-  }
+  const std::size_t layer = sent ? *sender : *receiver;
+  if (sent && in_half(layer)) return Fault{layer, kInfinity, "it is the first to send such a gradient on" + where};
+  if (const auto outer = around(layer))
+    return Fault{*outer, kInfinity,
+                 detail::concatenate("what it computes beside '", base_.layers()[layer].name, "'") + where};
+  return Fault{layer, kInfinity, "float32 is no better" + where, false};
+}
+
+// What the interval's summaries say, each layer once. What is not in half comes with `demotes` false.
+std::vector<StabilityMonitor::Fault> StabilityMonitor::interval_faults(double loss_scale) const {
+  std::vector<Fault> found;
+  if (auto fault = gradient_fault(loss_scale)) found.push_back(std::move(*fault));
 
   double largest = 0.0;
   for (std::size_t i = 0; i < layers_.size(); ++i) largest = std::max(largest, pending(i, kMaxGradient));
@@ -211,8 +268,7 @@ std::vector<StabilityMonitor::Fault> StabilityMonitor::interval_faults(double lo
     if (base_.layers()[i].name.empty() && layers_.size() > 1) continue;  // the model returns what its layers did
     if (!found.empty() && found.front().layer == i) continue;
     found.push_back({i, score,
-                     output >= gradient ? "its output is too small for half"
-                                        : "the gradient that it sends on is too small for half",
+                     output >= gradient ? "its output is too small for half" : "its gradients are too small for half",
                      runs_in_half(layers_[i].state)});
   }
   return found;
@@ -323,6 +379,7 @@ std::string StabilityMonitor::to_json() const {
         .field("left", std::to_string(entry.left))
         .field("demotions", std::to_string(entry.demotions))
         .field("promotions", std::to_string(entry.promotions))
+        .field("masks", entry.masks ? "yes" : "no")
         .field("reason", entry.reason)
         .end();
   }
@@ -339,7 +396,7 @@ void StabilityMonitor::restore(std::string_view text) {
   std::vector<LayerEntry> layers;
   for (std::size_t i = 0; i < entries.size(); ++i) {
     const JsonReader& entry = entries[i];
-    entry.only({"name", "state", "hold", "left", "demotions", "promotions", "reason"});
+    entry.only({"name", "state", "hold", "left", "demotions", "promotions", "masks", "reason"});
     const PlannedLayer& planned = base_.layers()[i];
     if (entry.at("name").string() != planned.name)
       entry.at("name").fail(detail::concatenate("expected the layer '", planned.name, "'"));
@@ -351,6 +408,7 @@ void StabilityMonitor::restore(std::string_view text) {
     restored.left = integer(entry.at("left"));
     restored.demotions = integer(entry.at("demotions"));
     restored.promotions = integer(entry.at("promotions"));
+    restored.masks = entry.at("masks").string() == "yes";
     restored.reason = entry.at("reason").string();
     if ((restored.state == LayerState::kFixed) == is_half(planned.precision))
       entry.at("state").fail(detail::concatenate("the plan has this layer in ", name_of(planned.precision)));

@@ -106,7 +106,7 @@ class AdaptivePrecisionManager:
         Inside, calls of the model run in its present plan, with autocast around the model alone, and return float32.
         Where the loop has autocast on around model and loss, that one is used, and results stay as they are.
         batch_idx: an integer, for the log. scaler: the GradScaler of the loop, if there is one: its scale is used, and
-        none is applied here. One of halfstep is noticed without; one of torch once it has applied a step.
+        none is applied here. What a GradScaler has scaled is noticed without, too.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")

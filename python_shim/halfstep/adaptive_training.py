@@ -13,7 +13,7 @@ from torch import nn
 
 from halfstep._library import load_library
 from halfstep.adaptive_plan import Installed, base_plan, watched_layers
-from halfstep.adaptive_scaling import LossScaling, leave_scaling
+from halfstep.adaptive_scaling import LossScaling
 from halfstep.autocast import AutocastContext
 from halfstep.checkpoints import check_keys
 from halfstep.grad_scaler import GradScaler
@@ -45,6 +45,7 @@ _OWNER = "AdaptivePrecisionManager"
 # So many skipped steps in a row of a GradScaler are looked into at once.
 _SKIPS_LOOKED_INTO = 3
 _CONSECUTIVE_SKIPPED = 2  # in GradScaler's counters
+_LOWEST_SCALE = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +100,15 @@ class AdaptiveTraining:
         model = self._alive()
         if self._scaling is None:
             self._scaling = self._make_scaling(model)
-        looks_into_skips = self._skips.in_a_row() >= _SKIPS_LOOKED_INTO
+        self._looks_into_skips = self._skips.in_a_row() >= _SKIPS_LOOKED_INTO
         regular = (self._counts["batches"] + 1) % self._settings.sampling_interval == 0  # the last one of an interval
-        self._sampled = model.training and (self._sample_next or regular or looks_into_skips)
+        self._sampled = self._sample_next or regular or self._looks_into_skips
         self._batch = batch
         self._new: list[dict[str, Any]] = []
-        self._seen = self._unstable = self.in_fp32 = self._sample_next = False
+        self._seen = self._unstable = self.in_fp32 = False
         self._scaling.open()
         if scaler is not None and scaler.is_enabled():
-            leave_scaling(scaler)
+            self._scaling.other_scaler = scaler
         self.is_open = True
         runs_as_it_is.append(self.watches)
         if self._sampled:
@@ -117,10 +118,12 @@ class AdaptiveTraining:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         scales = self._settings.half is torch.float16
         if scales:
-            rule = {"init_scale": self._settings.initial_loss_scale}
+            # Below 1 it would only shrink gradients; what still overflows there is a layer's fault.
+            lowest = min(1.0, self._settings.initial_loss_scale)
+            rule = {"init_scale": self._settings.initial_loss_scale, "min_scale": lowest}
         else:
             rule = {"init_scale": 1.0, "min_scale": 1.0, "max_scale": 1.0}
-        return LossScaling(GradScaler(device.type, name_overflows=True, **rule), device, scales=scales)
+        return LossScaling(model, GradScaler(device.type, name_overflows=True, **rule), device, scales=scales)
 
     def watches(self) -> bool:
         """Whether calls of the model in the open batch are looked at, and cannot be replays of a captured one."""
@@ -132,7 +135,13 @@ class AdaptiveTraining:
         device = next((parameter.device.type for parameter in model.parameters()), "cpu")
         # Where the loop has autocast around model and loss, results stay as it wants them.
         outer = torch.is_autocast_enabled(device)
-        looked_at = self.watches() and model.training and torch.is_grad_enabled()
+        used = torch.get_autocast_dtype(device)
+        if outer and not self.in_fp32 and used is not self._settings.half:
+            raise ValueError(
+                f"autocast is on for {used}, but this AdaptivePrecisionManager adapts {self._settings.half}: make it "
+                f'with precision="{str(used).removeprefix("torch.")}"'
+            )
+        looked_at = self.watches() and torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
             if self.in_fp32:
                 for kind in ("cpu", "cuda"):
@@ -171,7 +180,7 @@ class AdaptiveTraining:
             return
         self._counts["fallback_batches"] += 1
         self.in_fp32 = True
-        self._scaling.off = True
+        self._scaling.in_fp32 = True
         self._seen = False
         self._monitor.reset()
 
@@ -183,12 +192,12 @@ class AdaptiveTraining:
         if failed:
             self._sample_next = True
         else:
+            self._sample_next &= not self._seen
             self._scaling.finish()
             self._counts["batches"] += 1
             self._look()
-        self._skips.follow(self._scaling.other_scaler)
-        demoted = any(decision["to"] == "float32" != decision["from"] for decision in self._new)
-        self._sample_next |= demoted or self._unstable
+        self._skips.follow(self._scaling.other_scaler or self._scaling.scaler)
+        self._sample_next |= self._demoted() or self._unstable
         if self._new:
             self._installed.apply(self._alive(), self.plan())
         self._decisions.extend(self._new)
@@ -198,14 +207,20 @@ class AdaptiveTraining:
 
     def _look(self) -> None:
         """Read what was seen in the batch, and decide at the end of an interval. The same on every rank."""
-        if self._seen and self._unstable:
-            if self.in_fp32 and not self._new:
-                self._observe("float32")
-        elif self._seen and not self.in_fp32:
+        if self._seen and self.in_fp32:
+            self._observe("float32")
+        elif self._seen and not self._unstable:
             self._counts["sampled_batches"] += 1
             self._observe("usual")
-        if self._counts["batches"] % self._settings.interval == 0:
-            self._note(self._monitor.decide(self._batch, self._loss_scale()))
+        at_once = self._looks_into_skips and self._seen and self._loss_scale() <= _LOWEST_SCALE
+        if at_once or self._counts["batches"] % self._settings.interval == 0:
+            scale = self._loss_scale()
+            self._note(self._monitor.decide(self._batch, scale))
+            if scale <= _LOWEST_SCALE and self._demoted():  # what held it down is mended
+                self._scaling.scaler.set_scale(self._settings.initial_loss_scale)
+
+    def _demoted(self) -> bool:
+        return any(decision["to"] == "float32" != decision["from"] for decision in self._new)
 
     def _observe(self, kind: str) -> None:
         summary = self._largest_of_ranks(self._monitor.summary())
@@ -214,7 +229,9 @@ class AdaptiveTraining:
     def _note(self, decisions: list[tuple[Any, ...]]) -> None:
         for decision in (dict(zip(_DECISION, values, strict=True)) for values in decisions):
             self._new.append(decision)
-            if decision["from"] != decision["to"]:
+            if (decision["from"], decision["to"]) == ("float32", "half"):
+                self._counts["demotions"] -= 1  # it is taken back
+            elif decision["from"] != decision["to"]:
                 self._counts[_COUNT_OF[decision["to"]]] += 1
 
     def _largest_of_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -259,7 +276,10 @@ class AdaptiveTraining:
         report = None if self._scaling is None else self._scaling.scaler.last_step(wait=True)
         skipped = 0
         if self._scaling is not None:
+            self._scaling.finish()
             skipped = self._scaling.skipped_in_fp32 + self._scaling.scaler.counters()["skipped"]
+            other = self._scaling.other_scaler
+            skipped += other.counters()["skipped"] if isinstance(other, GradScaler) else 0
         return {
             "fp16_ratio": self._monitor.half_share(),
             "layers": {layer.pop("name"): layer for layer in layers if layer["state"] != "fixed"},
@@ -294,18 +314,21 @@ class AdaptiveTraining:
 
 
 class _SkipCounter:
-    """How many steps in a row a GradScaler of halfstep has skipped, as of two batches before.
+    """How many steps in a row a GradScaler has skipped, as of two batches before.
 
-    So every rank knows the same, and the host waits for nothing that the device has still to begin. Of torch's nothing
-    is known.
+    So every rank knows the same, and the host waits for nothing that the device has still to begin. torch's scaler
+    counts no skips, but each one lowers its scale.
     """
 
     def __init__(self) -> None:
         self._copies: collections.deque[tuple[torch.Tensor, torch.cuda.Event | None]] = collections.deque()
+        self._scale = 0.0
+        self._falls = 0
 
     def follow(self, scaler: Any) -> None:
         """Send the count of now to the host."""
         counters = getattr(scaler, "_counters", None)
+        counters = scaler._scale if counters is None else counters
         if counters is None:
             return
         copy = torch.empty(counters.shape, dtype=counters.dtype, pin_memory=counters.is_cuda)
@@ -324,4 +347,9 @@ class _SkipCounter:
         copy, event = self._copies.popleft()
         if event is not None:
             event.synchronize()
-        return int(copy[_CONSECUTIVE_SKIPPED].item())
+        if copy.dim():
+            return int(copy[_CONSECUTIVE_SKIPPED].item())
+        scale = float(copy.item())
+        self._falls = self._falls + 1 if scale < self._scale else 0
+        self._scale = scale
+        return self._falls

@@ -11,7 +11,7 @@ import functools
 import numbers
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,9 +41,6 @@ from halfstep.optimizer import (
 from halfstep.scaler_state import ScalerState
 
 _ops = torch.ops.halfstep
-
-# Called with the scaler when a loss is scaled: a loop that scales by itself needs no other scale.
-before_scale: list[Callable[[Any], None]] = []
 
 # Columns of the gradient statistics: csrc/include/halfstep/gradients.h.
 GRADIENT_STATISTICS = ("non_finite", "max_magnitude", "sum_of_squares", "zeros", "below_half", "elements")
@@ -110,9 +107,6 @@ class GradScaler(ScalerState):
                 "cast to half once more. Leave the autocast context before scale(loss).backward().",
                 stacklevel=2,
             )
-        if self._enabled:
-            for call in before_scale:
-                call(self)
         return super().scale(outputs)
 
     def _check_gradients(

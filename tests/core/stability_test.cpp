@@ -168,6 +168,7 @@ TEST_F(StabilityTest, APassInFloat32BlamesTheFirstOutputBeyondHalf) {
   ASSERT_EQ(decisions.size(), 1U);
   EXPECT_EQ(decisions[0].layer, "b");
   clear();
+  at(kModel, kFirstOutput) = 0.1;
   at(kA, kFirstOutput) = 1.0;
   const auto hopeless = unstable(2, StepKind::kFloat32);
   ASSERT_EQ(hopeless.size(), 1U);
@@ -215,10 +216,65 @@ TEST_F(StabilityTest, GradientsThatOverflowAreTheScalesMatterUntilItIsLow) {
   EXPECT_EQ(decide(1.0).size(), 2U) << "tried while its gradients are infinite, and said that float32 is no better";
 }
 
-TEST_F(StabilityTest, AGradientThatCameInfiniteFromOutsideIsNoLayersFault) {
+TEST_F(StabilityTest, AGradientThatCameInfiniteFromOutsideIsTheFaultOfWhatIsAround) {
   at(kC, kFirstOutputGradient) = 1.0 / 9;
   at(kC, kFirstInputGradient) = 1.0 / 10;
-  EXPECT_TRUE(decide(1.0).empty());
+  EXPECT_TRUE(decide(2.0).empty());
+  ASSERT_EQ(decide(1.0).size(), 1U);
+  EXPECT_EQ(state(kBlock), LayerState::kFloat32);
+  EXPECT_EQ(state(kC), LayerState::kHalf);
+}
+
+TEST_F(StabilityTest, InfiniteOutputsAreNoMasksWhereGradientsStayInfinite) {
+  at(kB, kFirstOutput) = 1.0 / 4;  // exp(-x) makes 0 of it, and NaN of its gradient
+  at(kC, kFirstOutputGradient) = 1.0 / 9;
+  ASSERT_EQ(decide(1.0).size(), 1U);
+  EXPECT_EQ(state(kB), LayerState::kFloat32);
+}
+
+TEST_F(StabilityTest, Float32TellsMasksFromOverflows) {
+  at(kA, kFirstOutput) = 1.0;  // a mask, which nobody has seen yet
+  at(kB, kFirstOutput) = 0.5;  // the fault
+  at(kC, kFirstOutput) = 0.25;
+  at(kModel, kFirstOutput) = 0.1;
+  ASSERT_EQ(unstable(1).size(), 1U);
+  EXPECT_EQ(state(kA), LayerState::kFloat32) << "the first, as far as this pass tells";
+  clear();
+  at(kA, kFirstOutput) = 1.0;
+  at(kModel, kMaxOutput) = 3.0;
+  const auto decisions = unstable(1, StepKind::kFloat32);
+  ASSERT_EQ(decisions.size(), 2U);
+  EXPECT_EQ(decisions[0].layer, "a");
+  EXPECT_EQ(decisions[0].to, LayerState::kHalf);
+  EXPECT_EQ(decisions[1].layer, "b");
+  EXPECT_EQ(decisions[1].to, LayerState::kFloat32);
+  EXPECT_EQ(monitor_.layers()[kA].demotions, 0);
+  EXPECT_TRUE(monitor_.layers()[kA].masks);
+}
+
+TEST_F(StabilityTest, ABatchThatIsNoBetterInFloat32DemotesNobody) {
+  for (const std::size_t layer : {kModel, kA, kB}) at(layer, kFirstOutput) = layer == kA ? 1.0 : 0.1;
+  ASSERT_EQ(unstable(1).size(), 1U);
+  const auto decisions = unstable(1, StepKind::kFloat32);
+  ASSERT_EQ(decisions.size(), 1U);
+  EXPECT_EQ(decisions[0].to, LayerState::kHalf);
+  EXPECT_EQ(monitor_.half_share(), 1.0);
+  EXPECT_FALSE(monitor_.layers()[kA].masks);
+}
+
+TEST_F(StabilityTest, AMaskThatTurnsOutToOverflowIsFound) {
+  at(kB, kFirstOutput) = 0.5;  // rows that do not count overflow
+  at(kModel, kMaxOutput) = 1.0;
+  monitor_.observe(1, summary_);
+  at(kModel, kFirstOutput) = 0.1;  // now they count
+  at(kC, kFirstOutput) = 0.25;
+  ASSERT_EQ(unstable(2).size(), 1U);
+  clear();
+  at(kModel, kMaxOutput) = 1.0;
+  const auto decisions = unstable(2, StepKind::kFloat32);
+  ASSERT_EQ(decisions.size(), 2U);
+  EXPECT_EQ(state(kB), LayerState::kFloat32);
+  EXPECT_EQ(state(kC), LayerState::kHalf);
 }
 
 TEST_F(StabilityTest, SmallGradientsAreAFaultWhereTheScaleCannotGrow) {

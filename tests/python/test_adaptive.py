@@ -105,7 +105,7 @@ def test_an_overflow_leaves_parameters_and_moments_alone(device: torch.device) -
         for optimizer in optimizers:
             optimizer.step()
     assert _equal(before, [model[0].state_dict(), optimizers[0].state_dict()]), "nothing of it has moved"
-    assert not torch.equal(momentum, model[2].weight), "the other optimizer's gradients were finite"
+    assert torch.equal(momentum, model[2].weight), "a model's step is skipped as a whole"
     stats = adaptive.get_adaptation_stats()
     assert stats["skipped_steps"] == 1
     assert stats["overflowed"]
@@ -230,8 +230,7 @@ def test_a_scaler_at_work_does_the_scaling(device: torch.device, kind: str) -> N
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-    expected = [4.0 * 16, 4.0, 4.0] if kind == "torch, unannounced" else [4.0] * 3
-    assert seen == expected
+    assert seen == [4.0] * 3
     assert adaptive.get_adaptation_stats()["loss_scale"] == 4.0
     assert not torch.equal(before, model[0].weight)
 

@@ -6,10 +6,12 @@
 //
 // A layer is at fault if
 //   - it is the first in the forward pass whose output is infinite or NaN, and the model's is too, or
-//   - it is the first in the backward pass that sends an infinite or NaN gradient on, and the loss scale is at most
-//     `lowest_scale` (above that, lowering the scale is the cure), or
-//   - its score exceeds the threshold: the share of the squared norm of its outputs, or of the gradients that it sends
-//     on, that half's range may have cost. For float16 that is at most
+//   - gradients are infinite or NaN at a loss scale of at most `lowest_scale` (above that, lowering the scale is the
+//     cure), and it is the first whose output is not finite, else the first that sends such a gradient on, else the
+//     one around the layer that such a gradient reaches, or
+//   - its score exceeds the threshold: the share of the squared norm of its outputs, or of the gradients that it gets
+//   and
+//     sends on, that half's range may have cost. For float16 that is at most
 //         (zeros + elements with 0 < |x| < 2^-14) * 2^-50 / sum of squares,
 //     since what is below 2^-14 is rounded to multiples of 2^-24. Gradients are judged as if the loss scale were as
 //     high as the largest gradient of the model allows: what more scale cures is not the layer's fault. bfloat16 has
@@ -129,8 +131,10 @@ class HALFSTEP_API StabilityMonitor {
   // Takes the summary of one step that was looked at. Where the forward pass came to nothing, the layer at fault is
   // demoted at once: that is so if the step is kUnstable, since its loss is not finite, or if the output of the model
   // (the layer "", where it is watched) is not. Other summaries are kept for decide(); infinite or NaN outputs in them
-  // (masks) are no fault, and never will be one of that layer. kFloat32: an unstable step was done again in float32,
-  // and this is of that pass: the first output that half cannot hold is the fault. Returns what happened.
+  // (masks) are no fault, nor in an unstable step after it. kFloat32: an unstable step was done again in float32, and
+  // this is of that pass. At fault is then the first layer whose output was infinite or NaN in half and is not in
+  // float32, or, where the half pass was not looked at, the first whose float32 output half cannot hold. A demotion of
+  // this step that turns out to be another layer's fault, or none of half's, is taken back. Returns what happened.
   std::vector<StabilityDecision> observe(std::int64_t batch, std::span<const double> summary,
                                          StepKind kind = StepKind::kUsual);
   // The end of an interval: by the summaries since the last one, layers are demoted, tried and promoted.
@@ -151,7 +155,12 @@ class HALFSTEP_API StabilityMonitor {
 
  private:
   struct Fault;
-  std::optional<Fault> forward_fault(std::span<const double> summary, StepKind kind) const;
+  std::optional<Fault> forward_fault(std::span<const double> summary) const;
+  std::vector<StabilityDecision> compare_with_float32(std::int64_t batch, std::span<const double> summary,
+                                                      bool came_to_nothing);
+  std::optional<Fault> gradient_fault(double loss_scale) const;
+  std::optional<std::size_t> around(std::size_t layer) const;
+  StabilityDecision take_back(std::int64_t batch, std::size_t layer, const std::string& reason);
   std::vector<Fault> interval_faults(double loss_scale) const;
   double pending(std::size_t layer, SummaryColumn column) const;
   StabilityDecision event(std::int64_t batch, const Fault& fault) const;
@@ -161,7 +170,10 @@ class HALFSTEP_API StabilityMonitor {
   StabilityOptions options_;
   Precision half_;
   std::vector<LayerEntry> layers_;
-  std::vector<double> pending_;  // the summaries since the last decision, combined; empty if there were none
+  std::vector<double> pending_;   // the summaries since the last decision, combined; empty if there were none
+  std::vector<double> unstable_;  // the summary of the last unstable step, and its batch
+  std::int64_t unstable_batch_ = -1;
+  std::optional<std::size_t> demoted_then_;  // in that step
 };
 
 }  // namespace halfstep
