@@ -390,7 +390,7 @@ void StabilityMonitor::restore(std::string_view text) {
   const JsonDocument document(text, "StabilityMonitor", kCheckpointLimits);
   const JsonReader root = document.root();
   root.only({"layers"});
-  const std::vector<JsonReader> entries = root.at("layers").array(layers_.size());
+  const std::vector<JsonReader> entries = root.at("layers").array(std::size_t{1} << 20);
   if (entries.size() != layers_.size())
     root.fail(detail::concatenate("it has ", entries.size(), " layers, the plan ", layers_.size()));
   std::vector<LayerEntry> layers;

@@ -105,11 +105,13 @@ void define_stability(torch::Library& library) {
       .def("watch_output",
            [](const Self& self, std::int64_t layer, const at::Tensor& output, bool gradient) {
              as_value_error([&] { self->statistics.watch_output(layer, output, gradient); });
-           })
+           },
+           "", {torch::arg("layer"), torch::arg("output"), torch::arg("gradient") = true})
       .def("watch_input",
            [](const Self& self, std::int64_t layer, const at::Tensor& input) {
              return as_value_error([&] { return self->statistics.watch_input(layer, input); });
-           })
+           },
+           "", {torch::arg("layer"), torch::arg("input")})
       .def("rows", [](const Self& self) { return self->statistics.rows(); })
       .def("summary", &summary_of)
       .def("reset", [](const Self& self) { self->statistics.reset(); })
@@ -117,9 +119,13 @@ void define_stability(torch::Library& library) {
            [](const Self& self, std::int64_t batch, const at::Tensor& summary, const std::string& kind) {
              return as_value_error(
                  [&] { return listed(self->monitor.observe(batch, MonitorClass::values(summary), kind_named(kind))); });
-           })
-      .def("decide", [](const Self& self, std::int64_t batch,
-                        double loss_scale) { return listed(self->monitor.decide(batch, loss_scale)); })
+           },
+           "", {torch::arg("batch"), torch::arg("summary"), torch::arg("kind") = "usual"})
+      .def("decide",
+           [](const Self& self, std::int64_t batch, double loss_scale) {
+             return listed(self->monitor.decide(batch, loss_scale));
+           },
+           "", {torch::arg("batch"), torch::arg("loss_scale")})
       .def("plan", [](const Self& self) { return c10::make_intrusive<PlanClass>(self->monitor.plan()); })
       .def("base", [](const Self& self) { return c10::make_intrusive<PlanClass>(self->monitor.base()); })
       .def("layers",

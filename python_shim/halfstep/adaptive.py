@@ -221,7 +221,8 @@ class PrecisionContext(contextlib.AbstractContextManager["PrecisionContext"]):
 
 def _in_words(decision: dict[str, Any]) -> str:
     change = decision["to"] if decision["from"] == decision["to"] else f"{decision['from']} -> {decision['to']}"
-    held = f", held for {decision['hold']} intervals" if decision["to"] == "float32" else ""
+    intervals = "interval" if decision["hold"] == 1 else "intervals"
+    held = f", held for {decision['hold']} {intervals}" if decision["to"] == "float32" else ""
     return (
         f"batch {decision['batch']}: layer {decision['layer']!r} {change}{held}: {decision['reason']} "
         f"(score {decision['score']:.3g})"

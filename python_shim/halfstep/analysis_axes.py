@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,11 @@ def legend(axes: Axes) -> None:
 
 def say(axes: Axes, reason: str) -> None:
     """Say in the empty plot that nothing was recorded, and why."""
-    text = f"Nothing was recorded:\n{reason}" if reason else "Nothing was recorded."
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="#333333", wrap=True)
+    text = "\n".join(["Nothing was recorded:", *textwrap.wrap(reason, 80)]) if reason else "Nothing was recorded."
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="#333333")
     axes.set_yticks([])
-    axes.tick_params(bottom=False, labelbottom=False)
+    if len(axes.get_shared_x_axes().get_siblings(axes)) == 1:  # else the parts above have their steps from here
+        axes.tick_params(bottom=False, labelbottom=False)
     axes.grid(False)
 
 

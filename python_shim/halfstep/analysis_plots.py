@@ -179,7 +179,7 @@ def _memory_usage(figure: Figure, analysis: Analysis) -> str:
     steps_axis(lower, steps[0], steps[-1])
     legend(upper)
     legend(lower)
-    return f": forward and backward pass of {count(len(found), 'sampled step')}"
+    return f": {count(len(found), 'sampled step')}"
 
 
 def _numerical_stability(figure: Figure, analysis: Analysis) -> str:

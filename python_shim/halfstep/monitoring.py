@@ -118,6 +118,8 @@ class Monitor:
         if speedups:
             result.speedup_factor = result.average_speedup = statistics.median(speedups)
             result.peak_speedup = max(speedups)
+            if len(speedups) == 1:
+                notes.update(dict.fromkeys(_SPEED, "of one sample"))
         else:
             notes.update(dict.fromkeys(_SPEED, "the clock is too coarse for this model"))
         if self._on_cpu:

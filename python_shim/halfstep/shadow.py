@@ -108,7 +108,13 @@ def hindrance(device: torch.device) -> str:
         return "hooks for saved tensors would have seen the sample's"
     if _module._has_any_global_hook():
         return "global hooks of modules would have seen the sample's calls"
-    return "a profiler would have seen the sample's operations" if torch.autograd._profiler_enabled() else ""
+    if torch.autograd._profiler_enabled():
+        return "a profiler would have seen the sample's operations"
+    counter = torch.classes.halfstep.OperationCounter()
+    if not counter.start():
+        return "operations were being counted, and the sample's would have been among them"
+    counter.stop()
+    return ""
 
 
 def take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, step: int, first: bool) -> Sample:

@@ -391,6 +391,10 @@ TEST(LayerStatistics, MergeAndSummary) {
   EXPECT_DOUBLE_EQ(summary[kLostOutput], 0x1p-50 / 5.0);
   EXPECT_DOUBLE_EQ(summary[kLostGradient], 10 * 0x1p-50 / (8 * 0x1p-48)) << "a quarter of 10 / 8";
   EXPECT_EQ(summary[kMaxGradient], 0x1p-24);
+  rows[int{kInputGradient} * int{kLayerStatistics} + int{kSeenSquares}] = 1.0;
+  cpu::merge_statistics(small, &rows[int{kOutputGradient} * int{kLayerStatistics}], 9.0, 65520.0);
+  EXPECT_DOUBLE_EQ(summarize(rows, Precision::kFloat16)[kLostGradient], 10 * 0x1p-50 / (8 * 0x1p-48))
+      << "what it gets counts as well: it is rounded to the type of its output";
   EXPECT_EQ(summarize(rows, Precision::kBFloat16)[kLostGradient], 0.0) << "bfloat16 has float32's range";
 }
 
