@@ -59,7 +59,7 @@ class LossScaling:
         self.thread = 0  # that has opened it
         self.depth = 0  # of backward passes within each other
         self._model = weakref.ref(model)
-        self._own: set[int] = set()  # the model's parameters, by id
+        self._own: set[int] | None = None  # the model's parameters, by id, once a pass has asked in this context
         self._reached: set[int] = set()  # leaves with gradients that no finish() has followed
         self._flag: torch.Tensor | None = None  # whether one of those gradients is infinite or NaN
         self._checked: list[_Leaves] = []
@@ -76,7 +76,7 @@ class LossScaling:
         self.in_fp32 = False
         self.other_scaler = None
         self.thread = threading.get_ident()
-        self._own = {id(parameter) for parameter in self._model().parameters()}
+        self._own = None
         if not _open:
             torch.autograd.backward = _backward
             torch.amp.GradScaler.scale = _scale
@@ -126,9 +126,15 @@ class LossScaling:
             self.depth -= 1
             reached = self._unscaler.end(number)
         for scaling in _open:
-            scaling.check([leaf for leaf in reached if id(leaf) in scaling._own])
-        owned = set().union(*(scaling._own for scaling in _open))
+            scaling.check([leaf for leaf in reached if id(leaf) in scaling.own()])
+        owned = set().union(*(scaling.own() for scaling in _open))
         self.check([leaf for leaf in reached if id(leaf) not in owned])
+
+    def own(self) -> set[int]:
+        """Return the ids of the model's parameters."""
+        if self._own is None:
+            self._own = {id(parameter) for parameter in self._model().parameters()}
+        return self._own
 
     def check(self, leaves: list[torch.Tensor]) -> None:
         """Look at the gradients of these leaves, which a pass has just added to."""
