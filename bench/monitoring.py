@@ -164,14 +164,21 @@ def main() -> None:
         for variant in variants.values():
             variant.turns.append(take_turn(variant, device, TURN))
     first = next(iter(variants.values()))
-    print(f"| monitoring | ms a step, median | mean | mean over {wanted[0]} | samples | their share of the time |")
-    print("|---|---|---|---|---|---|")
+    print(
+        f"| monitoring | ms a step, median | mean | mean over {wanted[0]} | median of turn over turn | samples "
+        "| their share of the time |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for key, variant in variants.items():
         mean = statistics.fmean(variant.turns)
         count, seconds = (now - then for now, then in zip(variant.sampled(), before[key], strict=True))
         share = seconds / (mean * 1e-3 * TURN * len(variant.turns))
         over = mean / statistics.fmean(first.turns) - 1
-        print(f"| {key} | {statistics.median(variant.turns):.3f} | {mean:.3f} | {over:+.2%} | {count} | {share:.2%} |")
+        beside = statistics.median(a / b for a, b in zip(variant.turns, first.turns, strict=True)) - 1
+        print(
+            f"| {key} | {statistics.median(variant.turns):.3f} | {mean:.3f} | {over:+.2%} | {beside:+.2%} | {count} "
+            f"| {share:.2%} |"
+        )
 
 
 if __name__ == "__main__":
