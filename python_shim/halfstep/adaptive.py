@@ -144,10 +144,14 @@ class AdaptivePrecisionManager:
         return training.statistics()
 
     def release(self, model: nn.Module) -> None:
-        """Give the model back as it was before its first context: no trace of this manager stays in it."""
-        training = self._trainings.pop(model, None)
+        """Give the model back as it was before its first context: no trace of this manager stays in it.
+
+        RuntimeError while a context of it is open.
+        """
+        training = self._trainings.get(model)
         if training is not None:
             training.release()
+            del self._trainings[model]
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Return what a resumed run needs for this model: the states of its layers, counts and the loss scale."""

@@ -216,7 +216,7 @@ class AdaptiveTraining:
         if at_once or self._counts["batches"] % self._settings.interval == 0:
             scale = self._loss_scale()
             self._note(self._monitor.decide(self._batch, scale))
-            if scale <= _LOWEST_SCALE and self._demoted():  # what held it down is mended
+            if self._scaling.scales and scale <= _LOWEST_SCALE and self._demoted():  # what held it down is mended
                 self._scaling.scaler.set_scale(self._settings.initial_loss_scale)
 
     def _demoted(self) -> bool:
@@ -266,6 +266,8 @@ class AdaptiveTraining:
 
     def release(self) -> None:
         """Take everything out of the model."""
+        if self.is_open:
+            raise RuntimeError("a precision context of this model is open")
         model = self._model()
         if model is not None:
             self._installed.remove(model)

@@ -360,6 +360,8 @@ def test_misuse() -> None:
         adaptive.adaptive_context(model, 1, scaler="x")
     with pytest.raises(ValueError, match="no adaptive_context"):
         adaptive.precision_plan(model)
+    with adaptive.adaptive_context(model, 0), pytest.raises(RuntimeError, match="is open"):
+        adaptive.release(model)
     context = adaptive.adaptive_context(model, 0)
     with pytest.raises(RuntimeError, match="is new"):
         context.is_stable(torch.ones(1))

@@ -9,7 +9,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing
-from adaptive_cases import half_type, step
+from adaptive_cases import step
 from halfstep import AdaptivePrecisionManager, GradScaler, MixedPrecisionManager
 from seed_document import block
 from torch import nn
@@ -310,15 +310,15 @@ def test_ranks_decide_alike() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
 
 
-def test_the_default_of_the_test_device(device: torch.device) -> None:
-    """bfloat16 has no scale, and skips all the same."""
+def test_bfloat16_has_no_scale_and_skips_all_the_same(device: torch.device) -> None:
     model = nn.Linear(4, 1).to(device)
-    adaptive = AdaptivePrecisionManager(precision="bfloat16")
+    adaptive = AdaptivePrecisionManager(precision="bfloat16", adaptation_interval=2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = model.weight.clone()
-    with adaptive.adaptive_context(model, 0):
-        (model(torch.ones(2, 4, device=device)).sum() * float("inf")).backward()
-        optimizer.step()
+    for batch in range(6):
+        with adaptive.adaptive_context(model, batch):
+            (model(torch.ones(2, 4, device=device)).sum() * float("inf")).backward()
+            optimizer.step()
     assert torch.equal(model.weight, before)
     assert adaptive.get_adaptation_stats()["loss_scale"] == 1.0
-    assert half_type(device) in ("float16", "bfloat16")
+    assert adaptive.get_adaptation_stats()["skipped_steps"] == 6
