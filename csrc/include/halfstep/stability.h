@@ -68,7 +68,7 @@ void merge_statistics(const float* stats, double* row, double place, double half
 // the maximum over ranks is the summary of all.
 enum SummaryColumn : int {
   kLostOutput,    // share of the squared norm that may be lost to half's range, infinite elements apart
-  kLostGradient,  // of the gradient that the layer sends on, at the loss scale that it was computed with
+  kLostGradient,  // the same of its gradients, the worse of the two, at the loss scale that they were computed with
   kFirstOutput,   // kEarliest of the three
   kFirstOutputGradient,
   kFirstInputGradient,
