@@ -46,9 +46,9 @@ _SECTIONS = {
         ("overflow_events", "Steps with an infinite or NaN gradient", "{:,}"),
         ("underflow_events", "Sampled steps with underflow", "{:,.0f}"),
         ("scale_adjustments", "Changes of the loss scale", "{:,}"),
-        ("loss_scale_min", "Smallest loss scale", "{:,g}"),
-        ("loss_scale_max", "Largest loss scale", "{:,g}"),
-        ("loss_scale", "Loss scale at the end", "{:,g}"),
+        ("loss_scale_min", "Smallest loss scale", "{:,.10g}"),
+        ("loss_scale_max", "Largest loss scale", "{:,.10g}"),
+        ("loss_scale", "Loss scale at the end", "{:,.10g}"),
         ("missing_steps", "Steps missing in the timeline", "{:,}"),
     ),
 }
