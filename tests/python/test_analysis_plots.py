@@ -111,6 +111,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monke
 def test_pyplot_and_the_users_settings_are_left_alone(tmp_path: Path) -> None:
     code = f"""
 import sys, warnings
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 warnings.simplefilter("ignore")
 import matplotlib
 from test_analysis_plots import analyzed, NAMES
