@@ -18,6 +18,7 @@ from halfstep.autocast import AutocastContext
 from halfstep.checkpoints import check_keys
 from halfstep.grad_scaler import GradScaler
 from halfstep.gradients import name_parameters
+from halfstep.host_copy import send
 from halfstep.layer_watch import watch_outputs, watching
 from halfstep.policy import PrecisionPlan
 from halfstep.scopes import cast
@@ -333,14 +334,7 @@ class _SkipCounter:
         counters = scaler._scale if counters is None else counters
         if counters is None:
             return
-        copy = torch.empty(counters.shape, dtype=counters.dtype, pin_memory=counters.is_cuda)
-        copy.copy_(counters, non_blocking=True)
-        event = None
-        if counters.is_cuda:
-            with torch.cuda.device(counters.device):
-                event = torch.cuda.Event()
-                event.record()
-        self._copies.append((copy, event))
+        self._copies.append(send(counters))
 
     def in_a_row(self) -> int:
         """Return the count."""

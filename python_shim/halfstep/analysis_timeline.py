@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from halfstep.host_copy import send
 from halfstep.scaler_state import COUNTERS, ScalerState
 
 if TYPE_CHECKING:
@@ -87,21 +88,8 @@ class Timeline:
         self._take_arrived()
         if self._calls >= self._interval and len(self._in_flight) < _MOST_IN_FLIGHT:
             self._calls = 0
-            self._send(history)
+            self._in_flight.append(send(history, self._free.pop() if self._free else None))
             self._take_arrived()
-
-    def _send(self, history: torch.Tensor) -> None:
-        if self._free:
-            copy = self._free.pop()
-        else:
-            copy = torch.empty(history.shape, dtype=history.dtype, pin_memory=history.is_cuda)
-        copy.copy_(history, non_blocking=True)
-        event = None
-        if history.is_cuda:
-            with torch.cuda.device(history.device):
-                event = torch.cuda.Event()
-                event.record()
-        self._in_flight.append((copy, event))
 
     def _take_arrived(self) -> None:
         while self._in_flight:

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from halfstep.config import check_scale
+from halfstep.host_copy import send
 
 _ops = torch.ops.halfstep
-
-# Layout of the op's record: csrc/include/halfstep/scaling.h.
-_COLUMNS = 3
 
 
 class ScaleRequest:
@@ -76,13 +74,7 @@ class ScaleRequest:
             self._record = torch.tensor(values, dtype=torch.float64).to(scale.device)
         bounds = {name: rule[name] for name in ("growth_factor", "min_scale", "max_scale")}
         _ops.request_scale_(scale, counters, history, self._record, wanted, **bounds)
-        if self._copy is None:
-            self._copy = torch.empty(_COLUMNS, dtype=torch.float64, pin_memory=scale.is_cuda)
-        self._copy.copy_(self._record, non_blocking=True)
-        if scale.is_cuda:
-            with torch.cuda.device(scale.device):
-                self._arrived = self._arrived or torch.cuda.Event()
-                self._arrived.record()
+        self._copy, self._arrived = send(self._record, self._copy, self._arrived)
 
     def __getstate__(self) -> dict[str, Any]:
         limit, norm = self.state()

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
+from halfstep.host_copy import send
+
 Tables = list[tuple[list[str], torch.Tensor]]
 
 
@@ -52,15 +54,9 @@ class Reporter:
         return self._latest
 
     def _copy(self, tensors: Iterable[torch.Tensor], names: list[list[str]]) -> None:
-        copies, event = [], None
-        for tensor in tensors:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies.append(copy.copy_(tensor, non_blocking=True))
-            if tensor.is_cuda:
-                with torch.cuda.device(tensor.device):
-                    event = torch.cuda.Event()
-                    event.record()
-        self._pending = (copies, names, event)
+        sent = [send(tensor) for tensor in tensors]
+        events = [event for _, event in sent if event is not None]
+        self._pending = ([copy for copy, _ in sent], names, events[-1] if events else None)
 
 
 def _read(values: list[torch.Tensor], names: list[list[str]]) -> StepReport | None:
