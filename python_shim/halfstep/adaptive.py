@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.adaptive_plan import half_type_of
 from halfstep.adaptive_training import AdaptiveTraining, Settings
 from halfstep.config import check_bool, check_choice, check_count, check_number, check_scale
 from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
+from halfstep.scopes import DTYPES
 
 _log = logging.getLogger("halfstep.adaptive")
 
@@ -89,7 +89,7 @@ class AdaptivePrecisionManager:
             stability_threshold=float(stability_threshold),
             interval=adaptation_interval,
             gradients=enable_gradient_monitoring,
-            half=half_type_of(precision),
+            half=DTYPES[precision],
             sampling_interval=sampling_interval,
             hold=hold_intervals,
             max_hold=max_hold_intervals,

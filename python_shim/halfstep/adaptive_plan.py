@@ -17,15 +17,10 @@ from halfstep.policy import (
     named_modules,
     with_inherited,
 )
-from halfstep.scopes import LayerScope, apply_plan, planned_dtypes, remove_plan
+from halfstep.scopes import DTYPES, LayerScope, apply_plan, planned_dtypes, remove_plan
 from halfstep.watched import Around, beside_watched, take_out
 
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def half_type_of(precision: str) -> torch.dtype:
-    """Return the dtype of "float16" or "bfloat16"."""
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def base_plan(model: nn.Module, half: torch.dtype, policy: Any) -> PrecisionPlan:
@@ -82,8 +77,8 @@ class AdaptiveForward(Around):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns, in float32 while a context is open."""
         if self.training is None or torch.compiler.is_compiling() or not self.training.is_open:
-            return self.forward(*args, **kwargs)
-        return self.training.run(self.forward, args, kwargs)
+            return self._forward(*args, **kwargs)
+        return self.training.run(self._forward, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "training": None}

@@ -16,7 +16,7 @@ from torch import nn
 
 from halfstep.arguments import UnsupportedArgument, flatten
 from halfstep.policy import PrecisionPlan, named_modules
-from halfstep.scopes import apply_plan
+from halfstep.scopes import DTYPES, apply_plan
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FILE_HOOKS = (
@@ -25,7 +25,6 @@ _FILE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Example:
@@ -102,13 +101,15 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def half_of(plan: PrecisionPlan) -> str | None:
     """Return the half precision of most layers of the plan, None if no layer has one."""
-    counts = collections.Counter(layer.precision for layer in plan.layers() if layer.precision in _HALF)
+    counts = collections.Counter(
+        layer.precision for layer in plan.layers() if DTYPES.get(layer.precision, torch.float32) is not torch.float32
+    )
     return counts.most_common(1)[0][0] if counts else None
 
 
 def dtype_of(precision: str | None) -> torch.dtype | None:
     """Return the dtype of a half precision."""
-    return None if precision is None else _HALF[precision]
+    return None if precision is None else DTYPES[precision]
 
 
 def copy_of(model: nn.Module, *, hooks: bool = True, shared: bool = True) -> nn.Module:
@@ -166,7 +167,7 @@ def uncalled(plan: PrecisionPlan, model: nn.Module, example: Any, kwargs: Mappin
     """Return the layers of `model` that a call on the example does not call, with the plan applied if it can be."""
     arguments = Example(model, example, kwargs)
     twin = copy_of(model)
-    if all(layer.precision in ("float32", *_HALF) for layer in plan.layers()):
+    if all(layer.precision in DTYPES for layer in plan.layers()):
         apply_plan(twin, plan)
     modules, twins = dict(named_modules(model)), dict(named_modules(twin))
     called: set[nn.Module] = set()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halfstep._library import load_library
+from halfstep.watched import Unscriptable
 
 load_library()
 _ops = torch.ops.halfstep
@@ -20,7 +21,7 @@ _FASTER_ON_CPU = (nn.RMSNorm,)  # torch's other two read half there already, and
 _NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm, "group_norm": nn.GroupNorm}
 
 
-class HalfNorm:
+class HalfNorm(Unscriptable):
     """The `forward` of one LayerNorm, RMSNorm or GroupNorm: float32 arithmetic, half out.
 
     It acts on a strided input while autocast is on for the input's device. A float16 or bfloat16 input gives its own
@@ -34,6 +35,8 @@ class HalfNorm:
     It holds the module and reads the weights when it is called. So copies, pickles and torch.func.functional_call use
     the weights they should.
     """
+
+    what, remedy = "the half-precision norms of halfstep", "manager.remove_policy(model)"
 
     def __init__(self, module: nn.Module, *, float32_input: bool) -> None:
         self.module = module
@@ -51,14 +54,6 @@ class HalfNorm:
         if isinstance(module, nn.RMSNorm):
             return _ops.rms_norm(x, module.normalized_shape, module.weight, module.eps, out_dtype=dtype)
         return _ops.group_norm(x, module.num_groups, module.weight, module.bias, module.eps, out_dtype=dtype)
-
-    @property
-    def __globals__(self) -> dict[str, Any]:
-        """What torch.jit.script asks a forward for first. It compiles source code, and this is an object."""
-        raise AttributeError(
-            "torch.jit.script cannot compile the half-precision norms of halfstep: call manager.remove_policy(model) "
-            "first (torch.jit.trace, torch.compile and torch.export need no such call)"
-        )
 
 
 def _takes(module: nn.Module, x: Any, *, float32_input: bool) -> bool:

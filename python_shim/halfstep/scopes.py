@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from halfstep.policy import PrecisionPlan, class_of, named_modules, parent_of
-from halfstep.watched import beside_watched, take_out
+from halfstep.watched import Standing, beside_watched, take_out
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FLOATS = tuple(_DTYPES.values())
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS = tuple(DTYPES.values())
 # Autocast's dtype while a float32 layer has turned autocast off around layers that are planned in half. They act there,
 # and do nothing where the user has turned it off. It is part of autocast's state, which checkpoints restore on other
 # threads and compilers know; no autocast computes in it.
@@ -23,7 +23,7 @@ _FAST_PATHS = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.Tran
 _FAST_PATH_BEFORE = "_halfstep_fast_path"
 
 
-class LayerScope:
+class LayerScope(Standing):
     """The `forward` of one layer, in the precision that a plan gives it.
 
     It acts while autocast is on for the device of the layer's inputs, and not where that computes in `dtype` anyway:
@@ -40,12 +40,13 @@ class LayerScope:
     that compute it again and torch.compile see casts and autocast regions as if they stood in the layer's forward.
     """
 
+    what, remedy = "the layer scopes of halfstep", "remove_plan(model)"
+
     def __init__(
         self, module: nn.Module, dtype: torch.dtype, inner: Callable[..., Any] | None, *, holds: bool = False
     ) -> None:
-        self.module = module
+        super().__init__(module, inner)
         self.dtype = dtype
-        self.inner = inner  # what stood in the module's attribute `forward` before, if anything did
         self.holds = holds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,19 +103,6 @@ class LayerScope:
             if cached:
                 torch.set_autocast_cache_enabled(True)
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.inner is not None:
-            return self.inner(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    @property
-    def __globals__(self) -> dict[str, Any]:
-        """What torch.jit.script asks a forward for first. It compiles source code, and this is an object."""
-        raise AttributeError(
-            "torch.jit.script cannot compile the layer scopes of halfstep: call remove_plan(model) first "
-            "(torch.jit.trace, torch.compile and torch.export need no such call)"
-        )
-
 
 def apply_plan(model: nn.Module, plan: PrecisionPlan, autocast_dtype: torch.dtype | None = None) -> None:
     """Let each layer of `model` run in the precision that `plan` gives it, under an autocast of the loop's own.
@@ -157,10 +145,10 @@ def planned_dtypes(model: nn.Module, plan: PrecisionPlan) -> dict[nn.Module, tor
         if module is None or class_of(module) != layer.type:
             found = "there is none" if module is None else f"it is a {class_of(module)}"
             raise ValueError(f"the plan has a {layer.type} {layer.name!r}, but in the model {found}")
-        if layer.precision not in _DTYPES:
-            raise ValueError(f"layer {layer.name!r} is planned as {layer.precision}, expected one of {list(_DTYPES)}")
+        if layer.precision not in DTYPES:
+            raise ValueError(f"layer {layer.name!r} is planned as {layer.precision}, expected one of {list(DTYPES)}")
         if not layer.inherits:
-            dtypes.setdefault(module, _DTYPES[layer.precision])
+            dtypes.setdefault(module, DTYPES[layer.precision])
     return dtypes
 
 

@@ -10,20 +10,39 @@ import torch
 from torch import nn
 
 
-class Around:
-    """What stands around a model's own `forward`. `inspect.signature` gives that of the forward."""
+class Unscriptable:
+    """An object in the place of a `forward`, which torch.jit.script cannot compile: it takes source code."""
 
-    remedy = ""  # how torch.jit.script can have the model
+    what = ""  # torch.jit.script cannot compile
+    remedy = ""  # the call after which it can have the model
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """What torch.jit.script asks a forward for first."""
+        raise AttributeError(
+            f"torch.jit.script cannot compile {self.what}: call {self.remedy} first (torch.jit.trace, torch.compile "
+            "and torch.export need no such call)"
+        )
+
+
+class Standing(Unscriptable):
+    """What stands in a module's attribute `forward`, in front of what was there before."""
 
     def __init__(self, module: nn.Module, inner: Callable[..., Any] | None) -> None:
         self.module = module
         self.inner = inner  # what stood in the module's attribute `forward` before, if anything did
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns without this."""
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns without this."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class Around(Standing):
+    """What stands around a model's own `forward`. `inspect.signature` gives that of the forward."""
+
+    what = "a model that halfstep monitors"
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -35,14 +54,6 @@ class Around:
     def __code__(self) -> Any:
         """What torch.export asks for: it only names the place by it."""
         return (type(self.module).forward if self.inner is None else self.inner).__code__
-
-    @property
-    def __globals__(self) -> dict[str, Any]:
-        """What torch.jit.script asks a forward for first. It compiles source code, and this is an object."""
-        raise AttributeError(
-            f"torch.jit.script cannot compile a model that halfstep monitors: call {self.remedy} first "
-            "(torch.jit.trace, torch.compile and torch.export need no such call)"
-        )
 
 
 class Watched(Around):
@@ -62,7 +73,7 @@ class Watched(Around):
         """Return what the model returns."""
         if not torch.compiler.is_compiling() and self.monitor is not None:
             self.monitor.before(self.module, args, kwargs)
-        return self.forward(*args, **kwargs)
+        return self._forward(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "monitor": None}
