@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from halfstep.grad_scaler import GradScaler
-from halfstep.gradients import moved
+from halfstep.gradients import moved, parameters_of
 
 _ops = torch.ops.halfstep
 
@@ -108,10 +108,10 @@ class LossScaling:
         given = [grad_tensors] if isinstance(grad_tensors, (torch.Tensor, type(None))) else list(grad_tensors)
         given += [None] * (len(roots) - len(given))
         outer = self.depth == 0
-        announced = next((_scaled[root] for root in roots if root in _scaled), None) if outer else None
-        self.other_scaler = announced or self.other_scaler
+        if outer:
+            self.other_scaler = next((_scaled[root] for root in roots if root in _scaled), self.other_scaler)
         implicit = any(gradient is None and root.numel() != 1 for root, gradient in zip(roots, given, strict=True))
-        if announced is not None or self.other_scaler is not None or implicit:  # the last is torch's error
+        if self.other_scaler is not None or implicit:  # the latter is torch's error
             run(grad_tensors)
             return
         leaves = self._unscaler.leaves(roots)
@@ -167,18 +167,19 @@ class LossScaling:
                 self._hold(optimizer, on_host=True)
                 return result
 
-            return (args[0], held, *args[2:]) if len(args) > 1 else args, {
-                **kwargs,
-                **({"closure": held} if "closure" in kwargs else {}),
-            }
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": held}
+            return (args[0], held, *args[2:]), kwargs
         if self.depth:  # from a hook, in the middle of a pass
-            self.check([p for group in optimizer.param_groups for p in group["params"]])
+            self.check(parameters_of(optimizer))
         self._hold(optimizer, on_host=False)
         return None
 
     def _hold(self, optimizer: torch.optim.Optimizer, *, on_host: bool) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self._flag is None or not any(id(parameter) in self._reached for parameter in parameters):
+        if self._flag is None:
+            return
+        parameters = parameters_of(optimizer)
+        if not any(id(parameter) in self._reached for parameter in parameters):
             return
         self._stepped = True
         fused = all(group.get("fused") for group in optimizer.param_groups)

@@ -15,6 +15,7 @@ from halfstep._library import load_library
 from halfstep.adaptive_plan import Installed, base_plan, watched_layers
 from halfstep.adaptive_scaling import LossScaling
 from halfstep.autocast import AutocastContext
+from halfstep.calls import without_compiler
 from halfstep.checkpoints import check_keys
 from halfstep.grad_scaler import GradScaler
 from halfstep.gradients import name_parameters
@@ -77,7 +78,7 @@ class AdaptiveTraining:
         name_parameters(model)
         base = base_plan(model, settings.half, settings.policy)
         self._monitor = torch.classes.halfstep.StabilityMonitor(
-            base._plan, settings.stability_threshold, settings.hold, settings.max_hold, 1.0
+            base._plan, settings.stability_threshold, settings.hold, settings.max_hold, _LOWEST_SCALE
         )
         self._watched: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
             watched_layers(model, base)
@@ -90,7 +91,11 @@ class AdaptiveTraining:
         self._sample_next = True
         self._skips = _SkipCounter()
         self.is_open = False
-        self.in_fp32 = False
+
+    @property
+    def in_fp32(self) -> bool:
+        """Whether the latest batch has fallen back."""
+        return self._scaling is not None and self._scaling.in_fp32
 
     # --------------------------------------------------------------------------------------------------- the batch
 
@@ -106,7 +111,7 @@ class AdaptiveTraining:
         self._sampled = self._sample_next or regular or self._looks_into_skips
         self._batch = batch
         self._new: list[dict[str, Any]] = []
-        self._seen = self._unstable = self.in_fp32 = False
+        self._seen = self._unstable = False
         self._scaling.open()
         if scaler is not None and scaler.is_enabled():
             self._scaling.other_scaler = scaler
@@ -119,9 +124,9 @@ class AdaptiveTraining:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         scales = self._settings.half is torch.float16
         if scales:
-            # Below 1 it would only shrink gradients; what still overflows there is a layer's fault.
-            lowest = min(1.0, self._settings.initial_loss_scale)
-            rule = {"init_scale": self._settings.initial_loss_scale, "min_scale": lowest}
+            # Below that it would only shrink gradients; what still overflows there is a layer's fault.
+            scale = self._settings.initial_loss_scale
+            rule = {"init_scale": scale, "min_scale": min(_LOWEST_SCALE, scale)}
         else:
             rule = {"init_scale": 1.0, "min_scale": 1.0, "max_scale": 1.0}
         return LossScaling(model, GradScaler(device.type, name_overflows=True, **rule), device, scales=scales)
@@ -151,8 +156,7 @@ class AdaptiveTraining:
                 stack.enter_context(AutocastContext(device, dtype=self._settings.half))
             if looked_at:
                 self._seen = True
-                if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(without_compiler(model))
                 gradients = self._settings.gradients and not self.in_fp32
                 stack.enter_context(watching(self._monitor, self._watched, gradients=gradients))
             result = forward(*args, **kwargs)
@@ -180,7 +184,6 @@ class AdaptiveTraining:
         if self.in_fp32:
             return
         self._counts["fallback_batches"] += 1
-        self.in_fp32 = True
         self._scaling.in_fp32 = True
         self._seen = False
         self._monitor.reset()
@@ -213,9 +216,11 @@ class AdaptiveTraining:
         elif self._seen and not self._unstable:
             self._counts["sampled_batches"] += 1
             self._observe("usual")
-        at_once = self._looks_into_skips and self._seen and self._loss_scale() <= _LOWEST_SCALE
-        if at_once or self._counts["batches"] % self._settings.interval == 0:
-            scale = self._loss_scale()
+        due = self._counts["batches"] % self._settings.interval == 0
+        if not due and not (self._looks_into_skips and self._seen):
+            return
+        scale = self._loss_scale()
+        if due or scale <= _LOWEST_SCALE:
             self._note(self._monitor.decide(self._batch, scale))
             if self._scaling.scales and scale <= _LOWEST_SCALE and self._demoted():  # what held it down is mended
                 self._scaling.scaler.set_scale(self._settings.initial_loss_scale)

@@ -153,7 +153,7 @@ class MixedPrecisionAnalyzer:
     # ----------------------------------------------------------------------------------------------------- reading
 
     def _monitor(self) -> Monitor | None:
-        return getattr(self._manager._manager, "monitor", None)
+        return self._manager._manager.monitor
 
     def _read(self) -> Analysis:
         """Return what is there up to now."""

@@ -102,7 +102,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 def half_of(plan: PrecisionPlan) -> str | None:
     """Return the half precision of most layers of the plan, None if no layer has one."""
     counts = collections.Counter(
-        layer.precision for layer in plan.layers() if DTYPES.get(layer.precision, torch.float32) is not torch.float32
+        layer.precision for layer in plan.layers() if layer.precision in ("float16", "bfloat16")
     )
     return counts.most_common(1)[0][0] if counts else None
 

@@ -26,6 +26,7 @@ from halfstep.gradients import (
     local_shard,
     moved,
     named_parameters,
+    parameters_of,
     reduce_over_meshes,
 )
 from halfstep.optimizer import (
@@ -139,7 +140,7 @@ class GradScaler(ScalerState):
                     grad = grad._values()
                 by_device[grad.device].append(grad)
                 names[grad.device].append(name)
-            counts = [element_count(parameter) for _, parameter in named_parameters(optimizer)]
+            counts = [element_count(parameter) for parameter in parameters_of(optimizer)]
 
             state = self._per_optimizer_states[id(optimizer)]
             founds: dict[torch.device, torch.Tensor] = {}
@@ -248,7 +249,7 @@ class GradScaler(ScalerState):
         if max_norm is not None and "closure" not in kwargs and state["stage"] is not OptState.STEPPED:
             if self._enabled and state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named_parameters(optimizer)], max_norm)
+            torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
         self._combine_devices(optimizer)
         with self._no_trace_of_a_refusal(optimizer):
             result = super().step(optimizer, *args, **kwargs)
@@ -286,7 +287,7 @@ class GradScaler(ScalerState):
                 self.unscale_(optimizer)
                 ready = False
             if max_norm is not None:
-                torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named_parameters(optimizer)], max_norm)
+                torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm)
                 max_norm = None
             fused.collect(optimizer, allow_float16=True)  # half ones were replaced
         state = self._per_optimizer_states[id(optimizer)]
@@ -337,15 +338,16 @@ class GradScaler(ScalerState):
         before = state.get("elements")
         if before is None:
             return
-        named = list(named_parameters(optimizer))
-        if len(named) != len(before):
+        parameters = parameters_of(optimizer)
+        if len(parameters) != len(before):
             raise RuntimeError(
-                f"GradScaler.step: the optimizer has {len(named)} parameters, but had {len(before)} when unscale_() "
-                "read their gradients. Add parameters before unscale_() or after step()."
+                f"GradScaler.step: the optimizer has {len(parameters)} parameters, but had {len(before)} when "
+                "unscale_() read their gradients. Add parameters before unscale_() or after step()."
             )
-        for (name, parameter), count in zip(named, before, strict=True):
+        for place, (parameter, count) in enumerate(zip(parameters, before, strict=True)):
             now = element_count(parameter)
             if now != count:
+                name, _ = list(named_parameters(optimizer))[place]
                 raise RuntimeError(
                     f"GradScaler.step: the gradient of {name} was freed, resized or added since unscale_(): it had "
                     f"{count_in_words(count)} and has {count_in_words(now)}. Nothing was stepped."

@@ -12,6 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from halfstep.arguments import UnsupportedArgument, flatten, rebuild
+from halfstep.gradients import parameters_of
 from halfstep.half_weights import HalfWeights
 from halfstep.optimizer import FusedStep, current
 
@@ -83,7 +84,7 @@ class Recorder:
 
     def before_unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer float32 gradients."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = parameters_of(optimizer)
         for half in self._half:
             half.to_float32(parameters)
 

@@ -10,8 +10,7 @@
 //     cure), and it is the first whose output is not finite, else the first that sends such a gradient on, else the
 //     one around the layer that such a gradient reaches, or
 //   - its score exceeds the threshold: the share of the squared norm of its outputs, or of the gradients that it gets
-//   and
-//     sends on, that half's range may have cost. For float16 that is at most
+//     and sends on, that half's range may have cost. For float16 that is at most
 //         (zeros + elements with 0 < |x| < 2^-14) * 2^-50 / sum of squares,
 //     since what is below 2^-14 is rounded to multiples of 2^-24. Gradients are judged as if the loss scale were as
 //     high as the largest gradient of the model allows: what more scale cures is not the layer's fault. bfloat16 has
