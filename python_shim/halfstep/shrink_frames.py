@@ -1,0 +1,185 @@
+"""Smaller dtypes for the columns of pandas and polars frames. Neither is imported here: who has a frame has done it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+
+from halfstep.shrink import Decision, Job, shrink_array
+
+Chosen = Callable[[Hashable], bool]
+
+
+def shrink_series_or_frame(data: Any, job: Job, chosen: Chosen, pandas: Any) -> Any:
+    """Return a pandas frame or series with smaller dtypes: a new one, or `data` itself if no column changes.
+
+    Columns that stay share their memory with `data`. Index, names and attrs are kept.
+    """
+    if isinstance(data, pandas.Series):
+        result = _shrink_series(data, job, data.name, chosen, pandas)
+        return (
+            data if result is None else _like(data, pandas.Series(result, index=data.index, name=data.name, copy=False))
+        )
+    together = _shrink_block(data, job, chosen)
+    if together is not None:
+        return data if together is data else _like(data, together)
+    columns = [
+        _shrink_series(data.iloc[:, i], job, name, chosen, pandas, key=_key(data, i))
+        for i, name in enumerate(data.columns)
+    ]
+    if all(column is None for column in columns):
+        return data
+    parts = {
+        i: data.iloc[:, i] if column is None else pandas.Series(column, index=data.index, copy=False)
+        for i, column in enumerate(columns)
+    }
+    result = pandas.DataFrame(parts, index=data.index, copy=False)
+    result.columns = data.columns
+    return _like(data, result)
+
+
+def _like(data: Any, result: Any) -> Any:
+    result.attrs = dict(data.attrs)
+    return result
+
+
+def _key(data: Any, i: int) -> Hashable:
+    """Return a name for a column that is its own even where names repeat."""
+    name = data.columns[i]
+    return name if data.columns.is_unique else (name, i)
+
+
+def _shrink_block(data: Any, job: Job, chosen: Chosen) -> Any:
+    """Shrink a frame that is one float64 matrix, as from DataFrame(matrix), without reading it once for each column.
+
+    Returns None where it is none, or where the columns do not all share one fate.
+    """
+    count = data.shape[1]
+    if count < 2 or len(data) == 0 or any(dtype != np.float64 for dtype in data.dtypes):
+        return None
+    keys = [_key(data, i) for i in range(count)]
+    first = data.iloc[:, 0].to_numpy()
+    if (
+        first.strides[0] == first.itemsize
+        or not all(map(chosen, data.columns))
+        or any(key in job.remembered for key in keys)
+    ):
+        return None
+    matrix = data.to_numpy(copy=False)
+    if not np.may_share_memory(matrix, first):
+        return None
+    reports, decided = len(job.reports), dict(job.decided)
+    result = shrink_array(matrix, job, key=None, names=list(data.columns))
+    if result is matrix:  # one by one, then: others may fit. In a plan nothing is converted: it is read twice.
+        del job.reports[reports:]
+        job.decided.clear()
+        job.decided.update(decided)
+        return None
+    integral = job.decided.pop(None).integral
+    job.decided.update({key: Decision(result.dtype, (flag,)) for key, flag in zip(keys, integral, strict=True)})
+    return type(data)(result, index=data.index, columns=data.columns, copy=False)
+
+
+def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas: Any, key: Hashable = None) -> Any:
+    """Return the array for a smaller column, None if it stays as it is."""
+    key = name if key is None else key
+    nbytes = int(series.memory_usage(index=False, deep=False))
+    if not chosen(name):
+        job.keep(name, series.dtype, nbytes, "left out")
+        return None
+    if isinstance(series.dtype, np.dtype):
+        values = series.to_numpy()
+        result = shrink_array(values, job, key=key, names=[name])
+        return None if result is values else result
+    array = series.array
+    masked = isinstance(array, (pandas.arrays.IntegerArray, pandas.arrays.FloatingArray))
+    arrow = isinstance(series.dtype, pandas.ArrowDtype) and series.dtype.kind in "iuf"
+    if not masked and not arrow:
+        job.keep(name, series.dtype, nbytes)
+        return None
+    dtype = np.dtype(series.dtype.numpy_dtype)
+    missing = np.asarray(series.isna())
+    # What lies below the mask must not decide: NaN is no value, and of integers a value repeated changes nothing.
+    fill = np.nan if dtype.kind == "f" else (0 if missing.all() else array[int(np.argmin(missing))])
+    values = array.to_numpy(dtype=dtype, na_value=fill)
+    start = len(job.reports)
+    if missing.all():
+        job.keep(name, series.dtype, nbytes, "it has no values")
+        return None
+    result = shrink_array(values, job, key=key, names=[name])
+    own = {str(dtype): str(series.dtype)}
+    small = job.decided[key].dtype if key in job.decided else dtype
+    after = _extension_dtype(series.dtype, small, pandas) if small != dtype else series.dtype
+    own[str(small)] = str(after)
+    job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
+    if result is values:
+        return None
+    if arrow:
+        return array.astype(after)
+    kind = pandas.arrays.FloatingArray if dtype.kind == "f" else pandas.arrays.IntegerArray
+    return kind(result, missing)
+
+
+def _renamed(report: Any, names: dict[str, str]) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(report, before=names[report.before], after=names[report.after])
+
+
+def _extension_dtype(dtype: Any, small: np.dtype, pandas: Any) -> Any:
+    if isinstance(dtype, pandas.ArrowDtype):
+        import pyarrow
+
+        return pandas.ArrowDtype(pyarrow.from_numpy_dtype(small))
+    return pandas.array(np.zeros(0, small), dtype=small.name.capitalize().replace("Uint", "UInt")).dtype
+
+
+def shrink_polars(data: Any, job: Job, chosen: Chosen, polars: Any) -> Any:
+    """Return a polars frame or series with smaller dtypes: a new one, or `data` itself if no column changes.
+
+    The core decides, polars converts: its memory is its own, so a bound that needs files cannot be kept.
+    """
+    if isinstance(data, polars.Series):
+        return _shrink_polars_series(data, job, chosen, polars)
+    columns = [_shrink_polars_series(column, job, chosen, polars) for column in data.iter_columns()]
+    changed = [new for new, old in zip(columns, data.iter_columns(), strict=True) if new.dtype != old.dtype]
+    return data.with_columns(changed) if changed else data
+
+
+def _shrink_polars_series(series: Any, job: Job, chosen: Chosen, polars: Any) -> Any:
+    name, nbytes = series.name, series.estimated_size()
+    if not chosen(name):
+        job.keep(name, series.dtype, nbytes, "left out")
+        return series
+    if not (series.dtype.is_integer() or series.dtype.is_float()) or series.dtype in (polars.Int128,):
+        job.keep(name, series.dtype, nbytes)
+        return series
+    values = series
+    if series.null_count() == len(series):
+        job.keep(name, series.dtype, nbytes, "it has no values" if len(series) else "it has no elements")
+        return series
+    if series.null_count():
+        values = series.fill_null(float("nan") if series.dtype.is_float() else series.drop_nulls()[0])
+    convert, job.convert = job.convert, False
+    start = len(job.reports)
+    try:
+        array = values.to_numpy()
+        shrink_array(array, job, key=name, names=[name])
+    finally:
+        job.convert = convert
+    small = job.decided[name].dtype if name in job.decided else array.dtype
+    after = polars.Series([], dtype=series.dtype).to_numpy().dtype if small == array.dtype else small
+    target = series.dtype if after == array.dtype else getattr(polars, after.name.capitalize().replace("Uint", "UInt"))
+    own = {str(array.dtype): str(series.dtype), str(small): str(target)}
+    job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
+    if target == series.dtype or not convert:
+        return series
+    if not job.memory.fits(array.size * small.itemsize):
+        raise ValueError(
+            f"column {name!r}: polars cannot keep columns in files, and memory_threshold_mb leaves "
+            f"{job.memory.left / 2**20:.0f} MB: pass a larger one, or arrays"
+        )
+    job.memory.give_back(-array.size * small.itemsize)
+    return series.cast(target)

@@ -1,0 +1,99 @@
+"""Where results live: in memory up to a bound, beyond it in files that vanish with the arrays."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+_RAM_BACKED = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+def file_system(folder: Path) -> str:
+    """Return the type of the file system that holds a folder, "" where the system does not tell."""
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    best, kind = -1, ""
+    for line in lines:
+        _, place, name = line.split()[:3]
+        place = place.replace("\\040", " ")
+        if folder.is_relative_to(place) and len(place) >= best:
+            best, kind = len(place), name
+    return kind
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process inherits the map, and the duty with it
+        Path(path).unlink(missing_ok=True)
+
+
+class Memory:
+    """Allocates the results of one call: the first `budget` bytes in memory, what does not fit there in files.
+
+    folder: where files go; None is the system's folder for temporary files, which must not itself lie in memory.
+    """
+
+    def __init__(self, budget: float, folder: str | os.PathLike | None) -> None:
+        self.left = budget
+        self._folder = folder
+
+    def fits(self, nbytes: int) -> bool:
+        """Return whether so many bytes may be allocated in memory."""
+        return nbytes <= self.left
+
+    def give_back(self, nbytes: int) -> None:
+        """Count an allocation as freed."""
+        self.left += nbytes
+
+    def empty_like(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Return an array of the shape and the order of `array`: a np.memmap if it exceeds the bound."""
+        nbytes = array.size * dtype.itemsize
+        if self.fits(nbytes):
+            self.left -= nbytes
+            return np.empty_like(array, dtype=dtype, subok=False)
+        # The strides that np.empty_like would choose, of an array that takes no memory of this size: 0 to 2 a side.
+        order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+        flat = self._file(nbytes, dtype)
+        return flat.reshape([array.shape[axis] for axis in order]).transpose(np.argsort(order))
+
+    def _file(self, nbytes: int, dtype: np.dtype) -> np.memmap:
+        folder = Path(self._folder or tempfile.gettempdir()).resolve()
+        if self._folder is None and file_system(folder) in _RAM_BACKED:
+            raise ValueError(
+                f"the result takes {nbytes / 2**20:.0f} MB, more than memory_threshold_mb leaves, and the folder for "
+                f"temporary files ({folder}) lies in memory too: pass memmap_dir, or a larger memory_threshold_mb"
+            )
+        free = math.prod(getattr(os.statvfs(folder), name) for name in ("f_bavail", "f_frsize"))
+        if free < nbytes:
+            raise OSError(
+                f"the result takes {nbytes / 2**20:.0f} MB, more than memory_threshold_mb leaves, and {folder} has "
+                f"only {free / 2**20:.0f} MB left: pass another memmap_dir, or a larger memory_threshold_mb"
+            )
+        handle, path = tempfile.mkstemp(prefix="halfstep-", suffix=".mmap", dir=folder)
+        os.close(handle)
+        try:
+            result = np.memmap(path, dtype=dtype, mode="w+", shape=(nbytes // dtype.itemsize,))
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
+        # Views outlive the array, none outlives the map.
+        weakref.finalize(result._mmap, _remove, path, os.getpid())
+        return result
+
+
+def let_go(array: np.ndarray) -> None:
+    """Let the system write a file's array to the disk and take its memory back; nothing for other arrays."""
+    base = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap) and base._mmap is not None:
+            base._mmap.flush()
+            base._mmap.madvise(mmap.MADV_DONTNEED)
+            return
+        base = base.base

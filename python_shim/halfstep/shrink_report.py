@@ -1,0 +1,87 @@
+"""What the dtype optimizer did, or would do, to each column."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnReport:
+    """One column of a frame or a matrix, one field, one array of a list, or one of the arrays of a sparse matrix.
+
+    target: "X" or "y". column: its name or position, None for an array that is one column.
+    before, after: dtypes as text. bytes_before, bytes_after: of its values.
+    max_relative_error: the largest |new - old| / |old| over finite values; 0 if nothing changed.
+    blocked: why it did not become smaller, "" if it did or if there was nothing to reduce.
+    position: where that is seen first: a row, an index of several dimensions, or None.
+    note: what to know about the result, "" for nothing.
+    """
+
+    target: str
+    column: Hashable
+    before: str
+    after: str
+    bytes_before: int
+    bytes_after: int
+    max_relative_error: float = 0.0
+    blocked: str = ""
+    position: int | tuple[int, ...] | None = None
+    note: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the dtype differs."""
+        return self.before != self.after
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkReport:
+    """The columns of X, then those of y; `print(report)` shows them as a table."""
+
+    columns: tuple[ColumnReport, ...] = ()
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all values before."""
+        return sum(column.bytes_before for column in self.columns)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all values after."""
+        return sum(column.bytes_after for column in self.columns)
+
+    @property
+    def memory_reduction(self) -> float:
+        """The part of the bytes that is saved, 0 to 1; NaN without values."""
+        return 1 - self.bytes_after / self.bytes_before if self.bytes_before else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same as plain dictionaries and lists."""
+        columns = [dataclasses.asdict(column) for column in self.columns]
+        return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "columns": columns}
+
+    def __str__(self) -> str:
+        head = ("", "column", "from", "to", "MB before", "MB after", "error", "what stood in the way, or to know")
+        rows = [
+            (
+                column.target,
+                "" if column.column is None else str(column.column),
+                column.before,
+                column.after,
+                f"{column.bytes_before / 2**20:.2f}",
+                f"{column.bytes_after / 2**20:.2f}",
+                f"{column.max_relative_error:.1e}" if column.max_relative_error else "0",
+                "; ".join(filter(None, (column.blocked, column.note))),
+            )
+            for column in self.columns
+        ]
+        widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+        ]
+        saved = f" ({self.memory_reduction:.1%} less)" if self.bytes_before else ""
+        lines.append(f"{self.bytes_before / 2**20:.2f} MB -> {self.bytes_after / 2**20:.2f} MB{saved}")
+        return "\n".join(lines)

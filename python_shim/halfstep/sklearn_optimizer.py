@@ -1,0 +1,320 @@
+"""SklearnPrecisionOptimizer: data in the smallest dtypes that keep its values, before scikit-learn sees it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from halfstep import numpy_library as core
+from halfstep.config import check_bool, check_choice
+from halfstep.shrink import Decision, Job, shrink_array
+from halfstep.shrink_memory import Memory
+from halfstep.shrink_report import ShrinkReport
+
+if TYPE_CHECKING:
+    from halfstep.estimator_dtypes import EstimatorCost
+
+_PLAIN = (np.ndarray, np.memmap)
+
+
+class SklearnPrecisionOptimizer:
+    """Gives data smaller dtypes: float64 becomes float32, integers the smallest type of their sign kind.
+
+    enable_float32_reduction, enable_int_downcasting: turn either off.
+    memory_threshold_mb: MiB that the results of one call may take; beyond it they are written block by block into files
+        that are mapped into memory and vanish with the arrays.
+    mode: when a float64 column may become float32. "rtol": each finite value changes by at most 2^-24 of its size (so
+        none overflows or leaves float32's normal range), columns of integers stay exact, and columns whose values differ
+        little beside their size stay float64. "exact": no value changes at all; complex128 then becomes complex64.
+        "force": nothing becomes infinite.
+    include, exclude: names of columns of frames or of fields, positions of columns of matrices. Others stay as they are.
+        A matrix has one dtype: a column of it that is left out must keep every value.
+    reduce_float_y: treat a float64 y like X. By default it stays, since scikit-learn computes with float64 targets.
+        Integers of y become int32 where they fit, never narrower and never unsigned: metrics subtract them.
+    memmap_dir: the folder for files; None is the system's folder for temporary files, unless that lies in memory.
+    n_jobs: threads; None takes this process's processors, or OMP_NUM_THREADS if that is less.
+    progress: None shows a bar for large data on a terminal, if tqdm is installed and it takes more than a second; True
+        always, False never.
+
+        optimizer = SklearnPrecisionOptimizer()
+        X_train, y_train = optimizer.optimize_data_precision(X_train, y_train)
+        X_test, y_test = optimizer.optimize_data_precision(X_test, y_test)
+        print(optimizer.report())
+
+    Inputs are never written to. What does not change is returned as the same object; what does is a new, writable one.
+    NumPy arrays of any layout and byte order (memory maps become arrays, masked and structured arrays and matrices stay
+    what they are), pandas and polars frames and series, scipy.sparse matrices, and lists and tuples of these.
+    """
+
+    def __init__(
+        self,
+        enable_float32_reduction: bool = True,
+        enable_int_downcasting: bool = True,
+        memory_threshold_mb: float = 1024,
+        *,
+        mode: str = "rtol",
+        include: Iterable[Hashable] | None = None,
+        exclude: Iterable[Hashable] = (),
+        reduce_float_y: bool = False,
+        memmap_dir: str | os.PathLike | None = None,
+        n_jobs: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        check_bool("enable_float32_reduction", enable_float32_reduction)
+        check_bool("enable_int_downcasting", enable_int_downcasting)
+        check_bool("reduce_float_y", reduce_float_y)
+        check_choice(*core.MODES)("mode", mode)
+        if isinstance(memory_threshold_mb, bool) or not isinstance(memory_threshold_mb, (int, float, np.number)):
+            raise TypeError(f"memory_threshold_mb is {memory_threshold_mb!r}, expected a number of MiB")
+        if not memory_threshold_mb >= 0:
+            raise ValueError(f"memory_threshold_mb is {memory_threshold_mb}, expected >= 0")
+        if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, (int, np.integer)) or n_jobs < 1):
+            raise ValueError(f"n_jobs is {n_jobs!r}, expected None or an integer >= 1")
+        if progress is not None:
+            check_bool("progress", progress)
+        if memmap_dir is not None and not os.path.isdir(memmap_dir):
+            raise ValueError(f"memmap_dir is {os.fspath(memmap_dir)!r}, expected an existing folder")
+        self.enable_float32_reduction = enable_float32_reduction
+        self.enable_int_downcasting = enable_int_downcasting
+        self.memory_threshold_mb = memory_threshold_mb
+        self.mode = mode
+        self.include = None if include is None else _names("include", include)
+        self.exclude = _names("exclude", exclude)
+        self.reduce_float_y = reduce_float_y
+        self.memmap_dir = memmap_dir
+        self.n_jobs = n_jobs
+        self.progress = progress
+        self._decisions: dict[Hashable, dict[Hashable, Decision]] = {}
+        self._report = ShrinkReport()
+        self._last_X: tuple[np.dtype, int, int | None] | None = None
+
+    def optimize_data_precision(self, X: Any, y: Any = None, *, out: np.ndarray | None = None) -> tuple[Any, Any]:
+        """Return (X, y) with smaller dtypes; y stays None if it is.
+
+        What was decided for data is used again for later data with the same columns (a matrix with as many, a frame with
+        the same names and dtypes), so that a test set gets the dtypes of its training set. Where a later value does not
+        fit, that column (or matrix) keeps what it needs, with a warning that says so; forget() starts anew.
+
+        out: for an X that is a plain array: an array of the same shape, and the dtype that X gets, that receives it. It
+            is written only once the decision is known: ValueError leaves it as it was.
+        """
+        return self._go(X, y, out, convert=True)
+
+    def plan(self, X: Any, y: Any = None) -> ShrinkReport:
+        """Return what optimize_data_precision would do to X and y. It reads them, and converts and remembers nothing."""
+        before = self._report, self._last_X
+        try:
+            self._go(X, y, None, convert=False)
+            return self._report
+        finally:
+            self._report, self._last_X = before
+
+    def report(self) -> ShrinkReport:
+        """Return what the last optimize_data_precision did, per column."""
+        return self._report
+
+    def forget(self) -> None:
+        """Forget what was decided: the next data is judged by itself."""
+        self._decisions.clear()
+
+    def explain(self, estimator: Any) -> EstimatorCost:
+        """Return whether `estimator`.fit would copy the X of the last call back to a larger dtype, and the bytes of it.
+
+        estimator: a scikit-learn estimator, or a Pipeline or another estimator around some. RuntimeError before the
+        first call; its X must have been an array, a sparse matrix or a frame of one dtype after it.
+        """
+        from halfstep.estimator_dtypes import explain_estimator
+
+        if self._last_X is None:
+            raise RuntimeError("explain() speaks of the X of the last optimize_data_precision(), and there was none")
+        dtype, elements, columns = self._last_X
+        return explain_estimator(estimator, dtype, elements, columns)
+
+    # ----------------------------------------------------------------------------------------------------- one call
+
+    def _job(self, target: str, memory: Memory, convert: bool) -> Job:
+        floats = self.enable_float32_reduction and (target == "X" or self.reduce_float_y)
+        threads = core.available_threads() if self.n_jobs is None else int(self.n_jobs)
+        narrowest = 1 if target == "X" else 4
+        job = Job(
+            floats, self.enable_int_downcasting, self.mode, threads, memory, convert, self.progress, target, narrowest
+        )
+        return job
+
+    def _go(self, X: Any, y: Any, out: np.ndarray | None, convert: bool) -> tuple[Any, Any]:
+        memory = Memory(float(self.memory_threshold_mb) * 2**20, self.memmap_dir)
+        results, reports, learned, surprises = [], [], {}, []
+        for target, data in (("X", X), ("y", y)):
+            if target == "y" and data is None:
+                results.append(None)
+                continue
+            job = self._job(target, memory, convert)
+            results.append(self._shrink(data, job, out if target == "X" else None, learned))
+            reports += job.reports
+            surprises += job.surprises
+        if convert:  # all went well: only now does anything of this call stay
+            for signature, decided in learned.items():
+                self._decisions.setdefault(signature, {}).update(decided)
+        self._report = ShrinkReport(tuple(reports))
+        self._last_X = _dtype_of(results[0])
+        for text in surprises if convert else ():
+            warnings.warn(f"data does not fit what was decided for earlier data. {text}", UserWarning, stacklevel=3)
+        return results[0], results[1]
+
+    def _shrink(self, data: Any, job: Job, out: np.ndarray | None, learned: dict, place: tuple[int, ...] = ()) -> Any:
+        """Shrink X, y or one of a list of them, which its `place` tells from others of the list."""
+        if isinstance(data, (list, tuple)) and any(map(_is_data, data)):
+            if out is not None:
+                raise TypeError("out goes with an X that is one array, not with a list")
+            parts = [
+                self._shrink(part, job, None, learned, (*place, i)) if _is_data(part) else part
+                for i, part in enumerate(data)
+            ]
+            if all(new is old for new, old in zip(parts, data, strict=True)):
+                return data
+            return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)
+        if isinstance(data, (list, tuple, int, float, complex)) or np.isscalar(data):
+            data = np.asarray(data)
+        signature = (job.target, place, *_signature(data))
+        job.remembered = self._decisions.get(signature, {})
+        job.decided = learned[signature] = {}
+        start = len(job.reports)
+        result = self._shrink_one(data, job, out)
+        if place:
+            named = [replace(report, column=_place(place, report.column)) for report in job.reports[start:]]
+            job.reports[start:] = named
+        return result
+
+    def _shrink_one(self, data: Any, job: Job, out: np.ndarray | None) -> Any:
+        chosen = self._chooser(data, job)
+        if out is not None:
+            _check_out(out, data)
+        if isinstance(data, np.ma.MaskedArray) and type(data) is np.ma.MaskedArray and data.dtype.names is None:
+            from halfstep.shrink_parts import shrink_masked
+
+            return shrink_masked(data, job, exact=_left_out(data, chosen))
+        if isinstance(data, np.ndarray) and data.dtype.names is not None and type(data) in (*_PLAIN, np.recarray):
+            from halfstep.shrink_parts import shrink_structured
+
+            return shrink_structured(data, job, chosen)
+        if isinstance(data, np.ndarray):
+            if type(data) not in (*_PLAIN, np.matrix):
+                job.keep(
+                    None, data.dtype, data.nbytes, f"it is a {type(data).__name__}, whose meaning may lie elsewhere"
+                )
+                return data
+            if job.reason_to_leave(data.dtype) is not None:  # objects, strings and times also come through here
+                job.keep(None, data.dtype, data.nbytes, job.reason_to_leave(data.dtype) or "")
+                return _unchanged(data, out)
+            plain = np.asarray(data)
+            result = shrink_array(plain, job, exact=_left_out(data, chosen), out=out)
+            return data if result is plain else result.view(np.matrix) if type(data) is np.matrix else result
+        pandas, polars = sys.modules.get("pandas"), sys.modules.get("polars")
+        if pandas is not None and isinstance(data, (pandas.DataFrame, pandas.Series)):
+            from halfstep.shrink_frames import shrink_series_or_frame
+
+            return shrink_series_or_frame(data, job, chosen, pandas)
+        if polars is not None and isinstance(data, (polars.DataFrame, polars.Series)):
+            from halfstep.shrink_frames import shrink_polars
+
+            return shrink_polars(data, job, chosen, polars)
+        if _is_sparse(data):
+            from halfstep.shrink_parts import shrink_sparse
+
+            return shrink_sparse(data, job)
+        raise TypeError(
+            f"{job.target} is a {type(data).__module__}.{type(data).__qualname__}, expected a NumPy array, a pandas or "
+            "polars frame or series, a scipy.sparse matrix, or a list of these"
+        )
+
+    def _chooser(self, data: Any, job: Job) -> Callable[[Hashable], bool]:
+        """Return whether a column takes part, by its name or position; ValueError for names that X does not have."""
+        if job.target == "y" or (self.include is None and not self.exclude):
+            return lambda name: True
+        columns = _column_names(data)
+        if columns is not None:
+            unknown = [name for name in (*(self.include or ()), *self.exclude) if name not in columns]
+            if unknown:
+                raise ValueError(f"include or exclude name {unknown}, but X has the columns {list(columns)}")
+        return lambda name: name not in self.exclude and (self.include is None or name in self.include)
+
+
+def _place(place: tuple[int, ...], column: Hashable) -> str:
+    return "".join(f"[{i}]" for i in place) + ("" if column is None else f" {column}")
+
+
+def _names(argument: str, names: Iterable[Hashable]) -> frozenset:
+    if isinstance(names, str):
+        raise TypeError(f"{argument} is {names!r}, expected a list of names")
+    return frozenset(names)
+
+
+def _is_sparse(data: Any) -> bool:
+    sparse = sys.modules.get("scipy.sparse")
+    return sparse is not None and sparse.issparse(data)
+
+
+def _is_data(value: Any) -> bool:
+    """Return whether a part of a list is an array or a frame of its own, and not a number or a row of numbers."""
+    return isinstance(value, np.ndarray) or _is_sparse(value) or hasattr(value, "dtypes") or hasattr(value, "to_numpy")
+
+
+def _signature(data: Any) -> tuple[Hashable, ...]:
+    """Return what data must have in common for one to get the dtypes of the other."""
+    if isinstance(data, np.ndarray):
+        return ("array", data.dtype.newbyteorder("=").str, data.ndim, data.shape[1] if data.ndim == 2 else 0)
+    if hasattr(data, "dtypes") and hasattr(data, "columns"):
+        return (type(data).__module__, tuple(data.columns), tuple(map(str, data.dtypes)))
+    return (type(data).__qualname__, str(getattr(data, "dtype", "")), getattr(data, "name", None))
+
+
+def _column_names(data: Any) -> Any:
+    if isinstance(data, np.ndarray):
+        return data.dtype.names or range(data.shape[1] if data.ndim == 2 else 1)
+    return list(data.columns) if hasattr(data, "columns") else None
+
+
+def _left_out(array: np.ndarray, chosen: Callable[[Hashable], bool]) -> np.ndarray:
+    count = array.shape[1] if array.ndim == 2 else 1
+    return np.array([not chosen(i) for i in range(count)], bool)
+
+
+def _check_out(out: Any, data: Any) -> None:
+    if not isinstance(out, np.ndarray) or not isinstance(data, np.ndarray) or data.dtype.names is not None:
+        raise TypeError(f"out is {type(out).__name__} for an X that is {type(data).__name__}, expected plain arrays")
+    if isinstance(data, np.ma.MaskedArray):
+        raise TypeError("out goes with a plain array, not with a masked one")
+    if out.shape != data.shape:
+        raise ValueError(f"out has shape {out.shape}, expected {data.shape}")
+    if not out.flags.writeable or not out.dtype.isnative:
+        raise ValueError("out is read-only or not in this machine's byte order")
+    if np.may_share_memory(out, data):
+        raise ValueError("out shares memory with X")
+
+
+def _unchanged(data: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    if out is None:
+        return data
+    if out.dtype != data.dtype:
+        raise ValueError(f"out has dtype {out.dtype}, but the array stays {data.dtype}")
+    np.copyto(out, data)
+    return out
+
+
+def _dtype_of(data: Any) -> tuple[np.dtype, int, int | None] | None:
+    """Return the dtype, the number of elements and of columns of an X, None if it has no single NumPy dtype."""
+    if isinstance(data, np.ndarray) or _is_sparse(data):
+        elements = data.size if isinstance(data, np.ndarray) else data.data.size
+        return data.dtype, elements, data.shape[1] if data.ndim == 2 else None
+    dtypes = {str(dtype) for dtype in getattr(data, "dtypes", ())} if hasattr(data, "columns") else set()
+    try:
+        # A frame becomes one array in fit: of the type that holds all of its columns.
+        return np.result_type(*(dtype.lower() for dtype in dtypes)), data.shape[0] * data.shape[1], data.shape[1]
+    except (TypeError, ValueError):
+        return None
