@@ -33,8 +33,9 @@ class EstimatorCost:
     """What `estimator.fit` does with X beyond reading it.
 
     `copies` tells whether fit makes a copy of X, in `fit_dtype` (None where X is used as it is), `bytes` their size
-    while fit runs; work arrays of an algorithm are not part of it. For a class that is not in the table `copies` is
-    None and `bytes` NaN. An estimator that fits others has them in `parts`, and of them the greatest `bytes`.
+    while fit runs; work arrays of an algorithm, and what its C code allocates, are told in the note only. For a class
+    that is not in the table `copies` is None and `bytes` NaN. An estimator that fits others has them in `parts`, and
+    of them the greatest `bytes`.
     """
 
     estimator: str
@@ -208,6 +209,8 @@ def _from_table(
     note = f"{entry} {kind.why}{_advice(dtype, last, len(copies), kind.copies)}."
     if work:
         note += f" Beside it fit holds up to {len(work)} work array{'s' * (len(work) > 1)} as large as X ({work[-1]})."
+    if fit.beyond:
+        note += f" {fit.beyond}"
     return EstimatorCost(name, (), dtype, last, bool(copies), size, note)
 
 

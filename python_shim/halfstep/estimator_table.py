@@ -53,6 +53,7 @@ class Fit:
 
     kind: str
     work: tuple[str, str, str] = ("", "", "")  # for float32, float64, integers; dtypes separated by spaces
+    beyond: str = ""  # a sentence about memory that NumPy does not know of
 
 
 def _fit(kind: str, work: int = 0, dtype: str | None = None) -> Fit:
@@ -60,6 +61,7 @@ def _fit(kind: str, work: int = 0, dtype: str | None = None) -> Fit:
     return Fit(kind, tuple(" ".join([dtype or own] * work) for own in ("float32", "float64", "float64")))
 
 
+_NODES = "liblinear then holds X once more, outside of NumPy: about 16 bytes for each element that is not 0."
 FLOAT32, FLOAT64, KEEPS, COPIES, AS_IT_IS = map(
     _fit, ("float32", "float64", "keeps floats", "copies floats", "as it is")
 )
@@ -131,12 +133,21 @@ TABLE: dict[str, Fit | Callable[[Any, int | None, int], Fit]] = {
     **dict.fromkeys(("GradientBoostingClassifier", "GradientBoostingRegressor", "IsolationForest"), FLOAT32),
     **dict.fromkeys(("HistGradientBoostingClassifier", "HistGradientBoostingRegressor"), FLOAT64),
     **dict.fromkeys(("SVC", "SVR", "NuSVC", "NuSVR", "OneClassSVM"), _SVM),
-    **dict.fromkeys(("LinearSVC", "LinearSVR", "AgglomerativeClustering", "HDBSCAN", "KernelDensity"), FLOAT64),
+    **dict.fromkeys(("LinearSVC", "LinearSVR"), Fit("float64", beyond=_NODES)),
+    **dict.fromkeys(("AgglomerativeClustering", "HDBSCAN", "KernelDensity"), FLOAT64),
     "LogisticRegression": _by(
-        "solver", KEEPS, newton_cg=_fit("keeps floats", 2), newton_cholesky=_fit("keeps floats", 1)
+        "solver",
+        KEEPS,
+        liblinear=Fit("keeps floats", beyond=_NODES),
+        newton_cg=_fit("keeps floats", 2),
+        newton_cholesky=_fit("keeps floats", 1),
     ),
     "LogisticRegressionCV": _by(
-        "solver", FLOAT64, newton_cg=_fit("float64", 2, "float64"), newton_cholesky=_fit("float64", 1, "float64")
+        "solver",
+        FLOAT64,
+        liblinear=Fit("float64", beyond=_NODES),
+        newton_cg=_fit("float64", 2, "float64"),
+        newton_cholesky=_fit("float64", 1, "float64"),
     ),
     "LinearRegression": _linear_regression,
     "Ridge": _ridge,
