@@ -34,8 +34,8 @@ class EstimatorCost:
 
     `copies` tells whether fit makes a copy of X, in `fit_dtype` (None where X is used as it is), `bytes` their size
     while fit runs; work arrays of an algorithm, and what its C code allocates, are told in the note only. For a class
-    that is not in the table `copies` is None and `bytes` NaN. An estimator that fits others has them in `parts`, and
-    of them the greatest `bytes`.
+    that is not in the table, and for float16, `copies` is None and `bytes` NaN. An estimator that fits others has them
+    in `parts`, and of them the greatest `bytes`.
     """
 
     estimator: str
@@ -105,6 +105,9 @@ def _entry(estimator: Any) -> str:
 
 def _explain(estimator: Any, dtype: np.dtype, elements: int, columns: int | None) -> EstimatorCost:
     name, entry = type(estimator).__name__, _entry(estimator)
+    if entry in TABLE and dtype == np.float16:
+        note = "What fit does with float16 is not known: some classes keep it, some convert it and some fail."
+        return EstimatorCost(name, (), dtype, None, None, math.nan, note)
     if entry in TABLE:
         return _from_table(name, entry, estimator, dtype, elements, columns)
     if "ColumnTransformer" in _ancestors(estimator):
@@ -191,9 +194,10 @@ def _column_transformer(estimator: Any, dtype: np.dtype, elements: int, columns:
 
 
 def _slot(dtype: np.dtype) -> int:
-    """Return the place of the dtype in INPUTS: small types go the way of int8, unsigned ones that of signed."""
-    name = dtype.name.removeprefix("u")
-    return INPUTS.index(name) if name in INPUTS else INPUTS.index("int8")
+    """Return the place in INPUTS of the dtype, or of the one that stands for it."""
+    if dtype.kind in "bui" and dtype.itemsize <= 2:
+        return INPUTS.index("int8")
+    return INPUTS.index("int32" if dtype == np.uint32 else dtype.name)
 
 
 def _from_table(
@@ -220,7 +224,7 @@ def _advice(dtype: np.dtype, last: np.dtype | None, count: int, kind: tuple[str,
     if last == dtype:
         return f": a copy in {dtype} is made whatever X is"
     article = "an" if dtype.kind == "i" else "a"
-    if dtype.kind in "iub" or dtype.itemsize < 4:
+    if dtype.kind in "iub":
         grown = last.itemsize * count / dtype.itemsize
         better = "; pass float32" if "float64" not in kind[0] and last.kind == "f" else ""
         return f": {article} {dtype} X becomes {last}, {grown:g} times its size{better}"

@@ -40,10 +40,11 @@ from sklearn.utils import all_estimators
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "estimators.md"
 CLASSES = dict(all_estimators())
-DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64")
+DTYPES = ("float32", "float64", "int8")
+MORE_DTYPES = ("int16", "int32", "int64", "uint64")
 HIDDEN = {"MultinomialNB", "ComplementNB"}  # their copies live in one product
 SLOW = {"PowerTransformer"}
-FIRST = list({case[0]: case for case in reversed(CASES)}.values())  # of each class, tried with all dtypes
+FIRST = list({case[0]: case for case in reversed(CASES)}.values())  # of each class, fitted with more dtypes
 measured = pytest.mark.skipif(
     not sklearn.__version__.startswith("1.9."), reason="the table is that of scikit-learn 1.9"
 )
@@ -56,9 +57,28 @@ def fit_of(estimator: Any, columns: int, elements: int) -> Any:
 
 def expected_arrays(fit: Any, dtype: str) -> list[int]:
     """The itemsizes of copies and work arrays; those of one byte are not watched."""
-    slot = INPUTS.index(dtype if dtype in INPUTS else "int8")
+    slot = INPUTS.index("int8" if dtype == "int16" else dtype)
     names = KINDS[fit.kind].copies[slot].split() + fit.work[min(slot, 2)].split()
     return sorted(n for n in (np.dtype(dtype if name == SAME else name).itemsize for name in names) if n > 1)
+
+
+def check_fit(case: tuple[str, dict[str, Any], tuple[int, int]], dtypes: tuple[str, ...]) -> None:
+    """Fit for each dtype, and compare the arrays that are held with the table, and its bytes with the explanation."""
+    name, parameters, shape = case
+    held, expected = {}, {}
+    for dtype in dtypes:
+        x, labels, targets = make_data(shape, dtype)
+        estimator = CLASSES[name](**parameters)
+        held[dtype] = watch_fit(estimator, x, labels if is_classifier(estimator) else targets).most
+        fit = fit_of(estimator, shape[1], x.size)
+        expected[dtype] = expected_arrays(fit, dtype)
+        cost = explain_estimator(estimator, dtype, x.size, shape[1])
+        column = {"float32": 0, "float64": 1}.get(dtype, 2)
+        work = x.size * sum(np.dtype(each).itemsize for each in fit.work[column].split())
+        one_byte = x.size if (dtype, fit.kind) == ("int8", "copied") else 0
+        assert cost.bytes == x.size * sum(expected[dtype]) - work + one_byte
+        assert cost.copies == (cost.bytes > 0) == (cost.fit_dtype is not None)
+    assert held == expected
 
 
 @measured
@@ -71,27 +91,21 @@ def expected_arrays(fit: Any, dtype: str) -> list[int]:
     ],
 )
 def test_a_fit_holds_the_arrays_of_the_table(case: tuple[str, dict[str, Any], tuple[int, int]]) -> None:
-    name, parameters, shape = case
-    held, expected = {}, {}
-    for dtype in DTYPES if case in FIRST and name not in SLOW else ("float32", "float64", "int8"):
-        x, labels, targets = make_data(shape, dtype)
-        estimator = CLASSES[name](**parameters)
-        held[dtype] = watch_fit(estimator, x, labels if is_classifier(estimator) else targets).most
-        fit = fit_of(estimator, shape[1], x.size)
-        expected[dtype] = expected_arrays(fit, dtype)
-        cost = explain_estimator(estimator, dtype, x.size, shape[1])
-        work = x.size * sum(np.dtype(each).itemsize for each in fit.work[min(DTYPES.index(dtype), 2)].split())
-        one_byte = x.size if (dtype, fit.kind) == ("int8", "copied") else 0
-        assert cost.bytes == x.size * sum(expected[dtype]) - work + one_byte
-        assert cost.copies == (cost.bytes > 0) == (cost.fit_dtype is not None)
-    assert held == expected
+    check_fit(case, DTYPES)
+
+
+@measured
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in FIRST if case[0] not in HIDDEN | SLOW], ids=case_id)
+def test_other_integers_go_as_the_table_says(case: tuple[str, dict[str, Any], tuple[int, int]]) -> None:
+    check_fit(case, MORE_DTYPES)
 
 
 @measured
 @pytest.mark.parametrize("name", sorted(HIDDEN))
 def test_naive_bayes_converts_x_in_a_product(name: str) -> None:
     peaks = {}
-    for dtype in DTYPES:
+    for dtype in DTYPES + MORE_DTYPES:
         x, labels, _ = make_data(TALL, dtype)
         CLASSES[name]().fit(x, labels)  # what the first fit imports is not counted
         watch = watch_fit(CLASSES[name](), x, labels)
@@ -109,7 +123,7 @@ def test_every_class_of_the_table_is_measured_and_exists(name: str) -> None:
 
 
 @measured
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "int64"])
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -189,6 +203,23 @@ def test_what_is_not_in_the_table_is_unknown(estimator: Any) -> None:
     assert math.isnan(cost.bytes)
     assert "not known" in cost.note
     assert "unknown number of bytes" in str(cost)
+
+
+def test_float16_is_unknown() -> None:
+    """StandardScaler keeps it, KMeans converts it, and QuadraticDiscriminantAnalysis fails."""
+    for estimator in (StandardScaler(), CLASSES["KMeans"](), GridSearchCV(SVC(), {})):
+        cost = explain_estimator(estimator, np.float16, 10)
+        assert cost.copies is None
+        assert math.isnan(cost.bytes)
+
+
+def test_unsigned_types_go_as_the_signed_ones_but_uint64() -> None:
+    bayes = CLASSES["MultinomialNB"]()
+    assert explain_estimator(bayes, "int64", 10).copies is False
+    assert explain_estimator(bayes, "uint64", 10).fit_dtype == np.float64
+    assert explain_estimator(bayes, "uint32", 10).fit_dtype == np.int64
+    for dtype in ("bool", "uint8", "uint16", "uint32"):
+        assert explain_estimator(SGDRegressor(), dtype, 10).bytes == 80
 
 
 def test_a_class_whose_base_is_in_the_table_is_not_taken_for_it() -> None:
