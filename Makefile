@@ -48,6 +48,7 @@ bench: setup
 	@$(BIN)/python bench/monitoring.py
 	@$(BIN)/python bench/scopes.py
 	@$(BIN)/python bench/lowered.py
+	@$(BIN)/python bench/shrink.py
 
 format: tools
 	@$(BIN)/clang-format -i $(CXX_FILES)

@@ -1,6 +1,7 @@
 """Drives CMake into the package; CMakeLists.txt is the only place with source lists.
 
 Environment:
+  HALFSTEP_TORCH               OFF builds the NumPy part alone, for machines without torch; default: ON
   HALFSTEP_CUDA                ON or OFF; default: ON if nvcc is found (devices are not asked: a Docker build sees none)
   HALFSTEP_CUDA_ARCHITECTURES  CMake's list, such as 90a-real; default: CMakeLists.txt
   CMAKE_BUILD_PARALLEL_LEVEL   compile jobs
@@ -8,6 +9,7 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -30,17 +32,30 @@ def torch_folder() -> tuple[Path, str]:
             "\nhalfstep is built against the torch you use, and there is none here.\n"
             "If torch is installed, pip has hidden it (build isolation). Both cases are cured by\n\n"
             "    pip install torch 'setuptools>=77,<82' wheel 'cmake>=3.26' ninja numpy\n"
-            "    pip install --no-build-isolation .\n"
+            "    pip install --no-build-isolation .\n\n"
+            "The NumPy dtype optimizer alone, for scikit-learn, needs no torch:\n\n"
+            "    HALFSTEP_TORCH=OFF pip install .\n"
         )
     return Path(torch.__file__).parent, torch.__version__
 
 
+def choice_of(variable: str) -> str:
+    """Return ON, OFF or "" as an environment variable says."""
+    choice = os.environ.get(variable, "").upper()
+    if choice not in ("", "ON", "OFF"):
+        sys.exit(f"{variable} is {choice!r}, expected ON or OFF")
+    return choice
+
+
 def wants_cuda() -> bool:
     """Return whether to build the CUDA kernels."""
-    choice = os.environ.get("HALFSTEP_CUDA", "").upper()
-    if choice not in ("", "ON", "OFF"):
-        sys.exit(f"HALFSTEP_CUDA is {choice!r}, expected ON or OFF")
+    choice = choice_of("HALFSTEP_CUDA")
     return choice == "ON" or (choice == "" and shutil.which("nvcc") is not None)
+
+
+def json_include() -> Path:
+    """Return where nlohmann-json's package keeps its headers: beside torch, or in pip's environment for the build."""
+    return Path(str(importlib.metadata.distribution("nlohmann-json").locate_file("nlohmann_json/include")))
 
 
 def cmake(*arguments: str | Path) -> None:
@@ -59,17 +74,23 @@ class BuildWithCMake(build_py):
 
     def run(self) -> None:
         """Build, install, then copy the package."""
-        torch_root, torch_version = torch_folder()
-        cuda = wants_cuda()
-        minor = ".".join(torch_version.split(".")[:2])
-        print(f"halfstep: building for torch {torch_version}, CUDA {'ON' if cuda else 'OFF'}", flush=True)
+        torch = choice_of("HALFSTEP_TORCH") != "OFF"
+        cuda = torch and wants_cuda()
+        if torch:
+            torch_root, torch_version = torch_folder()
+            what, minor = f"torch {torch_version}", ".".join(torch_version.split(".")[:2])
+        else:
+            what, minor = "NumPy alone", "numpy"
+        print(f"halfstep: building for {what}, CUDA {'ON' if cuda else 'OFF'}", flush=True)
         # Editable installs keep their build folder and put the library beside the sources.
         base = ROOT if self.editable_mode else Path(self.get_finalized_command("build").build_temp).resolve()
         build = base / "build" / f"pip-{minor}-{'cuda' if cuda else 'cpu'}"
         package = ROOT / "python_shim/halfstep" if self.editable_mode else Path(self.build_lib).resolve() / "halfstep"
         architectures = os.environ.get("HALFSTEP_CUDA_ARCHITECTURES")
         options = [
-            f"-DHALFSTEP_TORCH_ROOT={torch_root}",
+            f"-DHALFSTEP_TORCH={'ON' if torch else 'OFF'}",
+            *([f"-DHALFSTEP_TORCH_ROOT={torch_root}"] if torch else []),
+            f"-DHALFSTEP_JSON_HINT={json_include()}",
             f"-DHALFSTEP_CUDA={'ON' if cuda else 'OFF'}",
             "-DHALFSTEP_TESTS=OFF",
             *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
@@ -78,7 +99,7 @@ class BuildWithCMake(build_py):
         cmake("--build", build)
         super().run()
         if not self.editable_mode:
-            for stale in package.glob("torch-*"):  # builds for other torches that lie in the source tree
+            for stale in [*package.glob("torch-*"), *package.glob("numpy-*")]:  # builds that lie in the source tree
                 shutil.rmtree(stale)
         cmake("--install", build, "--prefix", package)
 

@@ -18,6 +18,7 @@ namespace {
 constexpr std::int64_t kTile = 2048;        // elements: a tile and its copies fit in the first cache
 constexpr std::int64_t kTask = 1LL << 19;   // elements: a task takes some hundred microseconds
 constexpr std::int64_t kNarrow = 64;        // columns; of fewer, several rows are one row of a tile
+constexpr std::int64_t kVector = 8;         // lanes that the kernels take at once
 constexpr std::int64_t kSharedLanes = 128;  // bytes: the lanes of a run that belongs to one column
 constexpr double kTolerance = 0x1p-24;      // half a unit in float32's last place
 constexpr double kSpread = 0x1p-12;         // see kSpreadRule
@@ -126,9 +127,6 @@ class Shrinker {
     for (const Axis& axis : outer_) runs_ *= axis.size;
     runs_per_column_ = !outer_.empty() && outer_.front().column ? runs_ / outer_.front().size : runs_;
 
-    const auto aligned = [](const void* data, std::int64_t size) {
-      return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(size) == 0;
-    };
     const std::int64_t in_ld = outer_.empty() ? run_.size * in_size_ : outer_.back().in;
     const std::int64_t out_ld = outer_.empty() ? run_.size * out_size_ : outer_.back().out;
     in_direct_ =
@@ -143,7 +141,7 @@ class Shrinker {
       parts_ = (run_.size + width_ - 1) / width_;
       per_task_ = std::max<std::int64_t>(1, kTask / width_);
       tasks_ = (runs_ + per_task_ - 1) / per_task_ * parts_;
-      lane_width_ = width_ < kNarrow ? kNarrow / width_ * width_ : width_;
+      lane_width_ = lane_width(width_);
     } else {
       width_ = std::min(run_.size, kTask);
       parts_ = (run_.size + width_ - 1) / width_;
@@ -195,6 +193,14 @@ class Shrinker {
   }
 
  private:
+  // Rows of a matrix without gaps are taken together, to full vectors and at least kNarrow lanes if they are not too
+  // wide.
+  static std::int64_t lane_width(std::int64_t columns) {
+    std::int64_t rows = 1;
+    while (rows * columns < kNarrow || rows * columns % kVector != 0) ++rows;
+    return rows * columns <= cpu::kMaxLanes ? rows * columns : columns;
+  }
+
   struct Scratch {
     explicit Scratch(std::int64_t width) : lanes(width) {}
     cpu::Lanes lanes;
@@ -209,6 +215,10 @@ class Shrinker {
     std::int64_t length;
     std::int64_t count() const { return runs * length; }
   };
+
+  static bool aligned(const void* data, std::int64_t size) {
+    return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(size) == 0;
+  }
 
   // Where a run lies from the first element on, in bytes.
   void locate(std::int64_t run, std::int64_t& in, std::int64_t& out) const {
@@ -249,12 +259,15 @@ class Shrinker {
     const bool out_whole = out_dense_ && (tile.runs == 1 || whole);
     std::byte* to = target == nullptr ? nullptr : out_whole && !streaming_ ? target : scratch.out.data();
     if (ld == tile.length) {
-      const std::int64_t wide = period == 1             ? lane_width_
-                                : tile.length < kNarrow ? lane_width_ / period * period
-                                                        : period;
+      const std::int64_t wide = period == 1 ? lane_width_ : std::max(lane_width_ / period, std::int64_t{1}) * period;
       const std::int64_t rows = tile.count() / wide;
-      kernel_.tile(x, wide, rows, wide, to, wide, scratch.lanes);
       const std::int64_t done = rows * wide;
+      auto run_tile = kernel_.tile;
+      if (out_whole && streaming_ && kernel_.stream_tile != nullptr && wide % kVector == 0 && aligned(target, 16)) {
+        run_tile = kernel_.stream_tile;
+        to = target;
+      }
+      run_tile(x, wide, rows, wide, to, wide, scratch.lanes);
       kernel_.tile(x + done * in_size_, wide, 1, tile.count() - done, to == nullptr ? to : to + done * out_size_, wide,
                    scratch.lanes);
     } else {

@@ -40,10 +40,13 @@ struct FloatLanes {
 using Tile = decltype(ShrinkKernel::tile);
 using enum ArrayType;
 
+enum Writes { kNothing, kStore, kStream };
+
 struct TileOfPair {
   ArrayType from;
   ArrayType to;
   Tile tile;
+  Tile stream_tile;
 };
 
 // One copy of the tiles for each instruction set. Not HS_CLONES: its copies are cut from one that was already made for
@@ -115,11 +118,11 @@ void integer_merge(Lanes& lanes, std::int64_t width, std::int64_t columns, Colum
   }
 }
 
-Tile find_tile(ArrayType from, ArrayType to) {
+TileOfPair find_tiles(ArrayType from, ArrayType to) {
   const auto find = [&](const auto& tiles) {
     const auto* pair =
         std::find_if(std::begin(tiles), std::end(tiles), [&](const auto& t) { return t.from == from && t.to == to; });
-    return pair == std::end(tiles) ? nullptr : pair->tile;
+    return pair == std::end(tiles) ? TileOfPair{from, to, nullptr, nullptr} : *pair;
   };
 #ifdef HS_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -131,38 +134,38 @@ Tile find_tile(ArrayType from, ArrayType to) {
 }
 
 template <class T>
-ShrinkKernel integer_kernel(Tile tile) {
+ShrinkKernel integer_kernel(const TileOfPair& tiles) {
   using Wide = std::conditional_t<std::is_signed_v<T>, std::int64_t, std::uint64_t>;
-  return {tile, integer_reset<T>, integer_merge<T, Wide>};
+  return {tiles.tile, tiles.stream_tile, integer_reset<T>, integer_merge<T, Wide>};
 }
 
 }  // namespace
 
 ShrinkKernel shrink_kernel(ArrayType from, ArrayType to) {
-  const Tile tile = find_tile(from, to);
+  const TileOfPair tiles = find_tiles(from, to);
   switch (from) {
     case kFloat64:
-      return {tile, float_reset, float_merge};
+      return {tiles.tile, tiles.stream_tile, float_reset, float_merge};
     case kInt8:
-      return integer_kernel<std::int8_t>(tile);
+      return integer_kernel<std::int8_t>(tiles);
     case kInt16:
-      return integer_kernel<std::int16_t>(tile);
+      return integer_kernel<std::int16_t>(tiles);
     case kInt32:
-      return integer_kernel<std::int32_t>(tile);
+      return integer_kernel<std::int32_t>(tiles);
     case kInt64:
-      return integer_kernel<std::int64_t>(tile);
+      return integer_kernel<std::int64_t>(tiles);
     case kUInt8:
-      return integer_kernel<std::uint8_t>(tile);
+      return integer_kernel<std::uint8_t>(tiles);
     case kUInt16:
-      return integer_kernel<std::uint16_t>(tile);
+      return integer_kernel<std::uint16_t>(tiles);
     case kUInt32:
-      return integer_kernel<std::uint32_t>(tile);
+      return integer_kernel<std::uint32_t>(tiles);
     case kUInt64:
-      return integer_kernel<std::uint64_t>(tile);
+      return integer_kernel<std::uint64_t>(tiles);
     case kFloat32:
       break;
   }
-  return {nullptr, nullptr, nullptr};
+  return {nullptr, nullptr, nullptr, nullptr};
 }
 
 void stream_copy(void* to, const void* from, std::size_t bytes) {

@@ -32,6 +32,9 @@ struct ShrinkKernel {
   // width - 1, and writes them converted to out, rows `out_ld` elements apart, unless that is null.
   void (*tile)(const void* x, std::int64_t ld, std::int64_t rows, std::int64_t width, void* out, std::int64_t out_ld,
                Lanes& lanes);
+  // The same around the caches, for an `out` at a multiple of 16 bytes and `out_ld` and `width` multiples of 8. Null
+  // where it would be no faster than tile() and stream_copy().
+  decltype(tile) stream_tile;
   // Sets lanes 0 to width - 1 to those of no elements.
   void (*reset)(Lanes& lanes, std::int64_t width);
   // Adds lane i to stats[i % columns], for lanes 0 to width - 1.

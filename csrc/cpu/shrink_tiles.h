@@ -34,6 +34,14 @@ template <class V, class T>
 #endif
 }
 
+#if HS_VECTOR_BYTES == 32
+// Around the caches, to an address that is a multiple of 16. The other sets stream whole lines from a buffer: with AVX2
+// that takes a third longer on an EPYC, with AVX-512 a seventh less on a Xeon.
+[[gnu::always_inline]] inline void stream(const Floats& value, float* to) {
+  _mm_stream_ps(to, value);
+}
+#endif
+
 [[gnu::always_inline]] inline void truncate(const Doubles& value, Doubles& result) {
 #if HS_VECTOR_BYTES == 64
   result = _mm512_maskz_roundscale_pd(0xff, value, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
@@ -54,7 +62,7 @@ template <class V, class T>
 #endif
 }
 
-template <int rows, bool write>
+template <int rows, Writes writes>
 [[gnu::always_inline]] inline void float_block(const double* x, std::int64_t ld, float* out, std::int64_t out_ld,
                                                const FloatLanes& lanes, std::int64_t i, int count) {
   Doubles low{}, high{}, error{};
@@ -71,7 +79,10 @@ template <int rows, bool write>
     prefetch(x + row * ld + i);
     load(value, x + row * ld + i, count);
     const auto narrow = __builtin_convertvector(value, Floats);
-    if constexpr (write) store(narrow, out + row * out_ld + i, count);
+    if constexpr (writes == kStore) store(narrow, out + row * out_ld + i, count);
+#if HS_VECTOR_BYTES == 32
+    if constexpr (writes == kStream) stream(narrow, out + row * out_ld + i);
+#endif
     Doubles size, lost, wide;
     widen(narrow, wide);
     absolute(value, size);
@@ -104,7 +115,7 @@ template <int rows, bool write>
   }
 }
 
-template <bool write>
+template <Writes writes>
 void float_tile(const void* data, std::int64_t ld, std::int64_t rows, std::int64_t width, void* out_data,
                 std::int64_t out_ld, Lanes& all) {
   constexpr int lanes_of_vector = HS_VECTOR_BYTES / sizeof(double);
@@ -115,10 +126,10 @@ void float_tile(const void* data, std::int64_t ld, std::int64_t rows, std::int64
   const int rest = static_cast<int>(width - whole);
   const auto visit = [&]<int count>(std::int64_t row) __attribute__((always_inline)) {
     const double* from = x + row * ld;
-    float* to = write ? out + row * out_ld : nullptr;
+    float* to = writes == kNothing ? nullptr : out + row * out_ld;
     for (std::int64_t i = 0; i < whole; i += lanes_of_vector)
-      float_block<count, write>(from, ld, to, out_ld, lanes, i, lanes_of_vector);
-    if (rest > 0) float_block<count, write>(from, ld, to, out_ld, lanes, whole, rest);
+      float_block<count, writes>(from, ld, to, out_ld, lanes, i, lanes_of_vector);
+    if (rest > 0) float_block<count, writes == kStream ? kStore : writes>(from, ld, to, out_ld, lanes, whole, rest);
   };
   std::int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) visit.template operator()<kRows>(row);
@@ -174,28 +185,34 @@ void integer_tile(const void* data, std::int64_t ld, std::int64_t rows, std::int
   }
 }
 
+#if HS_VECTOR_BYTES == 32
+constexpr Tile kStreamTile = float_tile<kStream>;
+#else
+constexpr Tile kStreamTile = nullptr;
+#endif
+
 // Its tiles by pair of types; `to` == `from` only scans.
 constexpr TileOfPair kTiles[] = {
-    {kFloat64, kFloat64, float_tile<false>},
-    {kFloat64, kFloat32, float_tile<true>},
-    {kInt8, kInt8, integer_tile<std::int8_t, std::int8_t, false>},
-    {kInt16, kInt16, integer_tile<std::int16_t, std::int16_t, false>},
-    {kInt16, kInt8, integer_tile<std::int16_t, std::int8_t, true>},
-    {kInt32, kInt32, integer_tile<std::int32_t, std::int32_t, false>},
-    {kInt32, kInt8, integer_tile<std::int32_t, std::int8_t, true>},
-    {kInt32, kInt16, integer_tile<std::int32_t, std::int16_t, true>},
-    {kInt64, kInt64, integer_tile<std::int64_t, std::int64_t, false>},
-    {kInt64, kInt8, integer_tile<std::int64_t, std::int8_t, true>},
-    {kInt64, kInt16, integer_tile<std::int64_t, std::int16_t, true>},
-    {kInt64, kInt32, integer_tile<std::int64_t, std::int32_t, true>},
-    {kUInt8, kUInt8, integer_tile<std::uint8_t, std::uint8_t, false>},
-    {kUInt16, kUInt16, integer_tile<std::uint16_t, std::uint16_t, false>},
-    {kUInt16, kUInt8, integer_tile<std::uint16_t, std::uint8_t, true>},
-    {kUInt32, kUInt32, integer_tile<std::uint32_t, std::uint32_t, false>},
-    {kUInt32, kUInt8, integer_tile<std::uint32_t, std::uint8_t, true>},
-    {kUInt32, kUInt16, integer_tile<std::uint32_t, std::uint16_t, true>},
-    {kUInt64, kUInt64, integer_tile<std::uint64_t, std::uint64_t, false>},
-    {kUInt64, kUInt8, integer_tile<std::uint64_t, std::uint8_t, true>},
-    {kUInt64, kUInt16, integer_tile<std::uint64_t, std::uint16_t, true>},
-    {kUInt64, kUInt32, integer_tile<std::uint64_t, std::uint32_t, true>},
+    {kFloat64, kFloat64, float_tile<kNothing>, nullptr},
+    {kFloat64, kFloat32, float_tile<kStore>, kStreamTile},
+    {kInt8, kInt8, integer_tile<std::int8_t, std::int8_t, false>, nullptr},
+    {kInt16, kInt16, integer_tile<std::int16_t, std::int16_t, false>, nullptr},
+    {kInt16, kInt8, integer_tile<std::int16_t, std::int8_t, true>, nullptr},
+    {kInt32, kInt32, integer_tile<std::int32_t, std::int32_t, false>, nullptr},
+    {kInt32, kInt8, integer_tile<std::int32_t, std::int8_t, true>, nullptr},
+    {kInt32, kInt16, integer_tile<std::int32_t, std::int16_t, true>, nullptr},
+    {kInt64, kInt64, integer_tile<std::int64_t, std::int64_t, false>, nullptr},
+    {kInt64, kInt8, integer_tile<std::int64_t, std::int8_t, true>, nullptr},
+    {kInt64, kInt16, integer_tile<std::int64_t, std::int16_t, true>, nullptr},
+    {kInt64, kInt32, integer_tile<std::int64_t, std::int32_t, true>, nullptr},
+    {kUInt8, kUInt8, integer_tile<std::uint8_t, std::uint8_t, false>, nullptr},
+    {kUInt16, kUInt16, integer_tile<std::uint16_t, std::uint16_t, false>, nullptr},
+    {kUInt16, kUInt8, integer_tile<std::uint16_t, std::uint8_t, true>, nullptr},
+    {kUInt32, kUInt32, integer_tile<std::uint32_t, std::uint32_t, false>, nullptr},
+    {kUInt32, kUInt8, integer_tile<std::uint32_t, std::uint8_t, true>, nullptr},
+    {kUInt32, kUInt16, integer_tile<std::uint32_t, std::uint16_t, true>, nullptr},
+    {kUInt64, kUInt64, integer_tile<std::uint64_t, std::uint64_t, false>, nullptr},
+    {kUInt64, kUInt8, integer_tile<std::uint64_t, std::uint8_t, true>, nullptr},
+    {kUInt64, kUInt16, integer_tile<std::uint64_t, std::uint16_t, true>, nullptr},
+    {kUInt64, kUInt32, integer_tile<std::uint64_t, std::uint32_t, true>, nullptr},
 };

@@ -1,4 +1,4 @@
-"""halfstep: mixed precision for PyTorch, as a LibTorch library with a thin Python package.
+"""halfstep: mixed precision for PyTorch, as a LibTorch library with a thin Python package, and smaller NumPy dtypes.
 
     from halfstep import GradScaler, MixedPrecisionManager
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from halfstep.optimizer import release
     from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
     from halfstep.scopes import apply_plan, remove_plan
+    from halfstep.sklearn_optimizer import SklearnPrecisionOptimizer
     from halfstep.statistics import MixedPrecisionStatistics
     from halfstep.step_graph import StepGraph
     from halfstep.step_report import StepReport
@@ -43,6 +44,7 @@ _HOME_OF = {
     "PrecisionPlan": "halfstep.policy",
     "PrecisionPolicy": "halfstep.policy",
     "ScaleCollapsed": "halfstep.errors",
+    "SklearnPrecisionOptimizer": "halfstep.sklearn_optimizer",
     "StepGraph": "halfstep.step_graph",
     "StepReport": "halfstep.step_report",
     "apply_plan": "halfstep.scopes",
@@ -67,6 +69,7 @@ __all__ = [
     "PrecisionPlan",
     "PrecisionPolicy",
     "ScaleCollapsed",
+    "SklearnPrecisionOptimizer",
     "StepGraph",
     "StepReport",
     "__version__",

@@ -1,4 +1,4 @@
-"""`python -m halfstep`: where things are and how they were built; what a policy file and torch's autocast say."""
+"""`python -m halfstep`: builds and where they are; what a policy file and torch's autocast say; data in smaller dtypes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,29 @@ from halfstep.errors import LibraryMismatchError
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line: one of two options, or the command `policy` with a file or --ops."""
+    """Read the command line: one of two options, or one of the commands `policy` and `shrink`."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--cmake-prefix", action="store_true", help="for -DCMAKE_PREFIX_PATH")
     which.add_argument("--build-info", action="store_true", help="versions, CUDA architectures, compilers")
-    policy = parser.add_subparsers(dest="command").add_parser("policy", help="check a policy file; list autocast's ops")
+    commands = parser.add_subparsers(dest="command")
+    policy = commands.add_parser("policy", help="check a policy file; list autocast's ops")
     what = policy.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", help="a policy as JSON: its rules as a table, or what is wrong")
     what.add_argument("--ops", action="store_true", help="what the running torch's autocast does with each op")
     policy.add_argument("--device", choices=("cpu", "cuda"), help="with --ops, this device alone; needs no GPU")
+    shrink = commands.add_parser("shrink", help="write data in smaller dtypes, and what became of each column")
+    shrink.add_argument("source", help="a .npy, .csv or .parquet file; csv and parquet need pandas")
+    shrink.add_argument("-o", "--output", help="default: <name>-small.<npy or parquet>, beside it")
+    shrink.add_argument("--mode", choices=("exact", "rtol", "force"), default="rtol", help="default: %(default)s")
+    shrink.add_argument(
+        "--exclude", action="append", default=[], metavar="COLUMN", help="leave it as it is; repeatable"
+    )
+    shrink.add_argument("--dry-run", action="store_true", help="print the report, write nothing")
+    shrink.add_argument("--force", action="store_true", help="replace an existing output")
     arguments = parser.parse_args()
     if bool(arguments.command) + arguments.cmake_prefix + arguments.build_info != 1:
-        parser.error("expected one of --cmake-prefix, --build-info and the command policy")
-    if arguments.command and arguments.device and not arguments.ops:
+        parser.error("expected one of --cmake-prefix, --build-info and the commands policy and shrink")
+    if arguments.command == "policy" and arguments.device and not arguments.ops:
         policy.error("--device goes with --ops")
     return arguments
 
@@ -45,6 +55,23 @@ def print_policy(path: str) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def shrink(arguments: argparse.Namespace) -> None:
+    """Write a file in smaller dtypes and print the report."""
+    from halfstep.shrink_files import read, shrink_file
+    from halfstep.sklearn_optimizer import SklearnPrecisionOptimizer
+
+    exclude = [
+        int(name) if arguments.source.endswith(".npy") and name.isdigit() else name for name in arguments.exclude
+    ]
+    optimizer = SklearnPrecisionOptimizer(mode=arguments.mode, exclude=exclude)
+    if arguments.dry_run:
+        print(optimizer.plan(read(arguments.source)))
+        return
+    report, path = shrink_file(arguments.source, arguments.output, optimizer, arguments.force)
+    print(report)
+    print(f"written to {path}")
+
+
 def main() -> int:
     """Run the command line."""
     arguments = parse(argparse.ArgumentParser(prog="python -m halfstep", description=__doc__))
@@ -54,13 +81,15 @@ def main() -> int:
         elif arguments.build_info:
             for key, value in build_info().items():
                 print(f"{key:20} {value}")
+        elif arguments.command == "shrink":
+            shrink(arguments)
         elif arguments.ops:
             from halfstep.autocast_ops import DEVICES, format_ops
 
             print(format_ops([arguments.device] if arguments.device else DEVICES), end="")
         else:
             print_policy(arguments.file)
-    except (LibraryMismatchError, OSError, ValueError) as error:
+    except (ImportError, LibraryMismatchError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

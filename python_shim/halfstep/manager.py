@@ -12,17 +12,19 @@ from halfstep.statistics import MixedPrecisionStatistics
 
 if TYPE_CHECKING:
     from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
+    from halfstep.sklearn_optimizer import SklearnPrecisionOptimizer
     from halfstep.step_graph import StepGraph
 
-FRAMEWORKS = ("auto", "pytorch")
+FRAMEWORKS = ("auto", "pytorch", "sklearn")
 _DEFAULT_POLICY = "mixed_float16"
 _DEFAULT_SCALE = 2**15
 
 
 class MixedPrecisionManager:
-    """Mixed precision for a training loop.
+    """Mixed precision for a training loop, or smaller dtypes for data that scikit-learn is to learn from.
 
-    framework: "pytorch", or "auto" for the installed one.
+    framework: "pytorch", "sklearn", or "auto" for the installed one, torch if there are both. Under "sklearn" only
+        optimize_data_precision(), optimizer and the statistics are of use: see SklearnPrecisionOptimizer.
     precision_policy: "mixed_float16", "mixed_bfloat16" or "float32".
     enable_loss_scaling: scale the loss (mixed_float16).
     initial_loss_scale: first scale, > 0.
@@ -67,7 +69,15 @@ class MixedPrecisionManager:
             if (precision_policy, initial_loss_scale) != (_DEFAULT_POLICY, _DEFAULT_SCALE):
                 raise ValueError("got config together with precision_policy or initial_loss_scale; set them in config")
             settings = dataclasses.replace(config)
-        if importlib.util.find_spec("torch") is None:
+        torch = importlib.util.find_spec("torch") is not None
+        if framework == "sklearn" or (framework == "auto" and not torch and importlib.util.find_spec("sklearn")):
+            if custom_policy is not None:
+                raise ValueError("custom_policy is for framework='pytorch': scikit-learn has no layers")
+            from halfstep.sklearn_manager import SklearnManager
+
+            self._manager = SklearnManager(settings)
+            return
+        if not torch:
             raise ImportError(f"framework is {framework!r}, but torch is not installed: pip install torch")
         from halfstep.pytorch import PyTorchManager
 
@@ -110,6 +120,15 @@ class MixedPrecisionManager:
         `model` is no torch.nn.Module; one that was never set up stays as it is.
         """
         self._manager.remove_policy(model)
+
+    @property
+    def optimizer(self) -> SklearnPrecisionOptimizer:
+        """The SklearnPrecisionOptimizer of framework="sklearn": its report(), plan() and explain()."""
+        return self._manager.optimizer
+
+    def optimize_data_precision(self, X: Any, y: Any = None) -> tuple[Any, Any]:
+        """Return (X, y) with smaller dtypes, under framework="sklearn"."""
+        return self._manager.optimize_data_precision(X, y)
 
     def autocast_context(self) -> Any:
         """Return a context manager for the forward pass. Contexts nest, and each drops its weight casts at its end."""

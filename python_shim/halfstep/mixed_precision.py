@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         MixedPrecisionConfig,
         MixedPrecisionManager,
         MixedPrecisionStatistics,
+        SklearnPrecisionOptimizer,
     )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MixedPrecisionConfig",
     "MixedPrecisionManager",
     "MixedPrecisionStatistics",
+    "SklearnPrecisionOptimizer",
 ]
 
 

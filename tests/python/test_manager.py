@@ -288,7 +288,7 @@ def test_bad_config_values_are_named_and_change_nothing(field: str, value: objec
 
 
 def test_bad_arguments_of_the_manager_are_named() -> None:
-    with pytest.raises(ValueError, match="framework is 'jax', expected one of 'auto', 'pytorch'"):
+    with pytest.raises(ValueError, match="framework is 'jax', expected one of 'auto', 'pytorch', 'sklearn'"):
         MixedPrecisionManager("jax")
     with pytest.raises(ValueError, match="precision_policy is 'int4', expected one of"):
         MixedPrecisionManager(precision_policy="int4")
