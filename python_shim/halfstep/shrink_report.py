@@ -64,15 +64,15 @@ class ShrinkReport:
         return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "columns": columns}
 
     def __str__(self) -> str:
-        head = ("", "column", "from", "to", "MB before", "MB after", "error", "what stood in the way, or to know")
+        head = ("", "column", "from", "to", "before", "after", "error", "what stood in the way, or to know")
         rows = [
             (
                 column.target,
                 "" if column.column is None else str(column.column),
                 column.before,
                 column.after,
-                f"{column.bytes_before / 2**20:.2f}",
-                f"{column.bytes_after / 2**20:.2f}",
+                _size(column.bytes_before),
+                _size(column.bytes_after),
                 f"{column.max_relative_error:.1e}" if column.max_relative_error else "0",
                 "; ".join(filter(None, (column.blocked, column.note))),
             )
@@ -83,5 +83,14 @@ class ShrinkReport:
             "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
         ]
         saved = f" ({self.memory_reduction:.1%} less)" if self.bytes_before else ""
-        lines.append(f"{self.bytes_before / 2**20:.2f} MB -> {self.bytes_after / 2**20:.2f} MB{saved}")
+        lines.append(f"{_size(self.bytes_before)} -> {_size(self.bytes_after)}{saved}")
         return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    """Return bytes in the unit that shows them best, in powers of 1024."""
+    for unit in ("B", "KB", "MB"):
+        if nbytes < 1024:
+            return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes} B"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GB"

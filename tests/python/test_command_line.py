@@ -80,8 +80,8 @@ def test_what_is_wrong_with_a_file(run, tmp_path: Path, content: bytes | None, m
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "expected one of --cmake-prefix, --build-info and the command policy"),
-        ("--build-info policy --ops", "expected one of --cmake-prefix, --build-info and the command policy"),
+        ("", "expected one of --cmake-prefix, --build-info and the commands policy and shrink"),
+        ("--build-info policy --ops", "expected one of --cmake-prefix, --build-info and the commands policy and shrink"),
         ("--build-info --cmake-prefix", "not allowed with argument"),
         ("policy", "one of the arguments file --ops is required"),
         ("policy x.json --ops", "not allowed with argument"),

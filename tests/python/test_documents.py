@@ -13,7 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = [
     pytest.param(match[1], id=f"{path}-line-{text[: match.start()].count(chr(10)) + 2}")
-    for path in ("README.md", "docs/adaptive.md", "docs/analysis.md", "docs/estimators.md", "docs/policies.md")
+    for path in (
+        "README.md",
+        "docs/adaptive.md",
+        "docs/analysis.md",
+        "docs/estimators.md",
+        "docs/policies.md",
+        "docs/sklearn.md",
+    )
     for text in [(ROOT / path).read_text()]
     for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 ]

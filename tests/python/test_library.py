@@ -143,7 +143,7 @@ def test_without_torch_the_manager_says_what_to_install() -> None:
         "import sys, importlib.util; find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
         "import halfstep\n"
-        "try:\n    halfstep.MixedPrecisionManager()\n"
+        "try:\n    halfstep.MixedPrecisionManager(framework='pytorch')\n"
         "except ImportError as error:\n    print(error)"
     )
     assert "torch is not installed: pip install torch" in result.stdout, result.stderr

@@ -24,6 +24,13 @@ def run(*command: str | Path, **options) -> str:
     return result.stdout
 
 
+def copy_working_tree(target: Path) -> None:
+    for name in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((ROOT / name).read_bytes())
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel without build isolation and without CUDA, and install it into a folder of its own."""
@@ -31,11 +38,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     run("git", "clone", "--quiet", "--no-hardlinks", ROOT, source) if (ROOT / ".git").exists() else None
     # The working tree, not the last commit, is what is tested.
-    files = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in files:
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    copy_working_tree(source)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source, env={"HALFSTEP_CUDA": "OFF"})
     (wheel,) = folder.glob("*.whl")
@@ -44,6 +47,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not [name for name in names if name.startswith("tests/") or name.endswith((".cu", ".o"))]
     assert "modules/engine/mixed_precision.py" in names
     assert not [name for name in names if name in ("modules/__init__.py", "modules/engine/__init__.py")]
+    assert len([name for name in names if name.endswith("/lib/libhalfstep_numpy.so")]) == 1
     for needed in ("lib/libhalfstep_torch.so", "include/halfstep/torch.h", "cmake/halfstepConfig.cmake"):
         assert len([name for name in names if name.endswith(needed)]) == 1, needed
     run(*pip, "install", "--no-deps", "--target", folder / "site", wheel)
@@ -61,6 +65,26 @@ def test_the_installed_wheel_trains(installed: Path, tmp_path: Path) -> None:
     )
     printed = run(sys.executable, "-c", code, cwd=tmp_path, env={"PYTHONPATH": str(installed)}).splitlines()
     assert printed == [str(installed / "halfstep" / "__init__.py"), "1"]
+
+
+def test_the_numpy_part_builds_without_torch(tmp_path: Path) -> None:
+    """In an environment that has NumPy and the tools for the build, and nothing of torch."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    copy_working_tree(source)
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise ImportError('there is no torch here')\n")
+    environment = {"HALFSTEP_TORCH": "OFF", "PYTHONPATH": str(blocked)}
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "install", "--no-build-isolation", "--no-deps", "--target", site, source, env=environment)
+    assert [path.name for path in site.rglob("*.so")] == ["libhalfstep_numpy.so"]
+    code = (
+        "from modules.engine.mixed_precision import SklearnPrecisionOptimizer\n"
+        "import halfstep, numpy as np; print(halfstep.__file__)\n"
+        "print(SklearnPrecisionOptimizer().optimize_data_precision(np.ones(3))[0].dtype)\n"
+    )
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, env={"PYTHONPATH": f"{site}:{blocked}"}).splitlines()
+    assert printed == [str(site / "halfstep" / "__init__.py"), "float32"]
 
 
 @pytest.mark.parametrize("layout", ["wheel", "make"])

@@ -1,0 +1,122 @@
+"""`python -m halfstep shrink`: npy, csv and parquet, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from halfstep.__main__ import main
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run a command line in this process, in a folder of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_line(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["halfstep", "shrink", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run_line
+
+
+TABLE = pd.DataFrame({"id": [70000, 2, 3], "x": [0.5, 1.5, np.nan], "day": ["a", "b", "c"], "big": [1e39, 1.5, 2.0]})
+
+
+def test_npy(run) -> None:
+    X = np.random.default_rng(0).normal(size=(100, 3))
+    np.save("x.npy", np.asfortranarray(X))
+    code, out, err = run("x.npy")
+    assert (code, err) == (0, "")
+    assert "float64  float32" in out
+    assert out.endswith("written to x-small.npy\n")
+    small = np.load("x-small.npy")
+    assert small.dtype == np.float32
+    assert np.array_equal(small, X.astype(np.float32))
+
+
+def test_parquet_and_csv(run) -> None:
+    TABLE.to_parquet("t.parquet")
+    TABLE.to_csv("t.csv", index=False)
+    for line, result in ((("t.parquet",), "t-small.parquet"), (("t.csv", "-o", "c.parquet"), "c.parquet")):
+        code, out, _ = run(*line)
+        assert code == 0
+        assert (
+            "1.0000000000000001e+39 is larger than float32 holds" in out or "e+38 is larger than float32 holds" in out
+        )
+        small = pd.read_parquet(result)
+        assert [str(dtype) for dtype in small.dtypes] == ["int32", "float32", str(small["day"].dtype), "float64"]
+        pd.testing.assert_frame_equal(small.astype({"id": "int64", "x": "float64"}), pd.read_parquet("t.parquet"))
+    assert run("t.csv", "-o", "again.csv")[0] == 0
+    pd.testing.assert_frame_equal(pd.read_csv("again.csv"), TABLE)
+
+
+def test_options(run) -> None:
+    TABLE.to_parquet("t.parquet")
+    assert run("t.parquet", "--exclude", "id", "--exclude", "x")[0] == 0
+    assert [str(dtype) for dtype in pd.read_parquet("t-small.parquet").dtypes[:2]] == ["int64", "float64"]
+    X = np.array([[0.1, 1.0], [0.5, 2.0]])
+    np.save("x.npy", X)
+    code, out, _ = run("x.npy", "--mode", "exact", "--dry-run")
+    assert code == 0
+    assert "float32 does not hold 0.1" in out
+    assert not Path("x-small.npy").exists()
+    assert run("x.npy", "--exclude", "0")[0] == 0
+    assert np.load("x-small.npy").dtype == np.float64, "a column that is left out keeps its 0.1"
+
+
+def test_existing_files_are_kept(run) -> None:
+    np.save("x.npy", np.ones(3))
+    Path("x-small.npy").write_text("mine")
+    code, out, err = run("x.npy")
+    assert (code, out, err) == (1, "", "x-small.npy exists: --force replaces it\n")
+    assert Path("x-small.npy").read_text() == "mine"
+    assert run("x.npy", "--force")[0] == 0
+    assert np.load("x-small.npy").dtype == np.float32
+    before = Path("x.npy").read_bytes()
+    assert run("x.npy", "-o", "x.npy", "--force")[0] == 1
+    assert Path("x.npy").read_bytes() == before
+
+
+def test_what_is_wrong(run) -> None:
+    Path("x.txt").write_text("1")
+    assert "its suffix is '.txt', expected one of .npy, .csv, .parquet" in run("x.txt")[2]
+    assert "No such file" in run("nothing.npy")[2]
+    np.save("x.npy", np.ones(3))
+    assert "its suffix is '.csv', expected .npy" in run("x.npy", "-o", "x.csv")[2]
+    np.save("objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    code, _, err = run("objects.npy")
+    assert code == 1
+    assert "Python objects" in err
+    TABLE.to_parquet("t.parquet")
+    code, _, err = run("t.parquet", "--exclude", "nothing")
+    assert code == 1
+    assert "include or exclude name ['nothing']" in err
+    Path("bad.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    assert run("bad.npy")[0] == 1
+    Path("bad.parquet").write_bytes(b"PAR1")
+    assert run("bad.parquet")[0] == 1
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "bad.npy", "bad.parquet", "objects.npy", "t.parquet", "x.npy", "x.txt",
+    ]  # fmt: skip
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones(3))
+    shim = Path(__file__).resolve().parents[2] / "python_shim"
+    code = (
+        f"import sys; sys.path.insert(0, {str(shim)!r}); sys.modules['torch'] = None\n"
+        f"sys.argv = ['halfstep', 'shrink', {str(tmp_path / 'x.npy')!r}]\n"
+        "from halfstep.__main__ import main; raise SystemExit(main())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert np.load(tmp_path / "x-small.npy").dtype == np.float32
