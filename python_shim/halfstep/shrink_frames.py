@@ -110,7 +110,7 @@ def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas
         return None
     result = shrink_array(values, job, key=key, names=[name])
     own = {str(dtype): str(series.dtype)}
-    small = job.decided[key].dtype if key in job.decided else dtype
+    small = job.becomes[key]
     after = _extension_dtype(series.dtype, small, pandas) if small != dtype else series.dtype
     own[str(small)] = str(after)
     job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
@@ -153,7 +153,7 @@ def _shrink_polars_series(series: Any, job: Job, chosen: Chosen, polars: Any) ->
     if not chosen(name):
         job.keep(name, series.dtype, nbytes, "left out")
         return series
-    if not (series.dtype.is_integer() or series.dtype.is_float()) or series.dtype in (polars.Int128,):
+    if not (series.dtype.is_integer() or series.dtype.is_float()) or series.dtype in (polars.Int128, polars.UInt128):
         job.keep(name, series.dtype, nbytes)
         return series
     values = series
@@ -169,9 +169,8 @@ def _shrink_polars_series(series: Any, job: Job, chosen: Chosen, polars: Any) ->
         shrink_array(array, job, key=name, names=[name])
     finally:
         job.convert = convert
-    small = job.decided[name].dtype if name in job.decided else array.dtype
-    after = polars.Series([], dtype=series.dtype).to_numpy().dtype if small == array.dtype else small
-    target = series.dtype if after == array.dtype else getattr(polars, after.name.capitalize().replace("Uint", "UInt"))
+    small = job.becomes[name]
+    target = series.dtype if small == array.dtype else getattr(polars, small.name.capitalize().replace("Uint", "UInt"))
     own = {str(array.dtype): str(series.dtype), str(small): str(target)}
     job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
     if target == series.dtype or not convert:
