@@ -78,6 +78,8 @@ class SklearnPrecisionOptimizer:
             raise ValueError(f"n_jobs is {n_jobs!r}, expected None or an integer >= 1")
         if progress is not None:
             check_bool("progress", progress)
+        if memmap_dir is not None and not isinstance(memmap_dir, (str, os.PathLike)):
+            raise TypeError(f"memmap_dir is {memmap_dir!r}, expected a path")
         if memmap_dir is not None and not os.path.isdir(memmap_dir):
             raise ValueError(f"memmap_dir is {os.fspath(memmap_dir)!r}, expected an existing folder")
         self.enable_float32_reduction = enable_float32_reduction
@@ -250,7 +252,10 @@ def _place(place: tuple[int, ...], column: Hashable) -> str:
 def _names(argument: str, names: Iterable[Hashable]) -> frozenset:
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise TypeError(f"{argument} is {names!r}, expected a list of names")
-    return frozenset(names)
+    try:
+        return frozenset(names)
+    except TypeError as error:
+        raise TypeError(f"{argument} holds what cannot be a name: {error}") from error
 
 
 def _is_frame(data: Any) -> bool:
