@@ -272,7 +272,12 @@ def _is_data(value: Any) -> bool:
     """Return whether a part of a list is or holds an array or a frame of its own, and not a number or a row of them."""
     if isinstance(value, (list, tuple)):
         return any(map(_is_data, value))
-    return isinstance(value, np.ndarray) or _is_frame(value) or _is_sparse(value) or hasattr(type(value), "to_numpy")
+    return (
+        isinstance(value, np.ndarray)
+        or _is_frame(value)
+        or _is_sparse(value)
+        or any(hasattr(type(value), name) for name in ("dtypes", "to_numpy"))
+    )
 
 
 def _signature(data: Any) -> tuple[Hashable, ...]:
