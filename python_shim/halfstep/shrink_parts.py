@@ -28,7 +28,8 @@ def shrink_masked(array: np.ma.MaskedArray, job: Job, **options: Any) -> np.ma.M
     with np.errstate(over="ignore", invalid="ignore"):
         fill = np.asarray(array.fill_value).astype(result.dtype)
     same = np.array_equal(fill, array.fill_value)
-    small = np.ma.MaskedArray(result, mask=mask, copy=False, hard_mask=array.hardmask)
+    own = mask if mask is np.ma.nomask else mask.copy()  # else masking an element would mask it in both
+    small = np.ma.MaskedArray(result, mask=own, copy=False, hard_mask=array.hardmask)
     if same:  # else NumPy's own for the new dtype: the old one does not exist there
         small.fill_value = fill
     return small
