@@ -79,7 +79,7 @@ def _shrink_block(data: Any, job: Job, chosen: Chosen) -> Any:
         return None
     integral = job.decided.pop(None).integral
     job.decided.update({key: Decision(result.dtype, (flag,)) for key, flag in zip(keys, integral, strict=True)})
-    return type(data)(result, index=data.index, columns=data.columns, copy=False)
+    return type(data)(np.asarray(result), index=data.index, columns=data.columns, copy=False)
 
 
 def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas: Any, key: Hashable = None) -> Any:
@@ -92,7 +92,7 @@ def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas
     if isinstance(series.dtype, np.dtype):
         values = series.to_numpy()
         result = shrink_array(values, job, key=key, names=[name])
-        return None if result is values else result
+        return None if result is values else np.asarray(result)  # pandas takes a np.memmap for another class
     array = series.array
     masked = isinstance(array, (pandas.arrays.IntegerArray, pandas.arrays.FloatingArray))
     arrow = isinstance(series.dtype, pandas.ArrowDtype) and series.dtype.kind in "iuf"
@@ -119,7 +119,7 @@ def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas
     if arrow:
         return array.astype(after)
     kind = pandas.arrays.FloatingArray if dtype.kind == "f" else pandas.arrays.IntegerArray
-    return kind(result, missing)
+    return kind(np.asarray(result), missing)
 
 
 def _renamed(report: Any, names: dict[str, str]) -> Any:

@@ -16,21 +16,24 @@ _INT32_MAX = np.iinfo(np.int32).max
 
 
 def shrink_masked(array: np.ma.MaskedArray, job: Job, **options: Any) -> np.ma.MaskedArray:
-    """Return a masked array with a smaller dtype; values below the mask do not decide, and are not kept."""
+    """Return a masked array with a smaller dtype; values below the mask do not decide, and are cast as they come."""
     data, mask = np.asarray(array.data), np.ma.getmask(array)
-    if job.reason_to_leave(data.dtype) is None and np.any(mask) and not np.all(mask):
+    judged = data
+    hidden = job.reason_to_leave(data.dtype) is None and bool(np.any(mask)) and not np.all(mask)
+    if hidden:
         # NaN is no value, and of integers one that is repeated changes nothing.
         nothing = np.nan if data.dtype.kind in "fc" else data[~mask].flat[0]
-        data = np.where(mask, np.asarray(nothing, data.dtype), data)
-    result = shrink_array(data, job, **options)
-    if result is data:
+        judged = np.where(mask, np.asarray(nothing, data.dtype), data)
+    result = shrink_array(judged, job, **options)
+    if result is judged:
         return array
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         fill = np.asarray(array.fill_value).astype(result.dtype)
-    same = np.array_equal(fill, array.fill_value)
+        if hidden:
+            np.copyto(result, data, where=mask, casting="unsafe")
     own = mask if mask is np.ma.nomask else mask.copy()  # else masking an element would mask it in both
     small = np.ma.MaskedArray(result, mask=own, copy=False, hard_mask=array.hardmask)
-    if same:  # else NumPy's own for the new dtype: the old one does not exist there
+    if np.array_equal(fill, array.fill_value):  # else NumPy's own for the new dtype: the old one does not exist there
         small.fill_value = fill
     return small
 

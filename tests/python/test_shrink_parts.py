@@ -58,6 +58,13 @@ def test_a_value_of_another_column_does_not_stand_in_for_a_masked_one() -> None:
     assert shrink(array) is array
 
 
+def test_an_element_that_is_unmasked_again_is_what_it_was() -> None:
+    for data in (np.array([0.5, 0.1, 2.5]), np.array([1, 100, 3])):
+        result = shrink(ma.MaskedArray(data, mask=[False, True, False]))
+        result.mask = ma.nomask
+        assert np.array_equal(np.asarray(result), data.astype(result.dtype))
+
+
 def test_masked_integers_and_complex_numbers() -> None:
     integers = ma.MaskedArray([1, 2, 999999], mask=[0, 0, 1])
     result = shrink(integers)
