@@ -283,7 +283,8 @@ def _is_data(value: Any) -> bool:
 def _signature(data: Any) -> tuple[Hashable, ...]:
     """Return what data must have in common for one to get the dtypes of the other."""
     if isinstance(data, np.ndarray):
-        return ("array", str(data.dtype.newbyteorder("=")), data.ndim, data.shape[1] if data.ndim == 2 else 0)
+        has_columns = data.ndim == 2 or data.dtype.names is not None
+        return ("array", str(data.dtype.newbyteorder("=")), data.ndim, data.shape[1:] if has_columns else ())
     if hasattr(data, "dtypes") and hasattr(data, "columns"):
         return (type(data).__module__, tuple(data.columns), tuple(map(str, data.dtypes)))
     return (type(data).__qualname__, str(getattr(data, "dtype", "")), getattr(data, "name", None))

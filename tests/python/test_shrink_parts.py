@@ -216,6 +216,9 @@ def test_later_structures_keep_what_their_values_need() -> None:
         result = optimizer.optimize_data_precision(wide)[0]
     assert result.dtype == [("a", "f8"), ("b", "i2")]
     assert result.tolist() == [(1e300, 2000)]
+    cubes = SklearnPrecisionOptimizer()
+    for shape in ((4, 5, 6), (4, 5, 7), (4, 6)):  # of a structure each row has as many columns
+        assert cubes.optimize_data_precision(np.ones(shape, dtype))[0].dtype == [("a", "f4"), ("b", "i1")]
     other = np.array([(2, 0.5)], [("a", "i8"), ("b", "f8")])  # the same names and sizes, other fields
     assert optimizer.optimize_data_precision(other)[0].dtype == [("a", "i1"), ("b", "f4")]
 
