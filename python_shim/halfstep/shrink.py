@@ -42,6 +42,7 @@ class Job:
     progress: bool | None
     target: str = "X"
     narrowest: int = 1  # bytes of an integer
+    misfit: str | None = None  # "raise" or "widen": what is remembered is not judged again, but applied
     remembered: dict[Hashable, Decision] = dataclasses.field(default_factory=dict)
     decided: dict[Hashable, Decision] = dataclasses.field(default_factory=dict)  # what is to be remembered
     becomes: dict[Hashable, np.dtype] = dataclasses.field(default_factory=dict)  # what this data gets, or would get
@@ -242,6 +243,10 @@ def shrink_array(
     the report. exact: columns of which every value must be kept. out: where the result goes; it is written only when
     the decision is known, and must have the dtype that was decided.
     """
+    if job.misfit is not None:
+        from halfstep.shrink_fixed import convert_fixed
+
+        return convert_fixed(array, job.remembered[key], job, key, names)
     axis, count = _columns_of(array)
     names = ([None] if axis < 0 else list(range(count))) if names is None else names
     exact = np.zeros(count, bool) if exact is None else exact

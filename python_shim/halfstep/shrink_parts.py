@@ -94,7 +94,7 @@ def shrink_sparse(matrix: Any, job: Job) -> Any:
         job.keep("data", matrix.dtype, 0, f"the format {matrix.format} has no arrays to reduce: use tocsr()")
         return matrix
     values = matrix.data
-    if values.dtype.kind in "iu":
+    if values.dtype.kind in "iu" and job.misfit is None:
         job.keep("data", values.dtype, values.nbytes, "integers of sparse matrices stay: products and sums would wrap")
         data = values
     else:
@@ -153,5 +153,5 @@ def _shrink_indices(array: np.ndarray, name: str, small: bool, job: Job) -> np.n
     if array.size == 0:  # all index arrays of a matrix have one dtype
         job.reports.append(ColumnReport(job.target, name, "int64", "int32", 0, 0))
         return array.astype(np.int32)
-    narrow = dataclasses.replace(job, narrowest=4, integers=True, remembered={}, decided={})
+    narrow = dataclasses.replace(job, narrowest=4, integers=True, remembered={}, decided={}, misfit=None)
     return shrink_array(array, narrow, key=None, names=[name])

@@ -212,7 +212,8 @@ class SklearnPrecisionOptimizer:
                     None, data.dtype, data.nbytes, f"it is a {type(data).__name__}, whose meaning may lie elsewhere"
                 )
                 return _unchanged(data, out)
-            if job.reason_to_leave(data.dtype) is not None:  # objects, strings and times also come through here
+            # Objects, strings and times also come through here.
+            if job.misfit is None and job.reason_to_leave(data.dtype) is not None:
                 job.keep(None, data.dtype, data.nbytes, job.reason_to_leave(data.dtype) or "")
                 return _unchanged(data, out)
             plain = np.asarray(data)
