@@ -42,8 +42,10 @@ class Job:
     progress: bool | None
     target: str = "X"
     narrowest: int = 1  # bytes of an integer
+    misfit: str | None = None  # "raise" or "widen": what is remembered is not judged again, but applied
     remembered: dict[Hashable, Decision] = dataclasses.field(default_factory=dict)
-    decided: dict[Hashable, Decision] = dataclasses.field(default_factory=dict)
+    decided: dict[Hashable, Decision] = dataclasses.field(default_factory=dict)  # what is to be remembered
+    becomes: dict[Hashable, np.dtype] = dataclasses.field(default_factory=dict)  # what this data gets, or would get
     reports: list[ColumnReport] = dataclasses.field(default_factory=list)
     surprises: list[str] = dataclasses.field(default_factory=list)  # remembered decisions that did not hold
 
@@ -187,8 +189,12 @@ def _value(array: np.ndarray, axis: int, column: int, position: int) -> tuple[An
     return array[index], index
 
 
+def _shown(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")  # the shortest text that is this number
+
+
 def _explain(reason: int, value: Any, column: np.void) -> str:
-    shown = f"{value:.17g}"
+    shown = _shown(value)
     if reason == core.OVERFLOW:
         return f"{shown} is larger than float32 holds"
     if reason == core.UNDERFLOW:
@@ -197,8 +203,8 @@ def _explain(reason: int, value: Any, column: np.void) -> str:
         return f"float32 does not hold {shown}"
     if reason == core.INTEGER:
         return f"all values are integers, and float32 does not hold {shown}"
-    low, high = column["minimum"], column["maximum"]
-    return f"float32 would blur the differences: from {low:.17g} to {high:.17g} there is little beside the size"
+    low, high = _shown(column["minimum"]), _shown(column["maximum"])
+    return f"float32 would blur the differences: from {low} to {high} there is little beside the size"
 
 
 def _where(array: np.ndarray, axis: int, blocked: np.ndarray, columns: np.ndarray) -> list[tuple[str, Any]]:
@@ -237,12 +243,17 @@ def shrink_array(
     the report. exact: columns of which every value must be kept. out: where the result goes; it is written only when
     the decision is known, and must have the dtype that was decided.
     """
+    if job.misfit is not None:
+        from halfstep.shrink_fixed import convert_fixed
+
+        return convert_fixed(array, job.remembered[key], job, key, names)
     axis, count = _columns_of(array)
     names = ([None] if axis < 0 else list(range(count))) if names is None else names
     exact = np.zeros(count, bool) if exact is None else exact
     each = array.nbytes // max(count, 1)
     why = job.reason_to_leave(array.dtype)
     remembered = job.remembered.get(key)
+    job.becomes[key] = array.dtype
     if why is None and array.size == 0:
         why = "it has no elements"
     if why is None and remembered is not None and remembered.dtype.itemsize == array.dtype.itemsize:
@@ -289,6 +300,8 @@ def shrink_array(
             f"{job.target}{'' if key is None else f' {key}'}: {remembered.dtype} before, {dtype} now: {first}"
         )
 
+    if fits:
+        job.becomes[key] = dtype
     _report(job, array, dtype if fits else array.dtype, names, columns, types, reasons, each)
     if not fits or not job.convert:
         return _only_if_same(array, out, next((text for text, _ in reasons if text), "")) if job.convert else array
@@ -301,7 +314,7 @@ def _only_if_same(array: np.ndarray, out: np.ndarray | None, why: str) -> np.nda
     """Return an array that stays as it is; into `out` it is copied."""
     if out is None:
         return array
-    if out.dtype != array.dtype:
+    if out.dtype != array.dtype.newbyteorder("="):
         because = f": {why}" if why else ""
         raise ValueError(f"out has dtype {out.dtype}, but the array stays {array.dtype}{because}")
     np.copyto(out, array)

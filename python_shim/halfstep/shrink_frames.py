@@ -79,7 +79,7 @@ def _shrink_block(data: Any, job: Job, chosen: Chosen) -> Any:
         return None
     integral = job.decided.pop(None).integral
     job.decided.update({key: Decision(result.dtype, (flag,)) for key, flag in zip(keys, integral, strict=True)})
-    return type(data)(result, index=data.index, columns=data.columns, copy=False)
+    return type(data)(np.asarray(result), index=data.index, columns=data.columns, copy=False)
 
 
 def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas: Any, key: Hashable = None) -> Any:
@@ -92,25 +92,28 @@ def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas
     if isinstance(series.dtype, np.dtype):
         values = series.to_numpy()
         result = shrink_array(values, job, key=key, names=[name])
-        return None if result is values else result
+        return None if result is values else np.asarray(result)  # pandas takes a np.memmap for another class
     array = series.array
-    masked = isinstance(array, (pandas.arrays.IntegerArray, pandas.arrays.FloatingArray))
-    arrow = isinstance(series.dtype, pandas.ArrowDtype) and series.dtype.kind in "iuf"
+    kinds = pandas.arrays
+    masked = isinstance(array, (kinds.IntegerArray, kinds.FloatingArray, kinds.BooleanArray))
+    arrow = isinstance(series.dtype, pandas.ArrowDtype) and series.dtype.kind in "biuf"
     if not masked and not arrow:
         job.keep(name, series.dtype, nbytes)
         return None
     dtype = np.dtype(series.dtype.numpy_dtype)
     missing = np.asarray(series.isna())
     # What lies below the mask must not decide: NaN is no value, and of integers a value repeated changes nothing.
+    # What was decided before is only applied, and 0 fits everywhere.
     fill = np.nan if dtype.kind == "f" else (0 if missing.all() else array[int(np.argmin(missing))])
+    fill = fill if job.misfit is None else dtype.type(0)
     values = array.to_numpy(dtype=dtype, na_value=fill)
     start = len(job.reports)
-    if missing.all():
+    if missing.all() and job.misfit is None:
         job.keep(name, series.dtype, nbytes, "it has no values")
         return None
     result = shrink_array(values, job, key=key, names=[name])
     own = {str(dtype): str(series.dtype)}
-    small = job.decided[key].dtype if key in job.decided else dtype
+    small = job.becomes[key]
     after = _extension_dtype(series.dtype, small, pandas) if small != dtype else series.dtype
     own[str(small)] = str(after)
     job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
@@ -118,8 +121,8 @@ def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas
         return None
     if arrow:
         return array.astype(after)
-    kind = pandas.arrays.FloatingArray if dtype.kind == "f" else pandas.arrays.IntegerArray
-    return kind(result, missing)
+    kind = {"f": kinds.FloatingArray, "b": kinds.BooleanArray}.get(result.dtype.kind, kinds.IntegerArray)
+    return kind(np.asarray(result), missing)
 
 
 def _renamed(report: Any, names: dict[str, str]) -> Any:
@@ -133,7 +136,11 @@ def _extension_dtype(dtype: Any, small: np.dtype, pandas: Any) -> Any:
         import pyarrow
 
         return pandas.ArrowDtype(pyarrow.from_numpy_dtype(small))
-    return pandas.array(np.zeros(0, small), dtype=small.name.capitalize().replace("Uint", "UInt")).dtype
+    return pandas.api.types.pandas_dtype("boolean" if small.kind == "b" else _capital(small))
+
+
+def _capital(dtype: np.dtype) -> str:
+    return dtype.name.capitalize().replace("Uint", "UInt")
 
 
 def shrink_polars(data: Any, job: Job, chosen: Chosen, polars: Any) -> Any:
@@ -148,19 +155,28 @@ def shrink_polars(data: Any, job: Job, chosen: Chosen, polars: Any) -> Any:
     return data.with_columns(changed) if changed else data
 
 
+def polars_numbers(dtype: Any, polars: Any) -> bool:
+    """Return whether a polars dtype is of truth values, or of numbers that NumPy has too."""
+    numbers = dtype.is_integer() or dtype.is_float() or dtype == polars.Boolean
+    return numbers and not str(dtype).endswith("128")
+
+
 def _shrink_polars_series(series: Any, job: Job, chosen: Chosen, polars: Any) -> Any:
     name, nbytes = series.name, series.estimated_size()
     if not chosen(name):
         job.keep(name, series.dtype, nbytes, "left out")
         return series
-    if not (series.dtype.is_integer() or series.dtype.is_float()) or series.dtype in (polars.Int128,):
+    if not polars_numbers(series.dtype, polars):
         job.keep(name, series.dtype, nbytes)
         return series
     values = series
-    if series.null_count() == len(series):
+    missing = series.null_count()
+    if missing == len(series) and job.misfit is None:
         job.keep(name, series.dtype, nbytes, "it has no values" if len(series) else "it has no elements")
         return series
-    if series.null_count():
+    if missing and job.misfit is not None:  # 0 fits everywhere
+        values = series.fill_null(False if series.dtype == polars.Boolean else 0)
+    elif missing:
         values = series.fill_null(float("nan") if series.dtype.is_float() else series.drop_nulls()[0])
     convert, job.convert = job.convert, False
     start = len(job.reports)
@@ -169,9 +185,10 @@ def _shrink_polars_series(series: Any, job: Job, chosen: Chosen, polars: Any) ->
         shrink_array(array, job, key=name, names=[name])
     finally:
         job.convert = convert
-    small = job.decided[name].dtype if name in job.decided else array.dtype
-    after = polars.Series([], dtype=series.dtype).to_numpy().dtype if small == array.dtype else small
-    target = series.dtype if after == array.dtype else getattr(polars, after.name.capitalize().replace("Uint", "UInt"))
+    small = job.becomes[name]
+    target = series.dtype
+    if small != array.dtype:
+        target = polars.Boolean if small.kind == "b" else getattr(polars, _capital(small))
     own = {str(array.dtype): str(series.dtype), str(small): str(target)}
     job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
     if target == series.dtype or not convert:

@@ -55,7 +55,7 @@ class Memory:
     def empty_like(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Return an array of the shape and the order of `array`: a np.memmap if it exceeds the bound."""
         nbytes = array.size * dtype.itemsize
-        if self.fits(nbytes):
+        if self.fits(nbytes) or dtype.hasobject:  # objects do not live in files
             self.left -= nbytes
             return np.empty_like(array, dtype=dtype, subok=False)
         # The strides that np.empty_like would choose, of an array that takes no memory of this size: 0 to 2 a side.

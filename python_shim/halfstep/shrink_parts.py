@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 
 from halfstep.shrink import Job, shrink_array
+from halfstep.shrink_report import ColumnReport
 
 _INT32_MAX = np.iinfo(np.int32).max
 
 
 def shrink_masked(array: np.ma.MaskedArray, job: Job, **options: Any) -> np.ma.MaskedArray:
-    """Return a masked array with a smaller dtype; values below the mask do not decide."""
+    """Return a masked array with a smaller dtype; values below the mask do not decide, and are cast as they come."""
     data, mask = np.asarray(array.data), np.ma.getmask(array)
-    start = len(job.reports)
-    result = shrink_array(data, job, **options)
-    if result is data and job.reason_to_leave(data.dtype) is None and np.any(mask) and not np.all(mask):
-        del job.reports[start:]
-        job.decided.pop(options.get("key"), None)
-        # Again without what is masked: of a value that is repeated nothing depends.
-        known = data[~np.ma.getmaskarray(array)].flat[0]
-        data = np.where(mask, np.asarray(known, data.dtype), data) if data.ndim else data
-        result = shrink_array(data, job, **options)
-    if result is data:
+    judged = data
+    hidden = job.reason_to_leave(data.dtype) is None and bool(np.any(mask)) and not np.all(mask)
+    if hidden:
+        # NaN is no value, and of integers one that is repeated changes nothing.
+        nothing = np.nan if data.dtype.kind in "fc" else data[~mask].flat[0]
+        judged = np.where(mask, np.asarray(nothing, data.dtype), data)
+    result = shrink_array(judged, job, **options)
+    if result is judged:
         return array
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         fill = np.asarray(array.fill_value).astype(result.dtype)
-    same = np.array_equal(fill, array.fill_value)
-    small = np.ma.MaskedArray(result, mask=mask, copy=False, hard_mask=array.hardmask)
-    if same:  # else NumPy's own for the new dtype: the old one does not exist there
+        if hidden:
+            np.copyto(result, data, where=mask, casting="unsafe")
+    own = mask if mask is np.ma.nomask else mask.copy()  # else masking an element would mask it in both
+    small = np.ma.MaskedArray(result, mask=own, copy=False, hard_mask=array.hardmask)
+    if np.array_equal(fill, array.fill_value):  # else NumPy's own for the new dtype: the old one does not exist there
         small.fill_value = fill
     return small
 
@@ -45,33 +47,29 @@ def shrink_structured(array: np.ndarray, job: Job, chosen: Callable[[Hashable], 
         if not chosen(name) or field.dtype.names is not None:
             job.keep(name, field.dtype, field.nbytes, "left out" if not chosen(name) else "it is a structure")
             continue
-        shrink_array(
-            field.reshape(len(field), -1) if field.ndim > 2 else field, plan, key=name, names=_same(field, name)
-        )
-        if field.ndim == 2 or field.ndim > 2:
+        if field.ndim > 2:
+            field = field.reshape(len(field), math.prod(field.shape[1:]))
+        shrink_array(field, plan, key=name, names=[name] * (field.shape[1] if field.ndim == 2 else 1))
+        if field.ndim == 2:
             _one_report(job, field)
-        if name in job.decided and job.decided[name].dtype.itemsize < field.dtype.itemsize:
-            small[name] = job.decided[name].dtype
+        if job.becomes[name].itemsize < field.dtype.itemsize:
+            small[name] = job.becomes[name]
     if not small or not job.convert:
         return array
-    base = {name: array.dtype.fields[name][0] for name in array.dtype.names}
-    dtype = np.dtype(
-        [(name, small.get(name, base[name].base), base[name].shape) for name in array.dtype.names],
-        align=array.dtype.isalignedstruct,
-    )
+    fields = [
+        ((title[0], name) if title else name, small.get(name, old.base), old.shape)
+        for name, (old, _, *title) in ((name, array.dtype.fields[name]) for name in array.dtype.names)
+    ]
+    dtype = np.dtype(fields, align=array.dtype.isalignedstruct)
     result = job.memory.empty_like(np.asarray(array), dtype)
     for name in array.dtype.names:
         result[name] = array[name]  # the values fit: that was decided
     return result.view(type(array)) if isinstance(array, np.recarray) else result
 
 
-def _same(field: np.ndarray, name: str) -> list[str]:
-    return [name] * (int(np.prod(field.shape[1:])) if field.ndim > 1 else 1)
-
-
 def _one_report(job: Job, field: np.ndarray) -> None:
     """Make one report of those of the columns of a field that is itself an array."""
-    count = int(np.prod(field.shape[1:]))
+    count = field.shape[1]
     parts = job.reports[-count:] if count else []
     if not parts:
         return
@@ -87,7 +85,7 @@ def _one_report(job: Job, field: np.ndarray) -> None:
 
 
 def shrink_sparse(matrix: Any, job: Job) -> Any:
-    """Return a scipy.sparse matrix with smaller values and indices; arrays that stay are shared with `matrix`.
+    """Return a scipy.sparse matrix with smaller values and indices, which shares no array with `matrix`.
 
     Values by the rules for one column, floats only. Indices become int32 if the number of values and both sizes allow
     it: many estimators take no others.
@@ -96,12 +94,12 @@ def shrink_sparse(matrix: Any, job: Job) -> Any:
         job.keep("data", matrix.dtype, 0, f"the format {matrix.format} has no arrays to reduce: use tocsr()")
         return matrix
     values = matrix.data
-    if values.dtype.kind in "iu":
+    if values.dtype.kind in "iu" and job.misfit is None:
         job.keep("data", values.dtype, values.nbytes, "integers of sparse matrices stay: products and sums would wrap")
         data = values
     else:
-        flat = values.reshape(-1) if values.flags.c_contiguous else values
-        data = shrink_array(flat, job, key="data", names=["data"] * (1 if flat.ndim == 1 else flat.shape[1]))
+        flat = values.reshape(-1)
+        data = shrink_array(flat, job, key="data", names=["data"])
         data = values if data is flat else data.reshape(values.shape)
     small = max(*matrix.shape, values.size) <= _INT32_MAX
     if matrix.format == "coo":
@@ -111,9 +109,11 @@ def shrink_sparse(matrix: Any, job: Job) -> Any:
     changed = {name: _shrink_indices(array, name, small, job) for name, array in indices.items()}
     if data is values and all(changed[name] is indices[name] for name in indices):
         return matrix
+    # Arrays that stay are copied too: sort_indices() and others write to them, and only to those of one matrix.
+    changed = {name: _copy(array, job) if array is indices[name] else array for name, array in changed.items()}
     # Not the constructor: it checks the indices, and chooses a dtype for them that need not be this one.
     result = _shell(matrix)
-    result.data = data
+    result.data = _copy(data, job) if data is values else data
     if matrix.format == "coo":
         result.coords = tuple(changed.values())
     else:
@@ -130,6 +130,12 @@ _INDICES = {
 }
 
 
+def _copy(array: np.ndarray, job: Job) -> np.ndarray:
+    result = job.memory.empty_like(array, array.dtype)
+    np.copyto(result, array)
+    return result
+
+
 def _shell(matrix: Any) -> Any:
     """Return a matrix with the same arrays and flags, whose arrays can be replaced."""
     result = type(matrix).__new__(type(matrix))
@@ -144,5 +150,8 @@ def _shrink_indices(array: np.ndarray, name: str, small: bool, job: Job) -> np.n
     if not small:
         job.keep(name, array.dtype, array.nbytes, "a size or the number of values exceeds 2^31 - 1")
         return array
-    narrow = dataclasses.replace(job, narrowest=4, integers=True, remembered={}, decided={})
+    if array.size == 0:  # all index arrays of a matrix have one dtype
+        job.reports.append(ColumnReport(job.target, name, "int64", "int32", 0, 0))
+        return array.astype(np.int32)
+    narrow = dataclasses.replace(job, narrowest=4, integers=True, remembered={}, decided={}, misfit=None)
     return shrink_array(array, narrow, key=None, names=[name])

@@ -30,11 +30,11 @@ class SklearnPrecisionOptimizer:
     memory_threshold_mb: MiB that the results of one call may take; beyond it they are written block by block into files
         that are mapped into memory and vanish with the arrays.
     mode: when a float64 column may become float32. "rtol": each finite value changes by at most 2^-24 of its size (so
-        none overflows or leaves float32's normal range), columns of integers stay exact, and columns whose values differ
-        little beside their size stay float64. "exact": no value changes at all; complex128 then becomes complex64.
-        "force": nothing becomes infinite.
-    include, exclude: names of columns of frames or of fields, positions of columns of matrices. Others stay as they are.
-        A matrix has one dtype: a column of it that is left out must keep every value.
+        none overflows or leaves float32's normal range), columns of integers stay exact, and columns whose values
+        differ little beside their size stay float64. "exact": no value changes at all; complex128 then becomes
+        complex64. "force": nothing becomes infinite.
+    include, exclude: names of columns of frames or of fields, positions of columns of matrices. Others stay as they
+        are. A matrix has one dtype: a column of it that is left out must keep every value.
     reduce_float_y: treat a float64 y like X. By default it stays, since scikit-learn computes with float64 targets.
         Integers of y become int32 where they fit, never narrower and never unsigned: metrics subtract them.
     memmap_dir: the folder for files; None is the system's folder for temporary files, unless that lies in memory.
@@ -78,6 +78,8 @@ class SklearnPrecisionOptimizer:
             raise ValueError(f"n_jobs is {n_jobs!r}, expected None or an integer >= 1")
         if progress is not None:
             check_bool("progress", progress)
+        if memmap_dir is not None and not isinstance(memmap_dir, (str, os.PathLike)):
+            raise TypeError(f"memmap_dir is {memmap_dir!r}, expected a path")
         if memmap_dir is not None and not os.path.isdir(memmap_dir):
             raise ValueError(f"memmap_dir is {os.fspath(memmap_dir)!r}, expected an existing folder")
         self.enable_float32_reduction = enable_float32_reduction
@@ -97,23 +99,22 @@ class SklearnPrecisionOptimizer:
     def optimize_data_precision(self, X: Any, y: Any = None, *, out: np.ndarray | None = None) -> tuple[Any, Any]:
         """Return (X, y) with smaller dtypes; y stays None if it is.
 
-        What was decided for data is used again for later data with the same columns (a matrix with as many, a frame with
-        the same names and dtypes), so that a test set gets the dtypes of its training set. Where a later value does not
-        fit, that column (or matrix) keeps what it needs, with a warning that says so; forget() starts anew.
+        What was decided for data is used again for later data with the same columns (a matrix with as many, a frame
+        with the same names and dtypes), so that a test set gets the dtypes of its training set. Where a later value
+        does not fit, that column (or matrix) keeps what it needs, with a warning that says so; forget() starts anew.
 
         out: for an X that is a plain array: an array of the same shape, and the dtype that X gets, that receives it. It
             is written only once the decision is known: ValueError leaves it as it was.
         """
-        return self._go(X, y, out, convert=True)
+        X, y, self._report, surprises = self._go(X, y, out, convert=True)
+        self._last_X = _dtype_of(X)
+        for text in surprises:
+            warnings.warn(f"data does not fit what was decided for earlier data. {text}", UserWarning, stacklevel=2)
+        return X, y
 
     def plan(self, X: Any, y: Any = None) -> ShrinkReport:
-        """Return what optimize_data_precision would do to X and y. It reads them, and converts and remembers nothing."""
-        before = self._report, self._last_X
-        try:
-            self._go(X, y, None, convert=False)
-            return self._report
-        finally:
-            self._report, self._last_X = before
+        """Return what optimize_data_precision would do to X and y. It reads them; it converts and remembers nothing."""
+        return self._go(X, y, None, convert=False)[2]
 
     def report(self) -> ShrinkReport:
         """Return what the last optimize_data_precision did, per column."""
@@ -147,7 +148,8 @@ class SklearnPrecisionOptimizer:
         )
         return job
 
-    def _go(self, X: Any, y: Any, out: np.ndarray | None, convert: bool) -> tuple[Any, Any]:
+    def _go(self, X: Any, y: Any, out: np.ndarray | None, convert: bool) -> tuple[Any, Any, ShrinkReport, list[str]]:
+        """Return X, y, what became of them, and where they did not fit what is remembered."""
         memory = Memory(float(self.memory_threshold_mb) * 2**20, self.memmap_dir)
         results, reports, learned, surprises = [], [], {}, []
         for target, data in (("X", X), ("y", y)):
@@ -161,11 +163,7 @@ class SklearnPrecisionOptimizer:
         if convert:  # all went well: only now does anything of this call stay
             for signature, decided in learned.items():
                 self._decisions.setdefault(signature, {}).update(decided)
-        self._report = ShrinkReport(tuple(reports))
-        self._last_X = _dtype_of(results[0])
-        for text in surprises if convert else ():
-            warnings.warn(f"data does not fit what was decided for earlier data. {text}", UserWarning, stacklevel=3)
-        return results[0], results[1]
+        return results[0], results[1], ShrinkReport(tuple(reports)), surprises
 
     def _shrink(self, data: Any, job: Job, out: np.ndarray | None, learned: dict, place: tuple[int, ...] = ()) -> Any:
         """Shrink X, y or one of a list of them, which its `place` tells from others of the list."""
@@ -181,6 +179,11 @@ class SklearnPrecisionOptimizer:
             return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)
         if isinstance(data, (list, tuple, int, float, complex)) or np.isscalar(data):
             data = np.asarray(data)
+        if not (isinstance(data, np.ndarray) or _is_frame(data) or _is_sparse(data)):
+            raise TypeError(
+                f"{job.target} is a {type(data).__module__}.{type(data).__qualname__}, expected a NumPy array, a "
+                "pandas or polars frame or series, a scipy.sparse matrix, or a list of these"
+            )
         signature = (job.target, place, *_signature(data))
         job.remembered = self._decisions.get(signature, {})
         job.decided = learned[signature] = {}
@@ -208,8 +211,9 @@ class SklearnPrecisionOptimizer:
                 job.keep(
                     None, data.dtype, data.nbytes, f"it is a {type(data).__name__}, whose meaning may lie elsewhere"
                 )
-                return data
-            if job.reason_to_leave(data.dtype) is not None:  # objects, strings and times also come through here
+                return _unchanged(data, out)
+            # Objects, strings and times also come through here.
+            if job.misfit is None and job.reason_to_leave(data.dtype) is not None:
                 job.keep(None, data.dtype, data.nbytes, job.reason_to_leave(data.dtype) or "")
                 return _unchanged(data, out)
             plain = np.asarray(data)
@@ -224,19 +228,16 @@ class SklearnPrecisionOptimizer:
             from halfstep.shrink_frames import shrink_polars
 
             return shrink_polars(data, job, chosen, polars)
-        if _is_sparse(data):
-            from halfstep.shrink_parts import shrink_sparse
+        from halfstep.shrink_parts import shrink_sparse
 
-            return shrink_sparse(data, job)
-        raise TypeError(
-            f"{job.target} is a {type(data).__module__}.{type(data).__qualname__}, expected a NumPy array, a pandas or "
-            "polars frame or series, a scipy.sparse matrix, or a list of these"
-        )
+        return shrink_sparse(data, job)
 
     def _chooser(self, data: Any, job: Job) -> Callable[[Hashable], bool]:
         """Return whether a column takes part, by its name or position; ValueError for names that X does not have."""
         if job.target == "y" or (self.include is None and not self.exclude):
             return lambda name: True
+        if _is_sparse(data):
+            raise ValueError("include and exclude name columns, and the values of a sparse matrix lie in none")
         columns = _column_names(data)
         if columns is not None:
             unknown = [name for name in (*(self.include or ()), *self.exclude) if name not in columns]
@@ -250,9 +251,17 @@ def _place(place: tuple[int, ...], column: Hashable) -> str:
 
 
 def _names(argument: str, names: Iterable[Hashable]) -> frozenset:
-    if isinstance(names, str):
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise TypeError(f"{argument} is {names!r}, expected a list of names")
-    return frozenset(names)
+    try:
+        return frozenset(names)
+    except TypeError as error:
+        raise TypeError(f"{argument} holds what cannot be a name: {error}") from error
+
+
+def _is_frame(data: Any) -> bool:
+    modules = (sys.modules.get(name) for name in ("pandas", "polars"))
+    return any(module is not None and isinstance(data, (module.DataFrame, module.Series)) for module in modules)
 
 
 def _is_sparse(data: Any) -> bool:
@@ -261,14 +270,22 @@ def _is_sparse(data: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Return whether a part of a list is an array or a frame of its own, and not a number or a row of numbers."""
-    return isinstance(value, np.ndarray) or _is_sparse(value) or hasattr(value, "dtypes") or hasattr(value, "to_numpy")
+    """Return whether a part of a list is or holds an array or a frame of its own, and not a number or a row of them."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_data, value))
+    return (
+        isinstance(value, np.ndarray)
+        or _is_frame(value)
+        or _is_sparse(value)
+        or any(hasattr(type(value), name) for name in ("dtypes", "to_numpy"))
+    )
 
 
 def _signature(data: Any) -> tuple[Hashable, ...]:
     """Return what data must have in common for one to get the dtypes of the other."""
     if isinstance(data, np.ndarray):
-        return ("array", data.dtype.newbyteorder("=").str, data.ndim, data.shape[1] if data.ndim == 2 else 0)
+        has_columns = data.ndim == 2 or data.dtype.names is not None
+        return ("array", str(data.dtype.newbyteorder("=")), data.ndim, data.shape[1:] if has_columns else ())
     if hasattr(data, "dtypes") and hasattr(data, "columns"):
         return (type(data).__module__, tuple(data.columns), tuple(map(str, data.dtypes)))
     return (type(data).__qualname__, str(getattr(data, "dtype", "")), getattr(data, "name", None))
@@ -301,7 +318,7 @@ def _check_out(out: Any, data: Any) -> None:
 def _unchanged(data: np.ndarray, out: np.ndarray | None) -> np.ndarray:
     if out is None:
         return data
-    if out.dtype != data.dtype:
+    if out.dtype != data.dtype.newbyteorder("="):
         raise ValueError(f"out has dtype {out.dtype}, but the array stays {data.dtype}")
     np.copyto(out, data)
     return out
@@ -310,7 +327,7 @@ def _unchanged(data: np.ndarray, out: np.ndarray | None) -> np.ndarray:
 def _dtype_of(data: Any) -> tuple[np.dtype, int, int | None] | None:
     """Return the dtype, the number of elements and of columns of an X, None if it has no single NumPy dtype."""
     if isinstance(data, np.ndarray) or _is_sparse(data):
-        elements = data.size if isinstance(data, np.ndarray) else data.data.size
+        elements = data.size if isinstance(data, np.ndarray) else data.nnz
         return data.dtype, elements, data.shape[1] if data.ndim == 2 else None
     dtypes = {str(dtype) for dtype in getattr(data, "dtypes", ())} if hasattr(data, "columns") else set()
     try:
