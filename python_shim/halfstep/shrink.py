@@ -211,12 +211,13 @@ def _where(array: np.ndarray, axis: int, blocked: np.ndarray, columns: np.ndarra
     """Return for each column why it is blocked and where that is first seen."""
     parts = [array.real, array.imag] if array.dtype.kind == "c" else [array]
     result: list[tuple[str, Any]] = [("", None)] * len(blocked)
+    first = np.full(len(blocked), array.size)
     for part in parts:
         found = core.find_first(part, axis, blocked)
-        for column in np.flatnonzero((blocked != core.FITS) & (found >= 0)):
-            if result[column][1] is None:
-                value, place = _value(part, axis, int(column), int(found[column]))
-                result[column] = (_explain(int(blocked[column]), value, columns[column]), place)
+        for column in np.flatnonzero((found >= 0) & (found < first)):
+            value, place = _value(part, axis, int(column), int(found[column]))
+            result[column] = (_explain(int(blocked[column]), value, columns[column]), place)
+        first = np.where(found >= 0, np.minimum(first, found), first)
     return result
 
 

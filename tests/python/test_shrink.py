@@ -298,6 +298,12 @@ def test_the_report_names_the_first_obstacle_of_each_column() -> None:
     assert shrink(X) is X
 
 
+def test_of_the_two_parts_of_complex_numbers_the_earlier_obstacle_is_named() -> None:
+    for values in ([1, 0.1j, 0.3], [1, 0.1, 0.3j]):
+        (column,) = columns(np.array(values, complex), mode="exact")
+        assert (column.position, column.blocked) == (1, "float32 does not hold 0.1")
+
+
 def test_a_position_in_several_dimensions_is_an_index() -> None:
     X = np.zeros((4, 5, 6)).transpose(2, 0, 1)
     X[3, 2, 1] = X[5, 0, 0] = 1e300
