@@ -1,4 +1,4 @@
-"""`python -m halfstep`: builds and where they are; what a policy file and torch's autocast say; data in smaller dtypes."""
+"""`python -m halfstep`: where builds are; what a policy file and torch's autocast say; data in smaller dtypes."""
 
 from __future__ import annotations
 

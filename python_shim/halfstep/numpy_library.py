@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from halfstep._version import __version__
 from halfstep.errors import LibraryMismatchError
 
 ABI = 1
-_FILE = Path(__file__).resolve().parent / f"numpy-{ABI}" / "lib" / "libhalfstep_numpy.so"
+_FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), f"numpy-{ABI}", "lib", "libhalfstep_numpy.so")
 _HOW_TO_BUILD = "Build it: `make setup` in halfstep's folder, or `HALFSTEP_TORCH=OFF pip install .` there."
 
 # halfstep::ArrayType

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import tempfile
 import weakref
 from pathlib import Path
 
@@ -64,6 +63,8 @@ class Memory:
         return flat.reshape([array.shape[axis] for axis in order]).transpose(np.argsort(order))
 
     def _file(self, nbytes: int, dtype: np.dtype) -> np.memmap:
+        import tempfile  # not above: it takes longer to import than all of this
+
         folder = Path(self._folder or tempfile.gettempdir()).resolve()
         if self._folder is None and file_system(folder) in _RAM_BACKED:
             raise ValueError(

@@ -11,6 +11,8 @@ from halfstep import PrecisionPolicy
 from halfstep.__main__ import main
 from halfstep.autocast_ops import autocast_ops, format_ops, parse_ops
 
+NOTHING_TO_DO = "expected one of --cmake-prefix, --build-info and the commands policy and shrink"
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -80,8 +82,8 @@ def test_what_is_wrong_with_a_file(run, tmp_path: Path, content: bytes | None, m
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "expected one of --cmake-prefix, --build-info and the commands policy and shrink"),
-        ("--build-info policy --ops", "expected one of --cmake-prefix, --build-info and the commands policy and shrink"),
+        ("", NOTHING_TO_DO),
+        ("--build-info policy --ops", NOTHING_TO_DO),
         ("--build-info --cmake-prefix", "not allowed with argument"),
         ("policy", "one of the arguments file --ops is required"),
         ("policy x.json --ops", "not allowed with argument"),

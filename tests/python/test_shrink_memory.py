@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -254,7 +255,7 @@ def test_pickles_are_copies_and_joblib_workers_read_the_file(tmp_path: Path) -> 
 
 
 def test_a_folder_for_temporary_files_that_lies_in_memory_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shrink_memory.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     X = numbers(2**18)
     for kind in ("tmpfs", "ramfs"):
         monkeypatch.setattr(shrink_memory, "file_system", lambda folder, kind=kind: kind)
