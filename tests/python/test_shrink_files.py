@@ -49,9 +49,7 @@ def test_parquet_and_csv(run) -> None:
     for line, result in ((("t.parquet",), "t-small.parquet"), (("t.csv", "-o", "c.parquet"), "c.parquet")):
         code, out, _ = run(*line)
         assert code == 0
-        assert (
-            "1.0000000000000001e+39 is larger than float32 holds" in out or "e+38 is larger than float32 holds" in out
-        )
+        assert "1e+39 is larger than float32 holds" in out
         small = pd.read_parquet(result)
         assert [str(dtype) for dtype in small.dtypes] == ["int32", "float32", str(small["day"].dtype), "float64"]
         pd.testing.assert_frame_equal(small.astype({"id": "int64", "x": "float64"}), pd.read_parquet("t.parquet"))
