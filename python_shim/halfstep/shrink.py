@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Hashable
 from typing import Any
 
@@ -82,15 +83,14 @@ def _blocks(array: np.ndarray) -> list[tuple[Any, ...]]:
 
 def _progress(job: Job, array: np.ndarray) -> Any:
     """Return a bar that shows itself after a second on a terminal; None where there is none to show."""
-    if job.progress is False or (job.progress is None and array.nbytes < _LARGE):
+    if job.progress is False or (job.progress is None and (array.nbytes < _LARGE or not sys.stderr.isatty())):
         return None
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    quiet = None if job.progress is None else False  # None: not where stderr is no terminal
     delay = 1.0 if job.progress is None else 0.0
-    return tqdm(total=array.nbytes, unit="B", unit_scale=True, desc="halfstep", delay=delay, disable=quiet, leave=False)
+    return tqdm(total=array.nbytes, unit="B", unit_scale=True, desc="halfstep", delay=delay, leave=False)
 
 
 def _run(array: np.ndarray, columns: np.ndarray, axis: int, out: np.ndarray | None, job: Job) -> None:
