@@ -121,6 +121,9 @@ def test_a_value_below_a_mask_does_not_decide() -> None:
     assert shrink(below).dtype == "Float32"
     below = pd.Series(pd.arrays.IntegerArray(np.array([5, 2**40]), np.array([False, True])))
     assert shrink(below).dtype == "Int8"
+    ids = [2.0**24 + 1, None]  # what stands for a missing value must not make measurements of integers
+    for kept in (pd.Series(ids, dtype="Float64"), pd.Series(ids, dtype="double[pyarrow]"), pl.Series(ids)):
+        assert shrink(kept) is kept
 
 
 INDEXES = {
@@ -218,7 +221,7 @@ def test_a_frame_from_a_matrix_of_which_one_column_is_blocked(order: str, row: i
         (2, row),
         (3, None),
     ]
-    again = optimizer.optimize_data_precision(pd.DataFrame(numbers(10, 4)))[0]
+    again = optimizer.optimize_data_precision(pd.DataFrame(numbers(10, 4), copy=False))[0]
     assert again.dtypes.tolist() == result.dtypes.tolist()
 
 
