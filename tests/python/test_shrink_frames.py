@@ -283,8 +283,10 @@ def test_include_and_exclude_name_columns(make) -> None:
             ValueError, match=r"include or exclude name \['z'\], but X has the columns \['a', 'b', 'c'\]"
         ):
             shrink(frame, **options)
-    y = SklearnPrecisionOptimizer(exclude=["a"]).optimize_data_precision(frame, frame)[1]
-    assert str(y["c"].dtype).lower() == "int32"  # the names are those of X
+    for y in (make({"a": [0, 1]})["a"], np.arange(2)):  # the names are those of X alone
+        assert (
+            str(SklearnPrecisionOptimizer(exclude=["a"]).optimize_data_precision(frame, y)[1].dtype).lower() == "int32"
+        )
 
 
 LATER = {
