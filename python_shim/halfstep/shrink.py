@@ -224,7 +224,7 @@ def _where(array: np.ndarray, axis: int, blocked: np.ndarray, columns: np.ndarra
 def _squares_wrap(column: np.void, before: np.dtype, after: np.dtype) -> str:
     low, high = (int(column[name]) % 2**64 if after.kind == "u" else int(column[name]) for name in ("low", "high"))
     size = max(abs(low), abs(high))
-    wraps = np.iinfo(after).max < size * size <= np.iinfo(before).max
+    wraps = size * size > np.iinfo(after).max  # in a type twice as wide it does not
     return f"x * x wraps in {after}" if wraps and before != after else ""
 
 

@@ -121,6 +121,9 @@ def test_a_value_below_a_mask_does_not_decide() -> None:
     assert shrink(below).dtype == "Float32"
     below = pd.Series(pd.arrays.IntegerArray(np.array([5, 2**40]), np.array([False, True])))
     assert shrink(below).dtype == "Int8"
+    ids = [2.0**24 + 1, None]  # what stands for a missing value must not make measurements of integers
+    for kept in (pd.Series(ids, dtype="Float64"), pd.Series(ids, dtype="double[pyarrow]"), pl.Series(ids)):
+        assert shrink(kept) is kept
 
 
 INDEXES = {
@@ -218,7 +221,7 @@ def test_a_frame_from_a_matrix_of_which_one_column_is_blocked(order: str, row: i
         (2, row),
         (3, None),
     ]
-    again = optimizer.optimize_data_precision(pd.DataFrame(numbers(10, 4)))[0]
+    again = optimizer.optimize_data_precision(pd.DataFrame(numbers(10, 4), copy=False))[0]
     assert again.dtypes.tolist() == result.dtypes.tolist()
 
 
@@ -280,8 +283,10 @@ def test_include_and_exclude_name_columns(make) -> None:
             ValueError, match=r"include or exclude name \['z'\], but X has the columns \['a', 'b', 'c'\]"
         ):
             shrink(frame, **options)
-    y = SklearnPrecisionOptimizer(exclude=["a"]).optimize_data_precision(frame, frame)[1]
-    assert str(y["c"].dtype).lower() == "int32"  # the names are those of X
+    for y in (make({"a": [0, 1]})["a"], np.arange(2)):  # the names are those of X alone
+        assert (
+            str(SklearnPrecisionOptimizer(exclude=["a"]).optimize_data_precision(frame, y)[1].dtype).lower() == "int32"
+        )
 
 
 LATER = {

@@ -308,10 +308,9 @@ PEAK = """
 import sys, threading, time, numpy as np
 from halfstep.sklearn import SklearnPrecisionOptimizer
 
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024
+def resident():  # memory of its own and pages of files, in MiB
+    lines = [line.split() for line in open("/proc/self/status")]
+    return sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssFile:")) / 1024
 
 kind, folder, threshold, order = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4]
 X = np.ones((5_000_000, 10), np.float64 if kind != "int" else np.int64, order=order)  # 381 MiB
@@ -322,12 +321,12 @@ if kind == "frame":
     X = pandas.DataFrame(X, copy=False)
 SklearnPrecisionOptimizer().optimize_data_precision(np.ones((2000, 10)))  # the library is loaded
 made = SklearnPrecisionOptimizer(memory_threshold_mb=threshold, memmap_dir=folder, n_jobs=2)
-before, peak, done = anonymous(), 0.0, False
+before, peak, done = resident(), 0.0, False
 
 def watch():
     global peak
     while not done:
-        peak = max(peak, anonymous())
+        peak = max(peak, resident())
         time.sleep(0.002)
 
 thread = threading.Thread(target=watch)
@@ -335,12 +334,12 @@ thread.start()
 result, _ = made.optimize_data_precision(X)
 done = True
 thread.join()
-print(peak - before, anonymous() - before, "float32" in str(getattr(result, "dtype", "")) or result is X)
+print(peak - before, resident() - before, "float32" in str(getattr(result, "dtype", "")) or result is X)
 """
 
 
 def peak(folder: Path, kind: str, threshold: float, order: str = "C") -> tuple[float, float]:
-    """Return the MiB of memory of its own that a process took during a call, and still held after it."""
+    """Return the MiB of memory that a process took during a call, its pages of files included, and held after it."""
     most, held, _ = run(PEAK, kind, folder, threshold, order).split()
     return float(most), float(held)
 
@@ -348,8 +347,8 @@ def peak(folder: Path, kind: str, threshold: float, order: str = "C") -> tuple[f
 @pytest.mark.parametrize(("kind", "order"), [("float", "C"), ("float", "F"), ("int", "C"), ("frame", "C")])
 def test_beyond_the_threshold_no_memory_is_taken(kind: str, order: str, tmp_path: Path) -> None:
     most, held = peak(tmp_path, kind, 16, order)
-    assert most < 32
-    assert held < 32
+    assert most < 32 + 48  # of the 191 MiB of the file the block that is being written stays in memory
+    assert held < 48
 
 
 def test_within_the_threshold_the_result_is_all_that_is_taken(tmp_path: Path) -> None:
