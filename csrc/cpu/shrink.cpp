@@ -7,7 +7,8 @@
 #include <iterator>
 #include <type_traits>
 
-#if defined(__SSE2__)
+#if defined(__x86_64__)
+#define HS_X86
 #include <immintrin.h>
 #endif
 
@@ -32,11 +33,6 @@ struct FloatLanes {
         fractional(lanes.array<std::uint64_t>(3)) {}
 };
 
-// Four rows at a time are four streams, each too short for the processor to see where it goes.
-[[gnu::always_inline]] inline void prefetch(const void* at) {
-  __builtin_prefetch(static_cast<const std::byte*>(at) + 4096);
-}
-
 using Tile = decltype(ShrinkKernel::tile);
 using enum ArrayType;
 
@@ -57,8 +53,7 @@ namespace portable {
 #undef HS_VECTOR_BYTES
 }  // namespace portable
 
-#if defined(__x86_64__)
-#define HS_X86
+#ifdef HS_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -168,28 +163,43 @@ ShrinkKernel shrink_kernel(ArrayType from, ArrayType to) {
   return {nullptr, nullptr, nullptr, nullptr};
 }
 
+namespace {
+
+#ifdef HS_X86
+using CopyLines = void (*)(std::byte* to, const std::byte* from, std::size_t bytes);
+
+// Whole lines of 64 bytes, to addresses that are multiples of it.
+void copy_lines(std::byte* to, const std::byte* from, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+}
+
+[[gnu::target("avx512f")]] void copy_lines_avx512(std::byte* to, const std::byte* from, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+}
+#endif
+
+}  // namespace
+
 void stream_copy(void* to, const void* from, std::size_t bytes) {
-#if defined(__SSE2__)
+#ifdef HS_X86
+  static const CopyLines copy = __builtin_cpu_supports("avx512f") ? copy_lines_avx512 : copy_lines;
   auto* target = static_cast<std::byte*>(to);
   const auto* source = static_cast<const std::byte*>(from);
-  // Whole lines go around the caches; what lies before the first and after the last does not.
+  // What lies before the first whole line and after the last goes through the caches.
   const std::size_t head = std::min(bytes, (64 - reinterpret_cast<std::uintptr_t>(target) % 64) % 64);
+  const std::size_t lines = (bytes - head) / 64 * 64;
   std::memcpy(target, source, head);
-  std::size_t i = head;
-  for (; i + 64 <= bytes; i += 64) {
-    for (std::size_t part = 0; part < 64; part += 16) {
-      const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + part));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i + part), value);
-    }
-  }
-  std::memcpy(target + i, source + i, bytes - i);
+  copy(target + head, source + head, lines);
+  std::memcpy(target + head + lines, source + head + lines, bytes - head - lines);
 #else
   std::memcpy(to, from, bytes);
 #endif
 }
 
 void stream_fence() {
-#if defined(__SSE2__)
+#ifdef HS_X86
   _mm_sfence();
 #endif
 }

@@ -22,6 +22,12 @@ template <class V, class T>
   std::memcpy(to, &value, static_cast<std::size_t>(count) * sizeof(T));
 }
 
+// Four rows at a time are four streams, each too short for the processor to see where it goes. Measured distances: an
+// EPYC with AVX2 and a Xeon with AVX-512.
+[[gnu::always_inline]] inline void prefetch(const void* at) {
+  __builtin_prefetch(static_cast<const std::byte*>(at) + (HS_VECTOR_BYTES == 64 ? 8192 : 4096));
+}
+
 [[gnu::always_inline]] inline void absolute(const Doubles& value, Doubles& result) {
   result = reinterpret_cast<Doubles>(reinterpret_cast<Words>(value) & std::int64_t{0x7fffffffffffffff});
 }
@@ -35,8 +41,8 @@ template <class V, class T>
 }
 
 #if HS_VECTOR_BYTES == 32
-// Around the caches, to an address that is a multiple of 16. The other sets stream whole lines from a buffer: with AVX2
-// that takes a third longer on an EPYC, with AVX-512 a seventh less on a Xeon.
+// Around the caches, to an address that is a multiple of 16. The other sets stream whole lines from a buffer, which
+// with AVX-512 is faster: such a line is one store.
 [[gnu::always_inline]] inline void stream(const Floats& value, float* to) {
   _mm_stream_ps(to, value);
 }
