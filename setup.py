@@ -58,14 +58,24 @@ def json_include() -> Path:
     return Path(str(importlib.metadata.distribution("nlohmann-json").locate_file("nlohmann_json/include")))
 
 
+def search_path() -> str:
+    """Return PATH with the programs of this Python's environment, which need not be activated, in front."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def program(name: str) -> str:
+    """Return the path of cmake or ninja."""
+    found = shutil.which(name, path=search_path())
+    if found is None:
+        sys.exit(f"halfstep: no {name} found: pip install 'cmake>=3.26' ninja")
+    return found
+
+
 def cmake(*arguments: str | Path) -> None:
-    """Run the cmake of this Python's environment, which need not be activated. Its failure ends the build."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    program = shutil.which("cmake", path=path)
-    if program is None:
-        sys.exit("halfstep: no cmake found: pip install 'cmake>=3.26' ninja")
+    """Run cmake. Its failure ends the build."""
     # Not an exception: setuptools swallows those in editable installs and installs a package without its library.
-    if subprocess.run([program, *arguments], env={**os.environ, "PATH": path}, check=False).returncode != 0:
+    command = [program("cmake"), *arguments]
+    if subprocess.run(command, env={**os.environ, "PATH": search_path()}, check=False).returncode != 0:
         sys.exit(f"halfstep: failed: cmake {' '.join(map(str, arguments))}")
 
 
@@ -90,7 +100,9 @@ class BuildWithCMake(build_py):
         options = [
             f"-DHALFSTEP_TORCH={'ON' if torch else 'OFF'}",
             *([f"-DHALFSTEP_TORCH_ROOT={torch_root}"] if torch else []),
-            f"-DHALFSTEP_JSON_HINT={json_include()}",
+            # pip's environments for builds come and go: what an earlier one has left in the cache must not count.
+            f"-DHALFSTEP_JSON_INCLUDE={json_include()}",
+            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
             f"-DHALFSTEP_CUDA={'ON' if cuda else 'OFF'}",
             "-DHALFSTEP_TESTS=OFF",
             *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),

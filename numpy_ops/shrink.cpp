@@ -62,6 +62,11 @@ ArrayView view_of(const halfstep_array* array) {
   view.swapped = array->swapped != 0;
   view.shape.assign(array->shape, array->shape + n);
   view.strides.assign(array->strides, array->strides + n);
+  std::int64_t count = 1;
+  for (const std::int64_t size : view.shape) {
+    HS_CHECK(size >= 0, "a size is ", size, ", expected >= 0");
+    HS_CHECK(!__builtin_mul_overflow(count, size, &count), "an array has more than 2^63 - 1 elements");
+  }
   const bool empty = std::find(view.shape.begin(), view.shape.end(), 0) != view.shape.end();
   HS_CHECK(array->data != nullptr || empty, "data is null");
   return view;
@@ -164,8 +169,9 @@ HALFSTEP_C std::int32_t halfstep_shrink_integers(const halfstep_column* columns,
                                                  std::int32_t* types, char* message, std::int64_t message_size) {
   return guarded(message, message_size, [&] {
     HS_CHECK(count <= 0 || (columns != nullptr && types != nullptr), "columns or types are null");
+    const ArrayType from = type_of(type);
     for (std::int64_t i = 0; i < count; ++i)
-      types[i] = static_cast<std::int32_t>(halfstep::decide_integer(stats_of(columns[i]), type_of(type)));
+      types[i] = static_cast<std::int32_t>(halfstep::decide_integer(stats_of(columns[i]), from));
   });
 }
 

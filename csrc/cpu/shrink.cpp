@@ -53,7 +53,8 @@ namespace portable {
 #undef HS_VECTOR_BYTES
 }  // namespace portable
 
-#ifdef HS_X86
+#if defined(HS_X86) && !defined(__clang__)  // which knows no such pragma
+#define HS_INSTRUCTION_SETS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -119,7 +120,7 @@ TileOfPair find_tiles(ArrayType from, ArrayType to) {
         std::find_if(std::begin(tiles), std::end(tiles), [&](const auto& t) { return t.from == from && t.to == to; });
     return pair == std::end(tiles) ? TileOfPair{from, to, nullptr, nullptr} : *pair;
   };
-#ifdef HS_X86
+#ifdef HS_INSTRUCTION_SETS
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return find(avx512::kTiles);

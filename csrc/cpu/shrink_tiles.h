@@ -4,7 +4,8 @@
 //
 // in a namespace of its own. The compiler's vectors are used as they are good only in the size of a register.
 //
-// Four rows at a time: a lane's statistics are loaded and stored once for four elements. Nothing branches on data.
+// Four rows at a time: a lane's statistics are loaded and stored once for four elements. Nothing branches on data but
+// for a new worst error, which is rare.
 
 template <class T>
 using Vector [[gnu::vector_size(HS_VECTOR_BYTES)]] = T;

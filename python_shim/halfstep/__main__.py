@@ -57,13 +57,19 @@ def print_policy(path: str) -> None:
 
 def shrink(arguments: argparse.Namespace) -> None:
     """Write a file in smaller dtypes and print the report."""
+    from pathlib import Path
+
     from halfstep.shrink_files import read, shrink_file
     from halfstep.sklearn_optimizer import SklearnPrecisionOptimizer
 
-    exclude = [
-        int(name) if arguments.source.endswith(".npy") and name.isdigit() else name for name in arguments.exclude
-    ]
-    optimizer = SklearnPrecisionOptimizer(mode=arguments.mode, exclude=exclude)
+    exclude = arguments.exclude
+    if exclude and arguments.source.endswith(".npy") and read(arguments.source).dtype.names is None:
+        exclude = [int(name) if name.isdigit() else name for name in exclude]
+    # What exceeds the memory goes to files beside the result.
+    folder = Path(arguments.output or arguments.source).resolve().parent
+    optimizer = SklearnPrecisionOptimizer(
+        mode=arguments.mode, exclude=exclude, memmap_dir=folder if folder.is_dir() else None
+    )
     if arguments.dry_run:
         print(optimizer.plan(read(arguments.source)))
         return
@@ -89,6 +95,10 @@ def main() -> int:
             print(format_ops([arguments.device] if arguments.device else DEVICES), end="")
         else:
             print_policy(arguments.file)
+    except ModuleNotFoundError as error:
+        needs = "torch, and halfstep built for it" if error.name == "torch" else error.name
+        print(f"this command needs {needs}: {error}", file=sys.stderr)
+        return 1
     except (ImportError, LibraryMismatchError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

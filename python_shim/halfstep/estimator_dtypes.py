@@ -162,7 +162,9 @@ def _is_part(value: Any) -> bool:
 def _inner(estimator: Any) -> list[Any] | None:
     """Return the estimators that its fit fits on X, or None where it has no place for others."""
     if "Pipeline" in _ancestors(estimator):
-        return [part for _, part in estimator.steps if _is_part(part)][:1]
+        parts = [part for _, part in estimator.steps if _is_part(part)]
+        # halfstep's own step returns an X that is small already as it is.
+        return [part for part in parts if type(part).__name__ != "PrecisionReducer"][:1]
     for attribute in _LISTS:
         value = getattr(estimator, attribute, None)
         if isinstance(value, (list, tuple)) and all(isinstance(each, tuple) and len(each) >= 2 for each in value):

@@ -103,7 +103,7 @@ class PrecisionReducer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if library == "polars" and wanted == "pandas":  # pandas would make one matrix of it
             import pandas
 
-            return pandas.DataFrame({each.name: each.to_numpy() for each in result.iter_columns()})
+            return pandas.DataFrame({each.name: _pandas_column(each, pandas) for each in result.iter_columns()})
         # scikit-learn sets the names of what is returned, which must not be the caller's own.
         if result is not X:
             return result
@@ -161,7 +161,17 @@ def _common(decisions: tuple[Decision, ...]) -> Decision:
     if len(decisions) == 1:
         return decisions[0]
     flags = tuple(decision.dtype.kind != "f" or any(decision.integral) for decision in decisions)
-    return Decision(np.result_type(*(decision.dtype for decision in decisions)), flags)
+    unknown = tuple(any(decision.unknown) for decision in decisions)
+    return Decision(np.result_type(*(decision.dtype for decision in decisions)), flags, unknown)
+
+
+def _pandas_column(column: Any, pandas: Any) -> Any:
+    """Return a polars column for pandas; integers with missing values stay integers."""
+    if not column.null_count() or column.dtype.is_float():
+        return column.to_numpy()
+    values = column.fill_null(False if column.dtype == sys.modules["polars"].Boolean else 0).to_numpy()
+    kind = pandas.arrays.BooleanArray if values.dtype == bool else pandas.arrays.IntegerArray
+    return kind(values.copy(), column.is_null().to_numpy().copy())
 
 
 def _column_dtype(column: Any) -> np.dtype | None:
@@ -177,6 +187,12 @@ def _column_dtype(column: Any) -> np.dtype | None:
     return found if found is not None and found.kind in "biuf" else None
 
 
+def _numbers(column: Any) -> Any:
+    """Return a pandas column of objects as integers if it holds nothing else, as float64 otherwise."""
+    numbers = column.infer_objects()
+    return numbers if numbers.dtype.kind in "iu" else column.astype("float64")
+
+
 def _numeric_frame(X: Any) -> Any:
     """Return a frame of numbers: X, or a copy whose objects have become float64; ValueError for other columns."""
     names: list[Hashable] = list(X.columns)
@@ -187,7 +203,7 @@ def _numeric_frame(X: Any) -> Any:
     for name in names:
         if X[name].dtype == object:
             try:
-                objects[name] = X[name].astype("float64")
+                objects[name] = _numbers(X[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"column {name!r} has objects that are no numbers: {error}") from error
         elif _column_dtype(X[name]) is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Hashable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from halfstep import numpy_library as core
-from halfstep.shrink_memory import Memory, let_go
+from halfstep.shrink_memory import Memory, is_own_file, let_go
 from halfstep.shrink_report import ColumnReport
 
 _SAMPLE = 1024  # rows that are looked at before anything is converted
@@ -24,10 +23,15 @@ _INT32 = np.dtype(np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a column of the first data became. `integral`: which of its columns held nothing but integers."""
+    """What a column of the first data became, or the columns of a matrix.
+
+    integral: which of them held nothing but integers: these stay exact. unknown: which had no two values, so that there
+    was nothing yet to apply the rules for columns to: later data is judged by them.
+    """
 
     dtype: np.dtype
     integral: tuple[bool, ...] = ()
+    unknown: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass
@@ -97,7 +101,7 @@ def _run(array: np.ndarray, columns: np.ndarray, axis: int, out: np.ndarray | No
     """Scan an array into `columns`, and convert it into `out`."""
     parts = [array.real, array.imag] if array.dtype.kind == "c" else [array]
     outs = [None] * 2 if out is None else [out.real, out.imag] if out.dtype.kind == "c" else [out]
-    in_file = _is_file(out)
+    in_file = is_own_file(out)
     bar = _progress(job, array)
     # One call is faster than several: blocks are for what shows progress or must not stay in memory.
     for block in _blocks(array) if bar is not None or in_file else [_ALL]:
@@ -110,14 +114,6 @@ def _run(array: np.ndarray, columns: np.ndarray, axis: int, out: np.ndarray | No
             bar.update(array[block].nbytes)
     if bar is not None:
         bar.close()
-
-
-def _is_file(array: np.ndarray | None) -> bool:
-    while isinstance(array, np.ndarray):
-        if isinstance(array, np.memmap):
-            return True
-        array = array.base
-    return False
 
 
 def _narrow(dtype: np.dtype) -> np.dtype:
@@ -133,25 +129,30 @@ def _part_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64) if dtype.kind == "c" else dtype
 
 
-def _blocked_floats(
-    columns: np.ndarray, job: Job, remembered: Decision | None, exact: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what stands in the way of each column, and which hold integers alone.
+def _blocked_floats(columns: np.ndarray, job: Job, remembered: Decision | None, exact: np.ndarray) -> np.ndarray:
+    """Return what stands in the way of each column.
 
-    A remembered decision has applied the rules for columns to the data that it was made for; what is left of them is
-    that columns of integers stay exact.
+    A remembered decision has applied the rules for columns to the data that it was made for: they are not asked again,
+    but columns of integers stay exact.
     """
-    rules = core.INTEGER_RULE | core.SPREAD_RULE
-    if remembered is None:
-        blocked, integral = core.decide_floats(columns, job.mode, rules)
-    else:
-        blocked, _ = core.decide_floats(columns, job.mode, 0)
-        strict, _ = core.decide_floats(columns, job.mode, core.INTEGER_RULE)
-        integral = np.asarray(remembered.integral, bool)
-        blocked = np.where(integral, strict, blocked).astype(np.int32)
+    blocked, _ = core.decide_floats(columns, job.mode, core.INTEGER_RULE | core.SPREAD_RULE)
+    if remembered is not None:
+        known = ~np.asarray(remembered.unknown or [False] * len(columns), bool)
+        blocked = np.where(known, core.decide_floats(columns, job.mode, 0)[0], blocked)
+        if job.mode == "rtol":
+            exact = exact | (known & np.asarray(remembered.integral, bool))
     if exact.any():
-        blocked = np.where(exact, core.decide_floats(columns, "exact", 0)[0], blocked).astype(np.int32)
-    return blocked, integral
+        blocked = np.where(exact, core.decide_floats(columns, "exact", 0)[0], blocked)
+    return blocked.astype(np.int32)
+
+
+def _decision(dtype: np.dtype, columns: np.ndarray) -> Decision:
+    """Return what is to be remembered of columns that became `dtype`."""
+    if dtype.kind in "iu":
+        return Decision(dtype, (True,) * len(columns))
+    integral = core.decide_floats(columns, "exact", 0)[1]
+    unknown = columns["minimum"] >= columns["maximum"]
+    return Decision(dtype, tuple(map(bool, integral)), tuple(map(bool, unknown)))
 
 
 def _smallest(columns: np.ndarray, dtype: np.dtype, job: Job) -> list[np.dtype]:
@@ -161,7 +162,7 @@ def _smallest(columns: np.ndarray, dtype: np.dtype, job: Job) -> list[np.dtype]:
         return types
     if dtype.kind == "u":  # targets: differences of unsigned numbers wrap
         fits = columns["high"].view(np.uint64) <= np.iinfo(np.int32).max
-        return [_INT32 if fit else dtype for fit in fits] if dtype.itemsize > 4 else [dtype] * len(columns)
+        return [_INT32 if fit else dtype for fit in fits]
     return [each if each.itemsize >= job.narrowest else np.dtype(f"i{job.narrowest}") for each in types]
 
 
@@ -221,11 +222,18 @@ def _where(array: np.ndarray, axis: int, blocked: np.ndarray, columns: np.ndarra
     return result
 
 
-def _squares_wrap(column: np.void, before: np.dtype, after: np.dtype) -> str:
+def _coarse(column: np.void, error: float) -> str:
+    """Return how far values may have moved, where that is a visible part of their spread."""
+    low, high = float(column["minimum"]), float(column["maximum"])
+    moved = 2.0**-24 * max(abs(low), abs(high))
+    return f"values moved by up to {moved:.2g}" if error and moved > 2.0**-18 * (high - low) > 0 else ""
+
+
+def _squares_wrap(column: np.void, after: np.dtype) -> str:
     low, high = (int(column[name]) % 2**64 if after.kind == "u" else int(column[name]) for name in ("low", "high"))
     size = max(abs(low), abs(high))
     wraps = size * size > np.iinfo(after).max  # in a type twice as wide it does not
-    return f"x * x wraps in {after}" if wraps and before != after else ""
+    return f"x * x wraps in {after}" if wraps else ""
 
 
 def shrink_array(
@@ -263,7 +271,7 @@ def shrink_array(
     if why is not None:
         for name in names:
             job.keep(name, array.dtype, each, why)
-        return _only_if_same(array, out, why)
+        return keep_in(array, out, why)
 
     part = _part_dtype(array.dtype)
     is_float = part.kind == "f"
@@ -278,14 +286,13 @@ def shrink_array(
 
     reasons: list[tuple[str, Any]] = [("", None)] * count
     if is_float:
-        blocked, integral = _blocked_floats(columns, job, remembered, exact)
+        blocked = _blocked_floats(columns, job, remembered, exact)
         fits = not blocked.any()
         dtype = _narrow(array.dtype) if fits else array.dtype
         if not fits:
             reasons = _where(array, axis, blocked, columns)
         types = [dtype] * count
     else:
-        integral = np.ones(count, bool)
         types = _smallest(columns, array.dtype, job)
         dtype = _widest(types)
         if remembered is not None and remembered.dtype.itemsize > dtype.itemsize:
@@ -294,7 +301,9 @@ def shrink_array(
     if result is not None and result.dtype != dtype:
         job.memory.give_back(result.nbytes)
         result = None
-    job.decided[key] = remembered or Decision(dtype, tuple(map(bool, integral)))
+    job.decided[key] = remembered or _decision(dtype, columns)
+    if is_float and remembered is not None and fits:
+        _tell_blurred(columns, job, remembered, key)
     if remembered is not None and remembered.dtype != dtype:
         first = next((text for text, _ in reasons if text), f"a value needs {dtype}")
         job.surprises.append(
@@ -305,13 +314,22 @@ def shrink_array(
         job.becomes[key] = dtype
     _report(job, array, dtype if fits else array.dtype, names, columns, types, reasons, each)
     if not fits or not job.convert:
-        return _only_if_same(array, out, next((text for text, _ in reasons if text), "")) if job.convert else array
+        return keep_in(array, out, next((text for text, _ in reasons if text), "")) if job.convert else array
     if out is not None and out.dtype != dtype:
         raise ValueError(f"out has dtype {out.dtype}, expected {dtype}, which was decided for {job.target}")
     return _convert(array, columns, axis, dtype, job, out) if result is None else result
 
 
-def _only_if_same(array: np.ndarray, out: np.ndarray | None, why: str) -> np.ndarray:
+def _tell_blurred(columns: np.ndarray, job: Job, remembered: Decision, key: Hashable) -> None:
+    """Tell of later data whose differences float32 blurs: it has the dtype of the first data nevertheless."""
+    blurred = np.flatnonzero(core.decide_floats(columns, job.mode, core.SPREAD_RULE)[0] == core.SPREAD)
+    if len(blurred):
+        text = _explain(core.SPREAD, 0.0, columns[blurred[0]])
+        where = f" {key}" if key is not None else f" column {blurred[0]}" if len(columns) > 1 else ""
+        job.surprises.append(f"{job.target}{where}: it becomes {remembered.dtype} as before, but {text}")
+
+
+def keep_in(array: np.ndarray, out: np.ndarray | None, why: str = "") -> np.ndarray:
     """Return an array that stays as it is; into `out` it is copied."""
     if out is None:
         return array
@@ -331,7 +349,7 @@ def _guess(array: np.ndarray, axis: int, job: Job, remembered: Decision | None, 
     for piece in [sample.real, sample.imag] if array.dtype.kind == "c" else [sample]:
         core.scan(piece, columns, axis)
     if part.kind == "f":
-        return None if _blocked_floats(columns, job, remembered, exact)[0].any() else _narrow(array.dtype)
+        return None if _blocked_floats(columns, job, remembered, exact).any() else _narrow(array.dtype)
     dtype = _widest(_smallest(columns, array.dtype, job))
     if remembered is not None and remembered.dtype.itemsize > dtype.itemsize:
         dtype = remembered.dtype
@@ -352,14 +370,16 @@ def _report(
     changed = dtype.itemsize != array.dtype.itemsize
     after = each * dtype.itemsize // array.dtype.itemsize
     somewhere = any(text for text, _ in reasons)
+    dtypes = str(array.dtype), str(dtype)
+    integers = array.dtype.kind in "iu"
+    errors = columns["error"].tolist() if changed and not integers else [0.0] * len(names)
     for i, name in enumerate(names):
         text, place = reasons[i]
         if somewhere and not text:
             text = "another column needs float64, and an array has one dtype" if len(names) > 1 else ""
-        elif array.dtype.kind in "iu" and not changed:
+        elif integers and not changed:
             text = "its values need it" if types[i].itemsize == dtype.itemsize else "another column needs it"
-        note = _squares_wrap(columns[i], array.dtype.newbyteorder("="), dtype) if array.dtype.kind in "iu" else ""
-        error = float(columns[i]["error"]) if changed and array.dtype.kind in "fc" else 0.0
-        error = 0.0 if math.isinf(error) else error
-        before = ColumnReport(job.target, name, str(array.dtype), str(dtype), each, after, error, text, place, note)
-        job.reports.append(before)
+        note = ""
+        if changed:
+            note = _squares_wrap(columns[i], dtype) if integers else _coarse(columns[i], errors[i])
+        job.reports.append(ColumnReport(job.target, name, *dtypes, each, after, errors[i], text, place, note))

@@ -18,13 +18,14 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_csv(path: Path) -> Any:
-    return _pandas(path).read_csv(path)
+    # Nullable types: integers with missing values stay integers.
+    return _pandas(path).read_csv(path, dtype_backend="numpy_nullable")
 
 
 def _read_parquet(path: Path) -> Any:
     pandas = _pandas(path)
     try:
-        return pandas.read_parquet(path)
+        return pandas.read_parquet(path, dtype_backend="pyarrow")  # the file's own types
     except ImportError as error:
         raise ImportError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
 
@@ -56,8 +57,6 @@ def _write(data: Any, path: Path) -> None:
     if path.suffix == ".npy":
         with open(path, "wb") as file:
             np.save(file, data, allow_pickle=False)
-    elif path.suffix == ".csv":
-        data.to_csv(path, index=False)
     else:
         data.to_parquet(path)
 
@@ -67,18 +66,19 @@ def shrink_file(
 ) -> tuple[ShrinkReport, Path]:
     """Read a .npy, .csv or .parquet file, write it in smaller dtypes, and return the report and where it was written.
 
-    target: a file of the same type, or for a .csv, which has no dtypes, .parquet; None puts `-small` before the suffix.
-    An existing target is an error unless `force`, and the source itself always is. Nothing is left half written.
+    target: a .npy for a .npy, else a .parquet, since a .csv has no dtypes; None puts `-small` before the suffix. An
+    existing target is an error unless `force`, and the source itself always is. Nothing is left half written.
     """
     path = Path(source)
     _check(path)
     default = ".parquet" if path.suffix == ".csv" else path.suffix
     result = Path(target) if target else path.with_name(f"{path.stem}-small{default}")
-    allowed = {path.suffix, ".parquet"} if path.suffix == ".csv" else {path.suffix}
-    if result.suffix not in allowed:
-        raise ValueError(f"{result}: its suffix is {result.suffix!r}, expected {' or '.join(sorted(allowed))}")
-    if result.exists() and (not force or result.samefile(path)):
-        raise FileExistsError(f"{result} exists" + ("" if result.samefile(path) else ": --force replaces it"))
+    if result.suffix != default:
+        raise ValueError(f"{result}: its suffix is {result.suffix!r}, expected {default}")
+    if result.exists() and path.exists() and result.samefile(path):
+        raise FileExistsError(f"{result} is the source itself")
+    if result.exists() and not force:
+        raise FileExistsError(f"{result} exists: --force replaces it")
     data, _ = optimizer.optimize_data_precision(read(source))
     part = result.with_name(f".{result.name}.part{result.suffix}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
@@ -22,7 +23,7 @@ def convert_fixed(
     """
     result, misfit = _apply(array, decision, job, names)
     if misfit and job.misfit == "raise":
-        raise ValueError(misfit)
+        raise ValueError(f'{misfit}. on_misfit="widen" keeps such data as it is')
     if misfit:
         job.surprises.append(misfit)
     job.becomes[key] = array.dtype if misfit else decision.dtype
@@ -42,7 +43,7 @@ def _apply(
         floats, same = _round_trip(array, np.dtype(np.float64))
         if not same.all():
             return array, _first(array, ~same, dtype, names)
-        return _apply(floats, decision, job, names)
+        return _apply(floats, dataclasses.replace(decision, integral=(True,), unknown=()), job, names)
     same_kind = array.dtype.kind in "iu" and array.dtype.kind == dtype.kind
     if not same_kind and (array.dtype.newbyteorder("=").str[1:], dtype.str[1:]) != ("f8", "f4"):
         result, same = _round_trip(array, dtype)
@@ -58,8 +59,8 @@ def _apply(
             return result, None
         limits = np.iinfo(dtype)
         return array, _first(array, (array < limits.min) | (array > limits.max), dtype, names)
-    flags = decision.integral if len(decision.integral) == count else (any(decision.integral),) * count
-    blocked, _ = _blocked_floats(columns, job, Decision(dtype, flags), np.zeros(count, bool))
+    flags = [each if len(each) == count else (any(each),) * count for each in (decision.integral, decision.unknown)]
+    blocked = _blocked_floats(columns, job, Decision(dtype, *flags), np.zeros(count, bool))
     if not blocked.any():
         return result, None
     i = int(np.flatnonzero(blocked)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -77,8 +78,9 @@ def _shrink_block(data: Any, job: Job, chosen: Chosen) -> Any:
         job.decided.clear()
         job.decided.update(decided)
         return None
-    integral = job.decided.pop(None).integral
-    job.decided.update({key: Decision(result.dtype, (flag,)) for key, flag in zip(keys, integral, strict=True)})
+    whole = job.decided.pop(None)
+    flags = zip(keys, whole.integral, whole.unknown, strict=True)
+    job.decided.update({key: Decision(result.dtype, (flag,), (unknown,)) for key, flag, unknown in flags})
     return type(data)(np.asarray(result), index=data.index, columns=data.columns, copy=False)
 
 
@@ -111,24 +113,39 @@ def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas
     if missing.all() and job.misfit is None:
         job.keep(name, series.dtype, nbytes, "it has no values")
         return None
-    result = shrink_array(values, job, key=key, names=[name])
-    own = {str(dtype): str(series.dtype)}
+    # Arrow's memory is its own: the core decides, pandas converts.
+    one = dataclasses.replace(job, convert=job.convert and not arrow)
+    result = shrink_array(values, one, key=key, names=[name])
     small = job.becomes[key]
     after = _extension_dtype(series.dtype, small, pandas) if small != dtype else series.dtype
-    own[str(small)] = str(after)
-    job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
+    names = {str(dtype): str(series.dtype), str(small): str(after)}
+    job.reports[start:] = [_renamed(report, names, nbytes) for report in job.reports[start:]]
+    if arrow:
+        if small == dtype or not job.convert:
+            return None
+        _take(job, name, "Arrow", len(series) * small.itemsize)
+        return array.astype(after)
     if result is values:
         return None
-    if arrow:
-        return array.astype(after)
     kind = {"f": kinds.FloatingArray, "b": kinds.BooleanArray}.get(result.dtype.kind, kinds.IntegerArray)
     return kind(np.asarray(result), missing)
 
 
-def _renamed(report: Any, names: dict[str, str]) -> Any:
-    import dataclasses
+def _renamed(report: Any, names: dict[str, str], nbytes: int) -> Any:
+    """Return a report of values as one of their column, which takes `nbytes` with what tells missing values."""
+    saved = report.bytes_before - report.bytes_after
+    sizes = {"bytes_before": nbytes, "bytes_after": max(nbytes - saved, 0)}
+    return dataclasses.replace(report, before=names[report.before], after=names[report.after], **sizes)
 
-    return dataclasses.replace(report, before=names[report.before], after=names[report.after])
+
+def _take(job: Job, name: Hashable, library: str, nbytes: int) -> None:
+    """Count a column that a library converts in memory of its own; ValueError beyond the bound."""
+    if not job.memory.fits(nbytes):
+        raise ValueError(
+            f"column {name!r}: {library} cannot keep columns in files, and memory_threshold_mb leaves "
+            f"{job.memory.left / 2**20:.0f} MB: pass a larger one, or arrays"
+        )
+    job.memory.take(nbytes)
 
 
 def _extension_dtype(dtype: Any, small: np.dtype, pandas: Any) -> Any:
@@ -178,25 +195,16 @@ def _shrink_polars_series(series: Any, job: Job, chosen: Chosen, polars: Any) ->
         values = series.fill_null(False if series.dtype == polars.Boolean else 0)
     elif missing:
         values = series.fill_null(float("nan") if series.dtype.is_float() else series.drop_nulls()[0])
-    convert, job.convert = job.convert, False
     start = len(job.reports)
-    try:
-        array = values.to_numpy()
-        shrink_array(array, job, key=name, names=[name])
-    finally:
-        job.convert = convert
+    array = values.to_numpy()
+    shrink_array(array, dataclasses.replace(job, convert=False), key=name, names=[name])
     small = job.becomes[name]
     target = series.dtype
     if small != array.dtype:
         target = polars.Boolean if small.kind == "b" else getattr(polars, _capital(small))
-    own = {str(array.dtype): str(series.dtype), str(small): str(target)}
-    job.reports[start:] = [_renamed(report, own) for report in job.reports[start:]]
-    if target == series.dtype or not convert:
+    names = {str(array.dtype): str(series.dtype), str(small): str(target)}
+    job.reports[start:] = [_renamed(report, names, nbytes) for report in job.reports[start:]]
+    if target == series.dtype or not job.convert:
         return series
-    if not job.memory.fits(array.size * small.itemsize):
-        raise ValueError(
-            f"column {name!r}: polars cannot keep columns in files, and memory_threshold_mb leaves "
-            f"{job.memory.left / 2**20:.0f} MB: pass a larger one, or arrays"
-        )
-    job.memory.give_back(-array.size * small.itemsize)
+    _take(job, name, "polars", array.size * small.itemsize)
     return series.cast(target)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+_own_maps: weakref.WeakSet = weakref.WeakSet()
 _RAM_BACKED = {"tmpfs", "ramfs", "devtmpfs"}
 
 
@@ -46,6 +47,10 @@ class Memory:
     def fits(self, nbytes: int) -> bool:
         """Return whether so many bytes may be allocated in memory."""
         return nbytes <= self.left
+
+    def take(self, nbytes: int) -> None:
+        """Count an allocation that others make."""
+        self.left -= nbytes
 
     def give_back(self, nbytes: int) -> None:
         """Count an allocation as freed."""
@@ -86,15 +91,27 @@ class Memory:
             raise
         # Views outlive the array, none outlives the map.
         weakref.finalize(result._mmap, _remove, path, os.getpid())
+        _own_maps.add(result._mmap)
         return result
 
 
+def _own_map(array: np.ndarray | None) -> mmap.mmap | None:
+    """Return the map that a Memory made for an array, None for others: users' maps may be private to the process."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap) and array._mmap is not None and array._mmap in _own_maps:
+            return array._mmap
+        array = array.base
+    return None
+
+
+def is_own_file(array: np.ndarray | None) -> bool:
+    """Return whether an array lies in a file that a Memory made."""
+    return _own_map(array) is not None
+
+
 def let_go(array: np.ndarray) -> None:
-    """Let the system write a file's array to the disk and take its memory back; nothing for other arrays."""
-    base = array
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap) and base._mmap is not None:
-            base._mmap.flush()
-            base._mmap.madvise(mmap.MADV_DONTNEED)
-            return
-        base = base.base
+    """Let the system write an own file's array to the disk and take its memory back."""
+    own = _own_map(array)
+    if own is not None:
+        own.flush()
+        own.madvise(mmap.MADV_DONTNEED)

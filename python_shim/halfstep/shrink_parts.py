@@ -19,7 +19,10 @@ def shrink_masked(array: np.ma.MaskedArray, job: Job, **options: Any) -> np.ma.M
     """Return a masked array with a smaller dtype; values below the mask do not decide, and are cast as they come."""
     data, mask = np.asarray(array.data), np.ma.getmask(array)
     judged = data
-    hidden = job.reason_to_leave(data.dtype) is None and bool(np.any(mask)) and not np.all(mask)
+    if mask is not np.ma.nomask and np.all(mask):
+        job.keep(None, data.dtype, data.nbytes, "it has no values")
+        return array
+    hidden = job.reason_to_leave(data.dtype) is None and bool(np.any(mask))
     if hidden:
         # NaN is no value, and of integers one that is repeated changes nothing.
         nothing = np.nan if data.dtype.kind in "fc" else data[~mask].flat[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Hashable
 from typing import Any
+
+_ALL_UP_TO, _SHOWN = 40, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +40,13 @@ class ColumnReport:
         return self.before != self.after
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ShrinkReport:
-    """The columns of X, then those of y; `print(report)` shows them as a table."""
+    """The columns of X, then those of y; `print(report)` shows them as a table.
+
+    Of more than 40 columns it shows those that something stood in the way of by themselves, or that there is something
+    to know about, at most 20, and counts the others; `columns` has all.
+    """
 
     columns: tuple[ColumnReport, ...] = ()
 
@@ -63,7 +70,21 @@ class ShrinkReport:
         columns = [dataclasses.asdict(column) for column in self.columns]
         return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "columns": columns}
 
+    def _chosen(self) -> tuple[tuple[ColumnReport, ...], collections.Counter]:
+        """Return the columns to show, and how many others there are of each pair of dtypes."""
+        if len(self.columns) <= _ALL_UP_TO:
+            return self.columns, collections.Counter()
+        own = [column for column in self.columns if column.position is not None or column.note or column.target == "y"]
+        shown = own[:_SHOWN] or list(self.columns[:_SHOWN])
+        rest = collections.Counter((column.before, column.after) for column in self.columns)
+        rest.subtract((column.before, column.after) for column in shown)
+        return tuple(shown), +rest
+
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
+        shown, rest = self._chosen()
         head = ("", "column", "from", "to", "before", "after", "error", "what stood in the way, or to know")
         rows = [
             (
@@ -74,17 +95,22 @@ class ShrinkReport:
                 _size(column.bytes_before),
                 _size(column.bytes_after),
                 f"{column.max_relative_error:.1e}" if column.max_relative_error else "0",
-                "; ".join(filter(None, (column.blocked, column.note))),
+                "; ".join(filter(None, (column.blocked + _row(column.position), column.note))),
             )
-            for column in self.columns
+            for column in shown
         ]
         widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
         ]
+        lines += [f"and {n:,} more: {before} -> {after}" for (before, after), n in rest.items()]
         saved = f" ({self.memory_reduction:.1%} less)" if self.bytes_before else ""
         lines.append(f"{_size(self.bytes_before)} -> {_size(self.bytes_after)}{saved}")
         return "\n".join(lines)
+
+
+def _row(position: int | tuple[int, ...] | None) -> str:
+    return "" if position is None else f" (row {position})" if isinstance(position, int) else f" (at {position})"
 
 
 def _size(nbytes: int) -> str:

@@ -54,5 +54,5 @@ class SklearnManager:
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(
-            f"this manager's framework is 'sklearn', which has no {name}; it is of framework='pytorch'"
+            f"this manager's framework is 'sklearn', which has no {name}: framework='pytorch' has, with torch"
         )

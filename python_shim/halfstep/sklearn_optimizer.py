@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 
 from halfstep import numpy_library as core
 from halfstep.config import check_bool, check_choice
-from halfstep.shrink import Decision, Job, shrink_array
+from halfstep.shrink import Decision, Job, keep_in, shrink_array
 from halfstep.shrink_memory import Memory
 from halfstep.shrink_report import ShrinkReport
 
@@ -26,7 +27,8 @@ _PLAIN = (np.ndarray, np.memmap)
 class SklearnPrecisionOptimizer:
     """Gives data smaller dtypes: float64 becomes float32, integers the smallest type of their sign kind.
 
-    enable_float32_reduction, enable_int_downcasting: turn either off.
+    enable_float32_reduction, enable_int_downcasting: turn either off. Indices of sparse matrices become int32 in any
+        case: some estimators take no others.
     memory_threshold_mb: MiB that the results of one call may take; beyond it they are written block by block into files
         that are mapped into memory and vanish with the arrays.
     mode: when a float64 column may become float32. "rtol": each finite value changes by at most 2^-24 of its size (so
@@ -36,9 +38,9 @@ class SklearnPrecisionOptimizer:
     include, exclude: names of columns of frames or of fields, positions of columns of matrices. Others stay as they
         are. A matrix has one dtype: a column of it that is left out must keep every value.
     reduce_float_y: treat a float64 y like X. By default it stays, since scikit-learn computes with float64 targets.
-        Integers of y become int32 where they fit, never narrower and never unsigned: metrics subtract them.
+        int64 and uint64 of y become int32 where they fit, never narrower and never unsigned: metrics subtract them.
     memmap_dir: the folder for files; None is the system's folder for temporary files, unless that lies in memory.
-    n_jobs: threads; None takes this process's processors, or OMP_NUM_THREADS if that is less.
+    n_jobs: threads; None and -1 take this process's processors, or OMP_NUM_THREADS if that is less.
     progress: None shows a bar for large data on a terminal, if tqdm is installed and it takes more than a second; True
         always, False never.
 
@@ -74,8 +76,9 @@ class SklearnPrecisionOptimizer:
             raise TypeError(f"memory_threshold_mb is {memory_threshold_mb!r}, expected a number of MiB")
         if not memory_threshold_mb >= 0:
             raise ValueError(f"memory_threshold_mb is {memory_threshold_mb}, expected >= 0")
-        if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, (int, np.integer)) or n_jobs < 1):
-            raise ValueError(f"n_jobs is {n_jobs!r}, expected None or an integer >= 1")
+        whole = isinstance(n_jobs, (int, np.integer)) and not isinstance(n_jobs, bool)
+        if n_jobs is not None and not (whole and (n_jobs >= 1 or n_jobs == -1)):
+            raise ValueError(f"n_jobs is {n_jobs!r}, expected None, -1 or an integer >= 1")
         if progress is not None:
             check_bool("progress", progress)
         if memmap_dir is not None and not isinstance(memmap_dir, (str, os.PathLike)):
@@ -94,7 +97,7 @@ class SklearnPrecisionOptimizer:
         self.progress = progress
         self._decisions: dict[Hashable, dict[Hashable, Decision]] = {}
         self._report = ShrinkReport()
-        self._last_X: tuple[np.dtype, int, int | None] | None = None
+        self._last_X: tuple[np.dtype, int, int | None, str] | None = None
 
     def optimize_data_precision(self, X: Any, y: Any = None, *, out: np.ndarray | None = None) -> tuple[Any, Any]:
         """Return (X, y) with smaller dtypes; y stays None if it is.
@@ -128,42 +131,53 @@ class SklearnPrecisionOptimizer:
         """Return whether `estimator`.fit would copy the X of the last call back to a larger dtype, and the bytes of it.
 
         estimator: a scikit-learn estimator, or a Pipeline or another estimator around some. RuntimeError before the
-        first call; its X must have been an array, a sparse matrix or a frame of one dtype after it.
+        first call, and after one whose X was a list or had columns that are no numbers. What is measured is a dense
+        array in C order; a frame whose columns lie apart is first put together, which is added. For a sparse matrix
+        the bytes are NaN.
         """
         from halfstep.estimator_dtypes import explain_estimator
 
         if self._last_X is None:
-            raise RuntimeError("explain() speaks of the X of the last optimize_data_precision(), and there was none")
-        dtype, elements, columns = self._last_X
-        return explain_estimator(estimator, dtype, elements, columns)
+            raise RuntimeError(
+                "explain() speaks of the X of the last optimize_data_precision(), and there was none, or one that is "
+                "no array or frame of numbers"
+            )
+        dtype, elements, columns, kind = self._last_X
+        cost = explain_estimator(estimator, dtype, elements, columns)
+        if kind == "sparse":
+            note = "What fit does with a sparse X was not measured."
+            return replace(cost, copies=None, fit_dtype=None, bytes=math.nan, parts=(), note=note)
+        if kind == "apart":
+            nbytes = elements * dtype.itemsize
+            note = f"First the frame's columns are put together, which takes {nbytes:,} bytes of these. {cost.note}"
+            return replace(cost, copies=cost.copies and True, bytes=cost.bytes + nbytes, note=note)
+        if kind == "other order":
+            return replace(cost, note=f"{cost.note} This was measured for arrays in C order, and X is in another.")
+        return cost
 
     # ----------------------------------------------------------------------------------------------------- one call
 
     def _job(self, target: str, memory: Memory, convert: bool) -> Job:
         floats = self.enable_float32_reduction and (target == "X" or self.reduce_float_y)
-        threads = core.available_threads() if self.n_jobs is None else int(self.n_jobs)
+        threads = core.available_threads() if self.n_jobs in (None, -1) else int(self.n_jobs)
         narrowest = 1 if target == "X" else 4
-        job = Job(
-            floats, self.enable_int_downcasting, self.mode, threads, memory, convert, self.progress, target, narrowest
-        )
-        return job
+        integers = self.enable_int_downcasting
+        return Job(floats, integers, self.mode, threads, memory, convert, self.progress, target, narrowest)
 
     def _go(self, X: Any, y: Any, out: np.ndarray | None, convert: bool) -> tuple[Any, Any, ShrinkReport, list[str]]:
         """Return X, y, what became of them, and where they did not fit what is remembered."""
         memory = Memory(float(self.memory_threshold_mb) * 2**20, self.memmap_dir)
-        results, reports, learned, surprises = [], [], {}, []
-        for target, data in (("X", X), ("y", y)):
-            if target == "y" and data is None:
-                results.append(None)
-                continue
-            job = self._job(target, memory, convert)
-            results.append(self._shrink(data, job, out if target == "X" else None, learned))
-            reports += job.reports
-            surprises += job.surprises
+        learned: dict[Hashable, dict[Hashable, Decision]] = {}
+        jobs = {target: self._job(target, memory, convert) for target in ("X", "y")}
+        # y first: if it raises, nothing has been written to `out`.
+        y = None if y is None else self._shrink(y, jobs["y"], None, learned)
+        X = self._shrink(X, jobs["X"], out, learned)
+        reports = [report for job in jobs.values() for report in job.reports]
+        surprises = [text for job in jobs.values() for text in job.surprises]
         if convert:  # all went well: only now does anything of this call stay
             for signature, decided in learned.items():
                 self._decisions.setdefault(signature, {}).update(decided)
-        return results[0], results[1], ShrinkReport(tuple(reports)), surprises
+        return X, y, ShrinkReport(tuple(reports)), surprises
 
     def _shrink(self, data: Any, job: Job, out: np.ndarray | None, learned: dict, place: tuple[int, ...] = ()) -> Any:
         """Shrink X, y or one of a list of them, which its `place` tells from others of the list."""
@@ -177,12 +191,16 @@ class SklearnPrecisionOptimizer:
             if all(new is old for new, old in zip(parts, data, strict=True)):
                 return data
             return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)
+        if isinstance(data, (str, bytes, os.PathLike)):
+            raise TypeError(f"{job.target} is {data!r}, expected data; `python -m halfstep shrink` reads files")
         if isinstance(data, (list, tuple, int, float, complex)) or np.isscalar(data):
             data = np.asarray(data)
         if not (isinstance(data, np.ndarray) or _is_frame(data) or _is_sparse(data)):
+            home = type(data).__module__.removeprefix("builtins")
+            lazy = "; call .collect() first" if hasattr(type(data), "collect") else ""
             raise TypeError(
-                f"{job.target} is a {type(data).__module__}.{type(data).__qualname__}, expected a NumPy array, a "
-                "pandas or polars frame or series, a scipy.sparse matrix, or a list of these"
+                f"{job.target} is a {home}{'.' if home else ''}{type(data).__qualname__}, expected a NumPy array, a "
+                f"pandas or polars frame or series, a scipy.sparse matrix, or a list of these or of numbers{lazy}"
             )
         signature = (job.target, place, *_signature(data))
         job.remembered = self._decisions.get(signature, {})
@@ -211,14 +229,16 @@ class SklearnPrecisionOptimizer:
                 job.keep(
                     None, data.dtype, data.nbytes, f"it is a {type(data).__name__}, whose meaning may lie elsewhere"
                 )
-                return _unchanged(data, out)
+                return keep_in(data, out)
             # Objects, strings and times also come through here.
             if job.misfit is None and job.reason_to_leave(data.dtype) is not None:
                 job.keep(None, data.dtype, data.nbytes, job.reason_to_leave(data.dtype) or "")
-                return _unchanged(data, out)
+                return keep_in(data, out)
             plain = np.asarray(data)
             result = shrink_array(plain, job, exact=_left_out(data, chosen), out=out)
-            return data if result is plain else result.view(np.matrix) if type(data) is np.matrix else result
+            if result is plain:
+                return data
+            return result.view(np.matrix) if type(data) is np.matrix and out is None else result
         pandas, polars = sys.modules.get("pandas"), sys.modules.get("polars")
         if pandas is not None and isinstance(data, (pandas.DataFrame, pandas.Series)):
             from halfstep.shrink_frames import shrink_series_or_frame
@@ -288,7 +308,8 @@ def _signature(data: Any) -> tuple[Hashable, ...]:
         return ("array", str(data.dtype.newbyteorder("=")), data.ndim, data.shape[1:] if has_columns else ())
     if hasattr(data, "dtypes") and hasattr(data, "columns"):
         return (type(data).__module__, tuple(data.columns), tuple(map(str, data.dtypes)))
-    return (type(data).__qualname__, str(getattr(data, "dtype", "")), getattr(data, "name", None))
+    columns = data.shape[1:] if _is_sparse(data) else ()
+    return (type(data).__qualname__, str(getattr(data, "dtype", "")), getattr(data, "name", None), columns)
 
 
 def _column_names(data: Any) -> Any:
@@ -315,23 +336,33 @@ def _check_out(out: Any, data: Any) -> None:
         raise ValueError("out shares memory with X")
 
 
-def _unchanged(data: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    if out is None:
-        return data
-    if out.dtype != data.dtype.newbyteorder("="):
-        raise ValueError(f"out has dtype {out.dtype}, but the array stays {data.dtype}")
-    np.copyto(out, data)
-    return out
+def _dtype_of(data: Any) -> tuple[np.dtype, int, int | None, str] | None:
+    """Return the dtype, the number of elements and of columns, and the kind of an X; None if it is no array of numbers.
 
-
-def _dtype_of(data: Any) -> tuple[np.dtype, int, int | None] | None:
-    """Return the dtype, the number of elements and of columns of an X, None if it has no single NumPy dtype."""
-    if isinstance(data, np.ndarray) or _is_sparse(data):
-        elements = data.size if isinstance(data, np.ndarray) else data.nnz
-        return data.dtype, elements, data.shape[1] if data.ndim == 2 else None
-    dtypes = {str(dtype) for dtype in getattr(data, "dtypes", ())} if hasattr(data, "columns") else set()
+    A frame becomes one array in fit, of the type that holds all of its columns.
+    """
+    if _is_sparse(data):
+        return data.dtype, data.nnz, None, "sparse"
+    if isinstance(data, np.ndarray):
+        kind = "array" if data.flags.c_contiguous else "other order"
+        columns = data.shape[1] if data.ndim == 2 and data.shape[1] else None
+        return (data.dtype, data.size, columns, kind) if data.dtype.kind in "fiub" else None
+    if not (_is_frame(data) and hasattr(data, "columns")) or not all(data.shape):
+        return None
     try:
-        # A frame becomes one array in fit: of the type that holds all of its columns.
-        return np.result_type(*(dtype.lower() for dtype in dtypes)), data.shape[0] * data.shape[1], data.shape[1]
+        dtype = np.result_type(*{str(each).lower().removesuffix("[pyarrow]") for each in data.dtypes})
     except (TypeError, ValueError):
         return None
+    if dtype.kind not in "fiub":
+        return None
+    if not hasattr(data, "iloc"):
+        return dtype, data.shape[0] * data.shape[1], data.shape[1], "apart"  # polars
+    one = data.shape[1] == 1 or _owner(data.iloc[:, 0].to_numpy()) is _owner(data.iloc[:, -1].to_numpy())
+    return dtype, data.shape[0] * data.shape[1], data.shape[1], "array" if one else "apart"
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    """Return the array whose memory this one shows: columns of one matrix have one."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array

@@ -381,3 +381,23 @@ def test_forked_workers_after_threads_in_the_parent():
         "    print(pool.map_async(work, range(4)).get(timeout=120))\n"
     )
     assert run_python(code) == "[True, True, True, True]\n"
+
+
+def test_integers_keep_their_value_in_columns_that_were_fractions() -> None:
+    reducer = PrecisionReducer().fit(np.array([[0.5], [1.25]]))
+    assert reducer.transform(np.array([[2**24]])).dtype == np.float32
+    with pytest.raises(ValueError, match=r"float32 does not hold 16777217.*on_misfit=\"widen\""):
+        reducer.transform(np.array([[2**24 + 1]]))
+
+
+def test_integers_with_missing_values_stay_integers_on_their_way_to_pandas() -> None:
+    frame = pl.DataFrame({"a": [2**60 + 1, None], "b": [True, None]})
+    result = PrecisionReducer().set_output(transform="pandas").fit_transform(frame)
+    assert [str(dtype) for dtype in result.dtypes] == ["Int64", "boolean"]
+    assert result["a"][0] == 2**60 + 1
+    assert result.isna().to_numpy().tolist() == [[False, False], [True, True]]
+
+
+def test_integers_among_objects_keep_their_value() -> None:
+    frame = pd.DataFrame({"a": np.array([2**60 + 1, 3], dtype=object)})
+    assert PrecisionReducer().fit_transform(frame)["a"].tolist() == [2**60 + 1, 3]

@@ -361,3 +361,10 @@ def test_a_conversion_that_is_undone_gives_its_memory_back(tmp_path: Path) -> No
     most, held = peak(tmp_path, "late", 1024)
     assert most > 150  # it was tried: this is what is given back
     assert held < 32
+
+
+def test_arrow_columns_beyond_the_bound_are_refused(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": pd.array(numbers(2**18), dtype="float64[pyarrow]")})
+    with pytest.raises(ValueError, match="column 'a': Arrow cannot keep columns in files"):
+        SklearnPrecisionOptimizer(memory_threshold_mb=0.5, memmap_dir=tmp_path).optimize_data_precision(frame)
+    assert list(tmp_path.iterdir()) == []

@@ -38,11 +38,12 @@ def test_rules_for_columns_hold_for_the_data_they_were_decided_on() -> None:
     optimizer.optimize_data_precision(np.array([0.5, 1.7e9 + 0.25, 2e9]))
     one_minute = np.array([1.7e9 + 0.25, 1.7e9 + 60.25])  # alone it would be refused for its spread
     assert shrink(one_minute) is one_minute
-    assert optimizer.optimize_data_precision(one_minute)[0].dtype == np.float32
+    with pytest.warns(UserWarning, match="X: it becomes float32 as before, but float32 would blur the differences"):
+        assert optimizer.optimize_data_precision(one_minute)[0].dtype == np.float32
     assert optimizer.optimize_data_precision(np.array([2.0**24 + 1]))[0].dtype == np.float32
     integers = SklearnPrecisionOptimizer()
     integers.optimize_data_precision(np.array([1.0, 2.0]))
-    with pytest.warns(UserWarning, match="float32 before, float64 now: all values are integers"):
+    with pytest.warns(UserWarning, match="float32 before, float64 now: float32 does not hold 16777217"):
         late_id = integers.optimize_data_precision(np.array([2.0**24 + 1]))[0]
     assert late_id.dtype == np.float64
 
@@ -88,3 +89,31 @@ def test_plan_says_what_a_call_would_do_and_changes_nothing() -> None:
     optimizer.optimize_data_precision(X, y)
     assert optimizer.report() == planned
     assert optimizer.optimize_data_precision(np.array([0.5, 0.25]))[0].dtype == np.float32
+
+
+def test_columns_of_integers_stay_exact_beside_a_later_fraction() -> None:
+    optimizer = SklearnPrecisionOptimizer()
+    optimizer.optimize_data_precision(np.array([[1.0, 2.5], [5.0, 0.1]]))
+    later = np.array([[2.0**24 + 1, 1.5], [0.5, 2.0]])
+    with pytest.warns(UserWarning, match="float32 does not hold 16777217"):
+        assert optimizer.optimize_data_precision(later)[0] is later
+    forced = SklearnPrecisionOptimizer(mode="force")
+    forced.optimize_data_precision(np.array([[1.0, 2.5], [5.0, 0.1]]))
+    assert forced.optimize_data_precision(later)[0].dtype == np.float32
+
+
+@pytest.mark.parametrize("first", [[np.nan, np.nan], [1.7e9 + 0.1, 1.7e9 + 0.1]])
+@pytest.mark.parametrize("later", [[2.0**24 + 1, 3.0], [1.7e9 + 0.1, 1.7e9 + 60.3]])
+def test_a_column_without_two_values_is_judged_by_later_data(first: list[float], later: list[float]) -> None:
+    optimizer = SklearnPrecisionOptimizer()
+    assert optimizer.optimize_data_precision(np.array(first))[0].dtype == np.float32
+    with pytest.warns(UserWarning, match="float32 before, float64 now"):
+        assert optimizer.optimize_data_precision(np.array(later))[0].dtype == np.float64
+
+
+def test_sparse_matrices_of_other_widths_are_other_data() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    optimizer = SklearnPrecisionOptimizer()
+    big = sparse.csr_matrix(np.array([[1e300, 0.0]]))
+    assert optimizer.optimize_data_precision(big)[0] is big
+    assert optimizer.optimize_data_precision(sparse.csr_matrix(np.array([[0.5, 0.0, 0.0]])))[0].dtype == np.float32
