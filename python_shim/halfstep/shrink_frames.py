@@ -53,7 +53,7 @@ def _key(data: Any, i: int) -> Hashable:
 
 
 def _shrink_block(data: Any, job: Job, chosen: Chosen) -> Any:
-    """Shrink a frame that is one float64 matrix, as from DataFrame(matrix), without reading it once for each column.
+    """Shrink a frame that is one float64 matrix, as from DataFrame(matrix), to one: fit takes that as it is.
 
     Returns None where it is none, or where the columns do not all share one fate.
     """
@@ -61,15 +61,10 @@ def _shrink_block(data: Any, job: Job, chosen: Chosen) -> Any:
     if count < 2 or len(data) == 0 or any(dtype != np.float64 for dtype in data.dtypes):
         return None
     keys = [_key(data, i) for i in range(count)]
-    first = data.iloc[:, 0].to_numpy()
-    if (
-        first.strides[0] == first.itemsize
-        or not all(map(chosen, data.columns))
-        or any(key in job.remembered for key in keys)
-    ):
+    if not is_one_matrix(data) or not all(map(chosen, data.columns)) or any(key in job.remembered for key in keys):
         return None
     matrix = data.to_numpy(copy=False)
-    if not np.may_share_memory(matrix, first):
+    if not np.may_share_memory(matrix, data.iloc[:, 0].to_numpy()):  # views of a matrix, which pandas copies
         return None
     reports, decided = len(job.reports), dict(job.decided)
     result = shrink_array(matrix, job, key=None, names=list(data.columns))
@@ -82,6 +77,18 @@ def _shrink_block(data: Any, job: Job, chosen: Chosen) -> Any:
     flags = zip(keys, whole.integral, whole.unknown, strict=True)
     job.decided.update({key: Decision(result.dtype, (flag,), (unknown,)) for key, flag, unknown in flags})
     return type(data)(np.asarray(result), index=data.index, columns=data.columns, copy=False)
+
+
+def is_one_matrix(data: Any) -> bool:
+    """Return whether all columns of a pandas frame lie in one matrix: to_numpy() then mostly makes no copy."""
+    return _owner(data.iloc[:, 0].to_numpy()) is _owner(data.iloc[:, -1].to_numpy())
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    """Return the array whose memory this one shows."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _shrink_series(series: Any, job: Job, name: Hashable, chosen: Chosen, pandas: Any, key: Hashable = None) -> Any:

@@ -357,12 +357,7 @@ def _dtype_of(data: Any) -> tuple[np.dtype, int, int | None, str] | None:
         return None
     if not hasattr(data, "iloc"):
         return dtype, data.shape[0] * data.shape[1], data.shape[1], "apart"  # polars
-    one = data.shape[1] == 1 or _owner(data.iloc[:, 0].to_numpy()) is _owner(data.iloc[:, -1].to_numpy())
+    from halfstep.shrink_frames import is_one_matrix
+
+    one = data.shape[1] == 1 or is_one_matrix(data)
     return dtype, data.shape[0] * data.shape[1], data.shape[1], "array" if one else "apart"
-
-
-def _owner(array: np.ndarray) -> np.ndarray:
-    """Return the array whose memory this one shows: columns of one matrix have one."""
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array

@@ -63,7 +63,7 @@ def test_explain_tells_layouts_apart() -> None:
     assert explain(X, SVC()).bytes == 400 * 8
     assert "another" in explain(np.asfortranarray(X), forest).note
     assert explain(pd.DataFrame(X), forest).bytes == 0, "one matrix"
-    apart = pd.DataFrame({name: X[:, i].copy() for i, name in enumerate("abcd")})
+    apart = pd.DataFrame({name: X[:, i].copy() for i, name in enumerate("abcd")}, copy=False)
     assert explain(apart, forest).bytes == 400 * 4
     assert "put together" in optimizer.explain(forest).note
     sparse = explain(sp.csr_matrix(X), LinearSVC())
