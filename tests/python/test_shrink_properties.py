@@ -139,6 +139,11 @@ def test_floats_against_the_reference(mode: str, data) -> None:
         assert told == fates
 
 
+def loses_too_much(x: float) -> bool:
+    narrow = as_float32(x)
+    return np.isfinite(narrow) and abs(Fraction(x) - Fraction(narrow)) > abs(Fraction(x)) / 2**24
+
+
 @MANY
 @given(data=st.data())
 def test_the_report_tells_positions_and_errors_of_the_reference(data) -> None:
@@ -158,8 +163,9 @@ def test_the_report_tells_positions_and_errors_of_the_reference(data) -> None:
                 assert position == inexact[0]
             else:
                 large = "larger than float32 holds" in report.blocked
+                # Below the normal range a value may be close to a float32 by chance.
                 assert position == next(
-                    i for i in inexact if (abs(column[i]) >= OVERFLOW if large else abs(column[i]) < 2.0**-126)
+                    i for i in inexact if (abs(column[i]) >= OVERFLOW if large else loses_too_much(column[i]))
                 )
 
 
