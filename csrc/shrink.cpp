@@ -295,7 +295,7 @@ class Shrinker {
 
   void merge(Scratch& scratch, std::int64_t columns, std::int64_t first) {
     const std::lock_guard lock(mutex_);
-    kernel_.merge(scratch.lanes, columns == 1 ? lane_width_ : lane_width_ / columns * columns, columns, stats_ + first);
+    kernel_.merge(scratch.lanes, lane_width_ / columns * columns, columns, stats_ + first);
   }
 
   const std::byte* in_;
@@ -327,11 +327,7 @@ void check(const ArrayView& in, const ArrayView* out, int column_axis) {
            " strides");
   HS_CHECK(column_axis >= -1 && column_axis < static_cast<int>(in.shape.size()), "shrink: column_axis is ", column_axis,
            ", expected -1 to ", static_cast<int>(in.shape.size()) - 1);
-  std::int64_t count = 1;
-  for (const std::int64_t size : in.shape) {
-    HS_CHECK(size >= 0, "shrink: a size is ", size, ", expected >= 0");
-    HS_CHECK(!__builtin_mul_overflow(count, size, &count), "shrink: the array has more than 2^63 - 1 elements");
-  }
+  element_count(in.shape);
   if (out == nullptr) {
     HS_CHECK(cpu::shrink_kernel(in.type, in.type).tile != nullptr, "shrink: cannot scan type ",
              static_cast<int>(in.type), ", expected an integer type or float64");
@@ -345,15 +341,20 @@ void check(const ArrayView& in, const ArrayView* out, int column_axis) {
   HS_CHECK(!out->swapped, "shrink: the output must have this machine's byte order");
 }
 
-bool empty(const ArrayView& view) {
-  return std::find(view.shape.begin(), view.shape.end(), 0) != view.shape.end();
-}
-
 }  // namespace
 
 std::int64_t size_of(ArrayType type) {
   constexpr std::int64_t sizes[kArrayTypes] = {1, 2, 4, 8, 1, 2, 4, 8, 4, 8};
   return sizes[static_cast<std::size_t>(type)];
+}
+
+std::int64_t element_count(const std::vector<std::int64_t>& shape) {
+  std::int64_t count = 1;
+  for (const std::int64_t size : shape) {
+    HS_CHECK(size >= 0, "shrink: a size is ", size, ", expected >= 0");
+    HS_CHECK(!__builtin_mul_overflow(count, size, &count), "shrink: the array has more than 2^63 - 1 elements");
+  }
+  return count;
 }
 
 ColumnStats ColumnStats::of(ArrayType type) {
@@ -405,7 +406,7 @@ ArrayType decide_integer(const ColumnStats& stats, ArrayType type) {
 void shrink(const ArrayView& in, const ArrayView* out, int column_axis, ColumnStats* stats, bool streaming,
             const Executor& executor) {
   check(in, out, column_axis);
-  if (empty(in)) return;
+  if (element_count(in.shape) == 0) return;
   Shrinker shrinker(in, out, column_axis, stats, streaming);
   executor.for_each(shrinker.tasks(), [&](std::int64_t task) { shrinker.run_task(task); });
 }
@@ -420,7 +421,7 @@ void find_first(const ArrayView& in, int column_axis, const Blocked* reasons, st
     positions[column] = -1;
     open += reasons[column] != Blocked::kNot;
   }
-  if (empty(in)) return;
+  if (element_count(in.shape) == 0) return;
 
   const auto speaks_of = [](double x, Blocked reason) {
     const auto narrow = static_cast<float>(x);

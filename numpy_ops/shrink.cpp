@@ -62,13 +62,7 @@ ArrayView view_of(const halfstep_array* array) {
   view.swapped = array->swapped != 0;
   view.shape.assign(array->shape, array->shape + n);
   view.strides.assign(array->strides, array->strides + n);
-  std::int64_t count = 1;
-  for (const std::int64_t size : view.shape) {
-    HS_CHECK(size >= 0, "a size is ", size, ", expected >= 0");
-    HS_CHECK(!__builtin_mul_overflow(count, size, &count), "an array has more than 2^63 - 1 elements");
-  }
-  const bool empty = std::find(view.shape.begin(), view.shape.end(), 0) != view.shape.end();
-  HS_CHECK(array->data != nullptr || empty, "data is null");
+  HS_CHECK(halfstep::element_count(view.shape) == 0 || array->data != nullptr, "data is null");
   return view;
 }
 

@@ -216,7 +216,7 @@ class SklearnPrecisionOptimizer:
         chosen = self._chooser(data, job)
         if out is not None:
             _check_out(out, data)
-        if isinstance(data, np.ma.MaskedArray) and type(data) is np.ma.MaskedArray and data.dtype.names is None:
+        if type(data) is np.ma.MaskedArray and data.dtype.names is None:
             from halfstep.shrink_parts import shrink_masked
 
             return shrink_masked(data, job, exact=_left_out(data, chosen))

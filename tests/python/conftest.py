@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,22 @@ def build_folder() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line of `python -m halfstep` in this process: (exit code, stdout, stderr)."""
+    from halfstep.__main__ import main
+
+    def run_line(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["halfstep", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run_line
 
 
 @pytest.fixture

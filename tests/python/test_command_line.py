@@ -8,25 +8,9 @@ from pathlib import Path
 
 import pytest
 from halfstep import PrecisionPolicy
-from halfstep.__main__ import main
 from halfstep.autocast_ops import autocast_ops, format_ops, parse_ops
 
 NOTHING_TO_DO = "expected one of --cmake-prefix, --build-info and the commands policy and shrink"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run_line(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["halfstep", *map(str, arguments)])
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run_line
 
 
 def test_the_lists_of_ops(run) -> None:

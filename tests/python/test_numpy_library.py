@@ -26,14 +26,17 @@ def fresh(monkeypatch):
 
 def test_a_library_that_is_not_there_says_how_to_build_it(fresh, tmp_path: Path) -> None:
     fresh.setattr(numpy_library, "_FILE", tmp_path / "none.so")
-    with pytest.raises(LibraryMismatchError, match=r"none\.so.*Build it: `make setup`"):
+    with pytest.raises(
+        LibraryMismatchError,
+        match=r"cannot be loaded .*none\.so.*Build it: `make setup`.*HALFSTEP_TORCH=OFF pip install",
+    ):
         numpy_library.no_columns(np.dtype(float), 1)
 
 
 @pytest.mark.parametrize(("name", "value"), [("ABI", 99), ("__version__", "0.0.0")])
 def test_a_library_of_another_version_is_refused_with_both(fresh, name: str, value) -> None:
     fresh.setattr(numpy_library, name, value)
-    with pytest.raises(LibraryMismatchError, match=rf"this is halfstep .*{value}"):
+    with pytest.raises(LibraryMismatchError, match=rf"is of halfstep .* but this is halfstep .*{value}"):
         numpy_library.no_columns(np.dtype(float), 1)
 
 
@@ -59,13 +62,27 @@ def test_threads_are_bounded_by_what_pools_set(monkeypatch) -> None:
         assert numpy_library.available_threads() == wanted
 
 
-def test_importing_the_optimizer_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("home", ["halfstep.sklearn", "modules.engine.mixed_precision", "halfstep"])
+def test_importing_the_optimizer_imports_nothing_heavy(home: str) -> None:
     heavy = ("torch", "sklearn", "scipy", "pandas", "polars", "pyarrow", "tqdm")
     code = (
         f"import sys; sys.path.insert(0, {SHIM!r})\nimport numpy as np\n"
-        "from halfstep.sklearn import SklearnPrecisionOptimizer\n"
+        f"from {home} import SklearnPrecisionOptimizer\n"
         "SklearnPrecisionOptimizer().optimize_data_precision(np.ones(3), [1, 2])\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_the_numbers_of_the_interface_are_those_of_its_header() -> None:
+    header = (Path(SHIM).parent / "numpy_ops/include/halfstep/numpy.h").read_text()
+    assert f"#define HALFSTEP_NUMPY_ABI {numpy_library.ABI}\n" in header
+    assert numpy_library.COLUMN.itemsize == 48, "as halfstep_column"
+
+
+def test_the_library_links_neither_torch_nor_cuda() -> None:
+    result = subprocess.run(["readelf", "-d", numpy_library._FILE], capture_output=True, text=True, check=True)
+    needed = [line.split("[")[1] for line in result.stdout.splitlines() if "(NEEDED)" in line]
+    assert needed
+    assert not [name for name in needed if "torch" in name or "cuda" in name or "python" in name]

@@ -293,7 +293,7 @@ def test_the_file_systems_of_this_machine_are_told_apart(tmp_path: Path, monkeyp
     mounts += "z /data tmpfs rw 0 0\n"  # mounted over the one before
     monkeypatch.setattr(Path, "read_text", lambda self, *a: mounts)
     kinds = {
-        "/home/me": "ext4",
+        "/srv/a": "ext4",
         "/dev/shm/a": "tmpfs",
         "/dev/shmem": "ext4",
         "/dev/shm/my disk/b": "xfs",

@@ -1,4 +1,4 @@
-"""MixedPrecisionManager(framework="sklearn"), and what loading the NumPy part imports."""
+"""MixedPrecisionManager(framework="sklearn")."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import halfstep
 import numpy as np
 import pytest
-from halfstep import LibraryMismatchError, MixedPrecisionManager, numpy_library
+from halfstep import MixedPrecisionManager
 
 SHIM = Path(__file__).resolve().parents[2] / "python_shim"
 
@@ -62,41 +62,3 @@ def test_auto_takes_scikit_learn_where_there_is_no_torch() -> None:
         "from halfstep import MixedPrecisionManager; print(MixedPrecisionManager().framework)"
     )
     assert result.stdout == "sklearn\n", result.stderr
-
-
-@pytest.mark.parametrize("home", ["halfstep.sklearn", "modules.engine.mixed_precision", "halfstep"])
-def test_the_optimizer_imports_neither_torch_nor_scikit_learn(home: str) -> None:
-    result = python(
-        f"from {home} import SklearnPrecisionOptimizer; import numpy as np\n"
-        "X, _ = SklearnPrecisionOptimizer().optimize_data_precision(np.ones((3, 2)))\n"
-        "print(X.dtype, [name for name in ('torch', 'sklearn', 'pandas', 'scipy', 'tqdm') if name in sys.modules])"
-    )
-    assert result.stdout == "float32 []\n", result.stderr
-
-
-def test_no_library_and_one_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    numpy_library._library.cache_clear()
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(numpy_library, "_FILE", tmp_path / "none.so")
-            with pytest.raises(LibraryMismatchError, match=r"cannot be loaded .*HALFSTEP_TORCH=OFF pip install"):
-                numpy_library.no_columns(np.dtype("f8"), 1)
-        with monkeypatch.context() as patch:
-            patch.setattr(numpy_library, "__version__", "9.9.9")
-            with pytest.raises(LibraryMismatchError, match=r"is of halfstep .* but this is halfstep 9\.9\.9"):
-                numpy_library.no_columns(np.dtype("f8"), 1)
-    finally:
-        numpy_library._library.cache_clear()
-
-
-def test_the_numbers_of_the_interface_are_those_of_its_header() -> None:
-    header = (SHIM.parent / "numpy_ops/include/halfstep/numpy.h").read_text()
-    assert f"#define HALFSTEP_NUMPY_ABI {numpy_library.ABI}\n" in header
-    assert numpy_library.COLUMN.itemsize == 48, "as halfstep_column"
-
-
-def test_the_library_links_neither_torch_nor_cuda() -> None:
-    result = subprocess.run(["readelf", "-d", numpy_library._FILE], capture_output=True, text=True, check=True)
-    needed = [line.split("[")[1] for line in result.stdout.splitlines() if "(NEEDED)" in line]
-    assert needed
-    assert not [name for name in needed if "torch" in name or "cuda" in name or "python" in name]

@@ -33,6 +33,9 @@ inline constexpr std::int32_t kArrayTypes = 10;
 
 HALFSTEP_API std::int64_t size_of(ArrayType type);
 
+// How many elements an array of this shape has; InvalidArgument if no array can have it.
+HALFSTEP_API std::int64_t element_count(const std::vector<std::int64_t>& shape);
+
 // A view of an array: element (i, j, ...) is at data + i * strides[0] + j * strides[1] + ..., in bytes. `swapped`: the
 // elements have the byte order that is not this machine's.
 struct ArrayView {
@@ -68,7 +71,6 @@ enum class ShrinkMode : std::int32_t {
 
 // Rules of kRelative that look at a whole column.
 enum ColumnRules : std::int32_t {
-  kNoColumnRules = 0,
   // A column of integers (each finite value integral, at most 2^53 in size) must be exact: identifiers, counts.
   kIntegerRule = 1,
   // The rounding of the largest value must be at most 2^-12 of the spread, as time stamps with fractions are not.
