@@ -11,11 +11,15 @@ from halfstep.config import MixedPrecisionConfig, check_bool, check_choice
 from halfstep.statistics import MixedPrecisionStatistics
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
     from halfstep.sklearn_optimizer import SklearnPrecisionOptimizer
     from halfstep.step_graph import StepGraph
 
-FRAMEWORKS = ("auto", "pytorch", "sklearn")
+# "auto" takes the first of these whose module can be found.
+_MODULES = {"pytorch": "torch", "tensorflow": "tensorflow", "sklearn": "sklearn"}
+FRAMEWORKS = ("auto", *_MODULES)
 _DEFAULT_POLICY = "mixed_float16"
 _DEFAULT_SCALE = 2**15
 
@@ -23,20 +27,23 @@ _DEFAULT_SCALE = 2**15
 class MixedPrecisionManager:
     """Mixed precision for a training loop, or smaller dtypes for data that scikit-learn is to learn from.
 
-    framework: "pytorch", "sklearn", or "auto" for the installed one, torch if there are both. Under "sklearn" only
+    framework: "pytorch", "tensorflow", "sklearn", or "auto" for the installed one, in this order if there are several.
+        Under "tensorflow" see setup_tensorflow_policy(), wrap_optimizer() and docs/tensorflow.md. Under "sklearn" only
         optimize_data_precision(), optimizer and the statistics are of use: see SklearnPrecisionOptimizer.
     precision_policy: "mixed_float16", "mixed_bfloat16" or "float32".
     enable_loss_scaling: scale the loss (mixed_float16).
     initial_loss_scale: first scale, > 0.
-    enable_monitoring: collect statistics. Under a mixed policy this runs the model in float32 too, on a copy, in the
-        second training call and then so rarely that it takes at most 1 % of the time (docs/statistics.md). On a GPU
-        such a run raises the peak of the memory.
+    enable_monitoring: collect statistics. With PyTorch, under a mixed policy, this runs the model in float32 too, on a
+        copy, in the second training call and then so rarely that it takes at most 1 % of the time
+        (docs/statistics.md). On a GPU such a run raises the peak of the memory. With TensorFlow one batch is kept, and
+        copies of the model run when the statistics are asked for.
     config: a MixedPrecisionConfig instead of precision_policy and initial_loss_scale. With one, gradients are clipped
-        to its gradient_clipping_threshold in scaler.step(); without one
-        nothing is, unless update_config() sets the threshold.
+        to its gradient_clipping_threshold in scaler.step(), with TensorFlow by the optimizer of wrap_optimizer();
+        without one nothing is, unless update_config() sets the threshold.
     custom_policy: a precision for each layer, and with a CustomPrecisionPolicy whose get_loss_scale_factor is
         overridden the loss scale too: an instance of a subclass of CustomPrecisionPolicy, or a PrecisionPolicy. What it
-        leaves to half precision runs in that of precision_policy; under "float32" it is not asked.
+        leaves to half precision runs in that of precision_policy; under "float32" it is not asked. With TensorFlow
+        apply_policy(model) asks it, and for no loss scale.
 
         manager = MixedPrecisionManager(framework="pytorch")
         model, optimizer, scaler = manager.setup_pytorch_training(model, optimizer)
@@ -69,19 +76,20 @@ class MixedPrecisionManager:
             if (precision_policy, initial_loss_scale) != (_DEFAULT_POLICY, _DEFAULT_SCALE):
                 raise ValueError("got config together with precision_policy or initial_loss_scale; set them in config")
             settings = dataclasses.replace(config)
-        torch = importlib.util.find_spec("torch") is not None
-        if framework == "sklearn" or (framework == "auto" and not torch and importlib.util.find_spec("sklearn")):
+        framework = _installed(framework)
+        if framework == "sklearn":
             if custom_policy is not None:
-                raise ValueError("custom_policy is for framework='pytorch': scikit-learn has no layers")
+                raise ValueError("custom_policy is for 'pytorch' and 'tensorflow': scikit-learn has no layers")
             from halfstep.sklearn_manager import SklearnManager
 
-            self._manager = SklearnManager(settings)
+            self._manager: Any = SklearnManager(settings)
             return
-        if not torch:
-            raise ImportError(f"framework is {framework!r}, but torch is not installed: pip install torch")
-        from halfstep.pytorch import PyTorchManager
-
-        self._manager = PyTorchManager(
+        # Imported here: only the framework in use may be loaded.
+        if framework == "tensorflow":
+            from halfstep.tensorflow_manager import TensorFlowManager as Manager
+        else:
+            from halfstep.pytorch import PyTorchManager as Manager
+        self._manager = Manager(
             settings, enable_loss_scaling, enable_monitoring, clip=config is not None, custom_policy=custom_policy
         )
 
@@ -131,8 +139,75 @@ class MixedPrecisionManager:
         return self._manager.optimize_data_precision(X, y)
 
     def autocast_context(self) -> Any:
-        """Return a context manager for the forward pass. Contexts nest, and each drops its weight casts at its end."""
+        """Return a context manager for the forward pass. Contexts nest, and each drops its weight casts at its end.
+
+        With TensorFlow, whose layers take their precision when they are made, it is policy_context().
+        """
         return self._manager.autocast_context()
+
+    def setup_tensorflow_policy(self) -> None:
+        """Make precision_policy the global dtype policy of Keras, and let this manager see what keras.Model.fit trains.
+
+        Layers that are made from now on compute in it. Until restore_tensorflow_policy(), `keras.Model.fit` is wrapped:
+        each call has a LossScaleCallback first among its callbacks, and with enable_monitoring a weak reference to the
+        model and a copy of one batch on the host are kept for the statistics. What fit computes, returns and raises
+        stays as it was. One manager is in force in a process: the latest to call this. Without a GPU float16 is slow
+        in TensorFlow; a warning says so once.
+        """
+        self._tensorflow("setup_tensorflow_policy")()
+
+    def restore_tensorflow_policy(self) -> None:
+        """Put back the global dtype policy of Keras and `keras.Model.fit` as they were before the first setup.
+
+        Nothing happens if this manager is not in force: before its setup, or after that of another manager, which has
+        taken over what there is to put back.
+        """
+        self._tensorflow("restore_tensorflow_policy")()
+
+    def policy_context(self) -> AbstractContextManager[None]:
+        """Return a context in which layers of Keras are made under precision_policy. Contexts nest.
+
+        At its end, by an exception too, Keras has the global policy of its beginning. fit is not wrapped by it.
+        """
+        return self._tensorflow("policy_context")()
+
+    def wrap_optimizer(self, optimizer: Any) -> Any:
+        """Return the optimizer for model.compile(): one that scales the loss where float16 needs that.
+
+        optimizer: what keras.optimizers.get takes. Under "mixed_float16" with loss scaling (and for a model to which
+            apply_policy() gave float16 layers) it comes back inside a halfstep.tensorflow.LossScaleOptimizer, which
+            has the scale, the interval and the factors of the configuration. Of Keras' own LossScaleOptimizer the
+            inner optimizer, the initial scale, the interval and, if it is built, the running scale are taken over;
+            halfstep's comes back as it is. Otherwise the optimizer itself comes back.
+
+        If the manager clips (see config), the inner optimizer's global_clipnorm is set. ValueError if it clips already,
+        since Keras clips in one way alone.
+        """
+        return self._tensorflow("wrap_optimizer")(optimizer)
+
+    def watch(self, model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> None:
+        """Keep a weak reference to a Keras model and a copy of this batch, for the statistics.
+
+        For training that does not go through keras.Model.fit, or whose data fit does not let us see (notes say so).
+        x, y, sample_weight: arrays or tensors, also in tuples, lists and dicts, as the model takes them; all of their
+        rows are the batch. Nothing is kept with enable_monitoring=False.
+        """
+        self._tensorflow("watch")(model, x, y, sample_weight)
+
+    def apply_policy(self, model: Any) -> Any:
+        """Give the layers of a Keras model the precisions of the manager's custom_policy; return the plan.
+
+        Call it before wrap_optimizer() and compile(). ValueError without a custom_policy.
+        """
+        return self._tensorflow("apply_policy")(model)
+
+    def _tensorflow(self, name: str) -> Callable[..., Any]:
+        """Return a method that only the TensorFlow manager has."""
+        if self.framework != "tensorflow":
+            raise AttributeError(
+                f"this manager's framework is {self.framework!r}, which has no {name}: framework='tensorflow' has"
+            )
+        return getattr(self._manager, name)
 
     def capture(
         self,
@@ -237,8 +312,28 @@ class MixedPrecisionManager:
         return self._manager.statistics()
 
     def get_comprehensive_stats(self) -> dict[str, Any]:
-        """Return the same as a dictionary."""
+        """Return the same as a dictionary.
+
+        With TensorFlow it has training_speedup too, for which training steps are timed on copies of the model: up to
+        about 20 seconds, once for a model and its batch.
+        """
+        if self.framework == "tensorflow":
+            return self._manager.comprehensive_statistics()
         return self.get_statistics().as_dict()
+
+
+def _installed(framework: str) -> str:
+    """Return the framework to use: the one asked for, or the first that is installed. Nothing is imported."""
+    if framework == "auto":
+        for name, module in _MODULES.items():
+            if importlib.util.find_spec(module) is not None:
+                return name
+        raise ImportError("framework is 'auto', but none is installed: pip install torch, tensorflow or scikit-learn")
+    module = _MODULES[framework]
+    # The dtype optimizer of "sklearn" works on arrays: it needs NumPy, which it says itself, and not scikit-learn.
+    if framework != "sklearn" and importlib.util.find_spec(module) is None:
+        raise ImportError(f"framework is {framework!r}, but {module} is not installed: pip install {module}")
+    return framework
 
 
 def _config_of(precision_policy: str, initial_loss_scale: float) -> MixedPrecisionConfig:
