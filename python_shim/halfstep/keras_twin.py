@@ -71,7 +71,7 @@ def layer_bytes(model: Any, batch: tuple[Any, Any, Any]) -> tuple[int, int]:
     view of it (a reshape), inputs and variables are not counted. Raises CannotMeasure.
     """
     with undisturbed():
-        same, full = _pair(model, batch[0], weights=False)
+        same, full = _pair(model, batch[0])
         return _output_bytes(same, batch[0]), _output_bytes(full, batch[0])
 
 
@@ -85,28 +85,32 @@ def step_seconds(model: Any, batch: tuple[Any, Any, Any], *, clock: Callable[[],
     if not getattr(model, "compiled", False) or model.optimizer is None:
         raise CannotMeasure("the model is not compiled with an optimizer, so it has no training step to time")
     with undisturbed():
-        start = clock()
-        twins = _pair(model, batch[0], weights=True)
-        for twin, scaling in zip(twins, (True, False), strict=True):
-            _compile(twin, model, scaling=scaling)
-        batch = tuple(None if part is None else keras.tree.map_structure(_on_device, part) for part in batch)
+        speed = _timed(model, batch, clock)
+    gc.collect()  # models are cycles: two copies of all weights and states would stay
+    return speed
 
-        def seconds(twin: Any) -> float:
-            begin = clock()
-            twin.train_on_batch(*batch)  # it returns the loss as a number, so it waits
-            return clock() - begin
 
-        for twin in twins:
-            if seconds(twin) < _SECONDS / 8:  # traces
-                seconds(twin)
-        skipped = _skipped(twins[0])
-        timed: list[tuple[float, ...]] = []
-        while len(timed) < 2 or (len(timed) < _STEPS and clock() - start < _SECONDS):
-            timed.append(tuple(map(seconds, twins)))
-        skipped = _skipped(twins[0]) - skipped
-        del twins
-        gc.collect()  # models are cycles: they would keep two copies of all weights and states
-        return Speed(*zip(*timed, strict=True), skipped)
+def _timed(model: Any, batch: tuple[Any, Any, Any], clock: Callable[[], float]) -> Speed:
+    start = clock()
+    twins = _pair(model, batch[0])
+    for twin, scaling in zip(twins, (True, False), strict=True):
+        twin.set_weights(model.get_weights())
+        _compile(twin, model, scaling=scaling)
+    batch = tuple(None if part is None else keras.tree.map_structure(_on_device, part) for part in batch)
+
+    def seconds(twin: Any) -> float:
+        begin = clock()
+        twin.train_on_batch(*batch)  # it returns the loss as a number, so it waits
+        return clock() - begin
+
+    for twin in twins:
+        if seconds(twin) < _SECONDS / 8:  # traces
+            seconds(twin)
+    skipped = _skipped(twins[0])
+    timed: list[tuple[float, ...]] = []
+    while len(timed) < 2 or (len(timed) < _STEPS and clock() - start < _SECONDS):
+        timed.append(tuple(map(seconds, twins)))
+    return Speed(*zip(*timed, strict=True), _skipped(twins[0]) - skipped)
 
 
 @contextlib.contextmanager
@@ -155,16 +159,19 @@ def under_strategy(model: Any) -> bool:
     return tf.distribute.has_strategy() or model.distribute_strategy is not tf.distribute.get_strategy()
 
 
-def _pair(model: Any, x: Any, *, weights: bool) -> tuple[Any, Any]:
+def _pair(model: Any, x: Any) -> tuple[Any, Any]:
+    """Return two copies, with weights of their own."""
     if under_strategy(model):
         raise CannotMeasure("the model is under a tf.distribute strategy, where copies would need its devices")
     if not any(map(computes_in_half, parts(model))):
         raise CannotMeasure("no layer of the model computes in half precision, so both steps would be the same")
-    return _copy(model, x, full=False, weights=weights), _copy(model, x, full=True, weights=weights)
+    if not model.weights:
+        raise CannotMeasure("the model has no weights yet: its first call makes them")
+    return _copy(model, x, full=False), _copy(model, x, full=True)
 
 
-def _copy(model: Any, x: Any, *, full: bool, weights: bool) -> Any:
-    """Return a copy, in float32 or with the dtypes of the model, with its weights or some."""
+def _copy(model: Any, x: Any, *, full: bool) -> Any:
+    """Return a copy, in float32 or with the dtypes of the model."""
     # For layers that a subclassed model makes without a dtype of their own.
     keras.config.set_dtype_policy("float32" if full else model.dtype_policy)
     try:
@@ -173,8 +180,6 @@ def _copy(model: Any, x: Any, *, full: bool, weights: bool) -> Any:
         raise CannotMeasure(f"the model cannot be copied: {_in_short(error)}") from None
     _trace(twin, x)  # which builds it, and the layers that layers make in their build()
     _liken(model, twin, full=full)
-    if weights:
-        _copy_weights(model, twin)
     return twin
 
 
@@ -182,17 +187,18 @@ def _made_anew(model: Any, *, full: bool) -> Any:
     kind = type(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras' about the lambdas in what is written: nothing is
-        config = _edited(keras.saving.serialize_keras_object(model.get_config()), full=full)
+        config = keras.saving.serialize_keras_object(model.get_config())
+    lambdas = _lambdas(model)
+    config = _edited(config, lambdas, full=full)
     recipe = {
         "module": kind.__module__,
         "class_name": kind.__name__,
         "config": config,
         "registered_name": keras.saving.get_registered_name(kind),
     }
-    # safe_mode is for files of others: these lambdas come from this very model.
-    settings = {"custom_objects": _own_names(model), "safe_mode": False}
+    named = {**_own_names(model), **{f"{name}.{key}": function for (name, key), function in lambdas.items()}}
     try:
-        return keras.saving.deserialize_keras_object(recipe, **settings)
+        return keras.saving.deserialize_keras_object(recipe, custom_objects=named)
     except TypeError:
         # Of a subclass Keras knows the arguments that it was made with, but gives it name and dtype too, which many
         # constructors do not take.
@@ -200,21 +206,37 @@ def _made_anew(model: Any, *, full: bool) -> Any:
         if any(taken[name].kind is taken[name].VAR_KEYWORD for name in taken):
             raise
         arguments = {name: value for name, value in config.items() if name in taken}
-        return kind(**keras.saving.deserialize_keras_object(arguments, **settings))
+        return kind(**keras.saving.deserialize_keras_object(arguments, custom_objects=named))
 
 
-def _edited(config: Any, *, full: bool) -> Any:
-    """Leave out how models inside were compiled; for a float32 twin, make each half dtype float32."""
+def _lambdas(model: Any) -> dict[tuple[str, str], Any]:
+    """Return the lambdas in the model by the name of their layer and the key in its configuration.
+
+    Keras writes their byte code, and what it reads from that has lost the names (`tf`, `np`) that it uses.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    for part in parts(model):
+        for attribute, value in vars(part).items():
+            if inspect.isfunction(value) and value.__name__ == "<lambda>":
+                found[part.name, attribute.removeprefix("_")] = value
+    return found
+
+
+def _edited(config: Any, lambdas: dict[tuple[str, str], Any], *, full: bool) -> Any:
+    """Put names for lambdas, leave out how models inside were compiled, and make half dtypes float32 for a twin."""
     if isinstance(config, (list, tuple)):
-        return [_edited(value, full=full) for value in config]
+        return [_edited(value, lambdas, full=full) for value in config]
     if not isinstance(config, dict):
         return config
     result = {}
     for key, value in config.items():
         if full and key == "dtype" and "float16" in str(value):
             result[key] = "float32"
+        elif (config.get("name"), key) in lambdas:
+            name = f"{config['name']}.{key}"
+            result[key] = {"class_name": "function", "config": name, "registered_name": name}
         elif key != "compile_config":
-            result[key] = _edited(value, full=full)
+            result[key] = _edited(value, lambdas, full=full)
     return result
 
 
@@ -243,15 +265,9 @@ def _liken(model: Any, twin: Any, *, full: bool) -> None:
             raise CannotMeasure(f"layer {layer.name} computes in {copied.compute_dtype} in the copy, expected {wanted}")
         if copied.trainable != layer.trainable:
             copied.trainable = layer.trainable
-
-
-def _copy_weights(model: Any, twin: Any) -> None:
-    weights, places = model.get_weights(), twin.weights
-    if not weights:
-        raise CannotMeasure("the model has no weights yet, which its first call makes")
-    if [array.shape for array in weights] != [tuple(place.shape) for place in places]:
-        raise CannotMeasure("the model cannot be copied: its copy has weights of other shapes")
-    twin.set_weights(weights)
+    if [tuple(weight.shape) for weight in model.weights] != [tuple(weight.shape) for weight in twin.weights]:
+        # Of a subclass with constructor arguments Keras may know the defaults alone.
+        raise CannotMeasure("the model cannot be copied: its get_config() makes weights of other shapes than it has")
 
 
 def _on_device(array: Any) -> Any:
@@ -264,7 +280,7 @@ def _trace(model: Any, x: Any) -> Any:
 
     @tf.function(autograph=False)
     def forward(inputs: Any) -> Any:
-        model(inputs, **training)
+        return model(inputs, **training)
 
     try:
         return forward.get_concrete_function(keras.tree.map_structure(_on_device, x))
@@ -278,18 +294,34 @@ def _output_bytes(model: Any, x: Any) -> int:
     for part in parts(model):
         part.call = _noting(part, outputs)
     graph = _trace(model, x).graph
+    used = _used(graph)
     counted: dict[str, int] = {}
     for name, tensor in outputs:
         if not isinstance(tensor, tf.Tensor) or tensor.graph is not graph:  # in loops: what they return is counted
             continue
         while tensor.op.type in _VIEWS:
             tensor = tensor.op.inputs[tensor.value_index if tensor.op.type == "IdentityN" else 0]
-        if tensor.op.type in _GIVEN:
+        if tensor.op.type in _GIVEN or tensor.op.name not in used:
             continue
         if not tensor.shape.is_fully_defined():
             raise CannotMeasure(f"the shape of what {name} returns is not known before it runs")
         counted[tensor.name] = math.prod(tensor.shape) * tensor.dtype.size
     return sum(counted.values())
+
+
+def _used(graph: Any) -> set[str]:
+    """Return the operations that run: TensorFlow leaves out what no result and no assignment needs.
+
+    Keras traces a recurrent cell once more, for the shapes alone.
+    """
+    found: set[str] = set()
+    pending = [tensor.op for tensor in graph.outputs] + list(graph.control_outputs)
+    while pending:
+        operation = pending.pop()
+        if operation.name not in found:
+            found.add(operation.name)
+            pending += [tensor.op for tensor in operation.inputs] + list(operation.control_inputs)
+    return found
 
 
 def _noting(part: Any, outputs: list[tuple[str, Any]]) -> Callable[..., Any]:
@@ -335,6 +367,6 @@ def _skipped(twin: Any) -> int:
 
 
 def _in_short(error: Exception) -> str:
-    """Return the first line; of Keras' long texts around the errors of others, that of the innermost."""
-    lines = str(error).rpartition("Exception encountered: ")[2].strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """Return the beginning; of Keras' long texts around the errors of others, that of the innermost."""
+    message = str(error).rpartition("Exception encountered: ")[2]
+    return f"{type(error).__name__}: {' '.join(message.split())[:200]}"

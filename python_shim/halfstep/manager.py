@@ -118,14 +118,18 @@ class MixedPrecisionManager:
         return model, optimizer, self._manager.setup(model, optimizer, use_custom_policy)
 
     def precision_plan(self, model: Any) -> PrecisionPlan | None:
-        """Return the plan that setup_pytorch_training() has applied to this model, None without a custom policy."""
+        """Return the plan that was applied to this model, None without one.
+
+        Plans are applied by setup_pytorch_training() of a manager with a custom policy, and by apply_policy().
+        """
         return self._manager.plan_of(model)
 
     def remove_policy(self, model: Any) -> None:
         """Give the model its own `forward` methods back, as they were before setup_pytorch_training().
 
         For torch.jit.script, and for a pickle of the whole model that is to be read without halfstep. TypeError if
-        `model` is no torch.nn.Module; one that was never set up stays as it is.
+        `model` is no torch.nn.Module; one that was never set up stays as it is. With TensorFlow the layers get back
+        the precisions from before apply_policy().
         """
         self._manager.remove_policy(model)
 

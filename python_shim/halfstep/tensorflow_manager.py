@@ -57,6 +57,7 @@ class TensorFlowManager:
         self._scaling: Callable[[], LossScaleOptimizer | None] = _none  # whose counters are reported
         self._clipped: weakref.WeakSet[Any] = weakref.WeakSet()  # the optimizers whose global_clipnorm is ours
         self._watched = Watched()
+        self._plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     # ------------------------------------------------------------------------------------------- policy and fit
 
@@ -140,7 +141,19 @@ class TensorFlowManager:
         plan = keras_policy.apply_policy(model, self._custom_policy, half)
         if self._loss_scaling and keras_policy.needs_loss_scaling(model):
             self._float16_layers = True
+        self._plans[model] = plan
         return plan
+
+    def plan_of(self, model: Any) -> Any:
+        """Return the plan that apply_policy() has applied to the model."""
+        return self._plans.get(model)
+
+    def remove_policy(self, model: Any) -> None:
+        """Give the layers back the precisions that they had before apply_policy()."""
+        from halfstep import keras_policy
+
+        keras_policy.remove_policy(model)
+        self._plans.pop(model, None)
 
     # -------------------------------------------------------------------------------------------- the optimizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import warnings
@@ -9,8 +10,11 @@ import warnings
 import pytest
 import torch
 from halfstep import MixedPrecisionConfig, MixedPrecisionManager
+from halfstep import manager as manager_module
 from halfstep.grad_scaler import GradScaler
 from torch import nn
+
+find = importlib.util.find_spec
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +292,9 @@ def test_bad_config_values_are_named_and_change_nothing(field: str, value: objec
 
 
 def test_bad_arguments_of_the_manager_are_named() -> None:
-    with pytest.raises(ValueError, match="framework is 'jax', expected one of 'auto', 'pytorch', 'sklearn'"):
+    with pytest.raises(
+        ValueError, match="framework is 'jax', expected one of 'auto', 'pytorch', 'tensorflow', 'sklearn'"
+    ):
         MixedPrecisionManager("jax")
     with pytest.raises(ValueError, match="precision_policy is 'int4', expected one of"):
         MixedPrecisionManager(precision_policy="int4")
@@ -316,6 +322,45 @@ def test_bad_arguments_of_the_manager_are_named() -> None:
     with pytest.raises(ValueError, match="Make a new MixedPrecisionManager"):
         manager.update_config(precision_policy="float32")
     assert manager.config.precision_policy == "mixed_float16"
+
+
+def test_what_is_of_tensorflow_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = MixedPrecisionManager("pytorch")
+    for name, arguments in {
+        "setup_tensorflow_policy": (),
+        "restore_tensorflow_policy": (),
+        "policy_context": (),
+        "wrap_optimizer": ("adam",),
+        "watch": (None, None),
+        "apply_policy": (None,),
+    }.items():
+        message = f"this manager's framework is 'pytorch', which has no {name}: framework='tensorflow' has"
+        with pytest.raises(AttributeError, match=message):
+            getattr(manager, name)(*arguments)
+    hide(monkeypatch, "tensorflow")
+    with pytest.raises(ImportError, match="'tensorflow', but tensorflow is not installed: pip install tensorflow"):
+        MixedPrecisionManager("tensorflow")
+
+
+def test_auto_takes_the_first_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert manager_module._installed("auto") == "pytorch"
+    hide(monkeypatch, "torch", shown=("tensorflow", "sklearn"))
+    assert manager_module._installed("auto") == "tensorflow"
+    hide(monkeypatch, "torch", "tensorflow", shown=("sklearn",))
+    assert MixedPrecisionManager().framework == "sklearn"
+    hide(monkeypatch, "torch", "tensorflow", "sklearn")
+    with pytest.raises(ImportError, match="none is installed: pip install torch, tensorflow or scikit-learn"):
+        MixedPrecisionManager()
+    assert MixedPrecisionManager("sklearn").framework == "sklearn", "it works on arrays without scikit-learn"
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *names: str, shown: tuple[str, ...] = ()) -> None:
+    """Let the manager find no module of these names, and find those that are shown."""
+
+    def find_spec(name: str) -> object:
+        return None if name in names else name if name in shown else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def test_a_model_on_two_kinds_of_device_is_refused() -> None:
