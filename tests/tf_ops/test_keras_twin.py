@@ -379,7 +379,7 @@ def everything(model: keras.Model) -> list[np.ndarray]:
     variables = [*model.variables, *model.optimizer.variables, *metrics, *seeds, own]
     variables += model.optimizer.memory.variables if hasattr(model.optimizer, "memory") else []
     python, legacy = random.getstate(), np.random.get_state()[1]  # noqa: NPY002
-    return [*map(np.array, variables), np.array(python[1]), legacy.copy()]
+    return [*(variable.numpy() for variable in variables), np.array(python[1]), legacy.copy()]
 
 
 class Drawing(keras.layers.Layer):
