@@ -1,6 +1,4 @@
-// Registers all ops when the library is loaded, by tf.load_op_library or by a linker, and says what it is.
-#include "halfstep/export.h"
-
+// Registers all ops when the library is loaded, by tf.load_op_library or by a linker.
 namespace halfstep::tf {
 
 void register_gradients();
@@ -17,7 +15,3 @@ struct Registration {
 
 }  // namespace
 }  // namespace halfstep::tf
-
-extern "C" HALFSTEP_API const char* halfstep_tf_version() {
-  return HALFSTEP_VERSION;
-}
