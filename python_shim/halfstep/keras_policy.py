@@ -1,0 +1,225 @@
+"""Policies by layer for Keras models: the same JSON as in PyTorch, decided by the same code."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import keras
+
+from halfstep import policy_library
+from halfstep.keras_layers import all_layers, check_model, layers_of, layers_within, wrappers_of
+from halfstep.policies import Plan, PlannedLayer, Policy, ask, check_half
+
+# Of the precisions that a Keras layer can have: its policy, under which variables are float32.
+POLICY_OF = {"float32": "float32", "float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}
+
+# Of each layer that has a policy from here: the one before, and ours.
+_applied: weakref.WeakKeyDictionary[keras.Layer, tuple[keras.DTypePolicy, keras.DTypePolicy]]
+_applied = weakref.WeakKeyDictionary()
+
+
+class KerasPlan(Plan):
+    """The precision of every layer of one Keras model: a mapping of qualified names to PlannedLayer, in its order.
+
+    Made by a policy's plan(model), or read from JSON. Plans compare, pickle, and go through JSON unchanged.
+    """
+
+    @classmethod
+    def _class(cls) -> Any:
+        return policy_library.Plan
+
+
+class KerasPolicy(Policy):
+    """Ordered rules, of which the first that matches a layer decides its precision.
+
+    name: of the policy. default: the precision where no rule matches. rules: mappings with "precision" and, of these at
+    least one, "name" and "type": globs of the layer's qualified name and class; "reason" is for people.
+
+        policy = KerasPolicy("careful", "float16", [
+            {"type": "*Normalization", "precision": "float32"},
+            {"name": "head*", "precision": "float32", "reason": "logits"},
+        ])
+        print(policy.plan(model).explain())
+        apply_policy(model, policy)
+    """
+
+    @classmethod
+    def _class(cls) -> Any:
+        return policy_library.Policy
+
+    def plan(self, model: keras.Layer) -> KerasPlan:
+        """Decide once per layer of the model, as the function `plan` does."""
+        return plan(model, self)
+
+
+def plan(model: keras.Layer, policy: Any, half: str = "float16") -> KerasPlan:
+    """Decide once per layer of a Keras model, built or not.
+
+    policy: a KerasPolicy, whatever has its JSON as to_json(), such as a PrecisionPolicy, or whatever has
+        should_use_fp16(layer_type, layer_name), such as a CustomPrecisionPolicy.
+    half: the half precision of a yes of should_use_fp16(), "float16" or "bfloat16".
+
+    Layers are those without sublayers and those with weights of their own. Their names are the names of the layers they
+    are in and their own, joined by dots, without the model's; their types are their classes. A layer under two names is
+    decided under the first. Attention and recurrent layers are decided as one, with all that is in them; Bidirectional
+    and other wrappers follow what they wrap; InputLayer and layers without floats, such as StringLookup, have none.
+    What a layer of yours makes in its build() is seen only once it is built.
+    """
+    check_half(half)
+    found = layers_of(model)
+    names, types = [entry.name for entry in found], [type(entry.layer).__name__ for entry in found]
+    same_as = [entry.same_as for entry in found]
+    if callable(getattr(policy, "should_use_fp16", None)) and not isinstance(policy, type):
+        answers = ask(policy, zip(names, types, same_as, strict=True))
+        made = policy_library.Plan.of_answers(type(policy).__name__, half, names, types, same_as, answers)
+    else:
+        made = policy_of(policy)._policy.plan(names, types, same_as)
+    return KerasPlan._of(made)
+
+
+def policy_of(policy: Any) -> KerasPolicy:
+    """Return a policy of any door as one of this; TypeError for what is none, or no rules."""
+    if isinstance(policy, KerasPolicy):
+        return policy
+    if isinstance(policy, (Plan, type)) or not callable(getattr(policy, "to_json", None)):
+        hint = ", which apply_plan() takes" if isinstance(policy, Plan) else ""
+        raise TypeError(
+            f"policy is {policy.__name__ if isinstance(policy, type) else type(policy).__name__}{hint}, expected a "
+            "KerasPolicy, a PrecisionPolicy or an instance of a CustomPrecisionPolicy"
+        )
+    return KerasPolicy.from_json(policy.to_json())
+
+
+def apply_policy(model: keras.Layer, policy: Any, half: str = "float16") -> KerasPlan:
+    """Make the plan of a policy for this model, give each layer its dtype policy, and return the plan.
+
+    policy, half: see plan(). ValueError where the plan cannot be applied: see apply_plan().
+    """
+    made = plan(model, policy, half)
+    _apply(model, made)
+    return made
+
+
+def apply_plan(model: keras.Layer, plan: KerasPlan) -> None:
+    """Set the `dtype_policy` of each layer that the plan names: "mixed_float16", "mixed_bfloat16" or "float32".
+
+    Variables stay float32, so this works before and after build, and between fits: functions that the model and the
+    models in it have traced are made anew. What contains layers, such as a Sequential, keeps its own policy, and casts
+    its inputs as before. Compile with a LossScaleOptimizer where needs_loss_scaling(model): Keras adds one by itself
+    only where the policy of the model as a whole is "mixed_float16". A saved file, clone_model() and get_config() have
+    the policies of all layers that they list; layers that a class of yours makes itself are not listed: apply again.
+
+    ValueError, with nothing changed, for int8 and tfloat32, for names that the model does not have, and for layers that
+    are quantized, have a DTypePolicyMap, or have weights in another floating-point type.
+    """
+    if not isinstance(plan, KerasPlan):
+        raise TypeError(f"plan is {type(plan).__name__}, expected KerasPlan")
+    _apply(model, plan)
+
+
+def _apply(model: keras.Layer, plan: KerasPlan) -> None:
+    for layer, policy in _policies(model, plan):
+        before, ours = _applied.get(layer, (layer.dtype_policy, None))
+        if ours is not None and layer.dtype_policy is not ours:  # another has been set since
+            before = layer.dtype_policy
+        _set(layer, policy)
+        _applied[layer] = before, policy
+    _forget_functions(model)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer and needs_loss_scaling(model) and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        warnings.warn(
+            "the model is compiled without loss scaling, and now has float16 layers, in which small gradients become "
+            "0: compile it with a LossScaleOptimizer",
+            stacklevel=3,
+        )
+
+
+def remove_policy(model: keras.Layer) -> None:
+    """Give each layer back the dtype policy that it had before, unless it has been given another one meanwhile."""
+    check_model(model)
+    for layer in all_layers(model):
+        before, ours = _applied.pop(layer, (None, None))
+        if ours is not None and layer.dtype_policy is ours:
+            _set(layer, before)
+    _forget_functions(model)
+
+
+def needs_loss_scaling(model: keras.Layer) -> bool:
+    """Return whether any layer computes in float16, so that small gradients become 0 unless the loss is scaled."""
+    check_model(model)
+    return any(_computes_in_float16(layer) for layer in all_layers(model))
+
+
+def _computes_in_float16(layer: keras.Layer) -> bool:
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap) and layer.path is None:  # who knows which it will be
+        policies = [policy.default_policy, *policy.values()]
+        return policy.name == "mixed_float16" or any(each.compute_dtype == "float16" for each in policies)
+    return layer.compute_dtype == "float16"
+
+
+def _policies(model: keras.Layer, plan: KerasPlan) -> list[tuple[keras.Layer, keras.DTypePolicy]]:
+    """Return the policy of each layer that the plan speaks of; ValueError where it cannot be."""
+    found = {entry.name: entry.layer for entry in layers_of(model)}
+    missing = [name for name in plan if name not in found]
+    if missing:
+        raise ValueError(f"the plan has {len(missing)} layers that the model has not, such as {missing[0]!r}")
+    impossible = [layer for layer in plan.layers() if layer.precision not in POLICY_OF]
+    if impossible:
+        raise ValueError(_cannot_be(impossible[0], len(impossible) - 1))
+    policies = {name: keras.DTypePolicy(name) for name in POLICY_OF.values()}
+    wrappers = wrappers_of(model)
+    chosen: dict[int, tuple[keras.Layer, keras.DTypePolicy, str]] = {}
+    for name, planned in plan.items():
+        layer, policy = found[name], policies[POLICY_OF[planned.precision]]
+        for one in [layer, *layers_within(layer), *wrappers.get(id(layer), [])]:
+            _check(name, one, policy)
+            _, other, other_name = chosen.setdefault(id(one), (one, policy, name))
+            if other is not policy:
+                raise ValueError(
+                    f"the plan has layer {name!r} in {planned.precision} and {other_name!r} in {other.compute_dtype}, "
+                    f"expected one precision: both are or share the layer {one.name!r}"
+                )
+    return [(layer, policy) for layer, policy, _ in chosen.values()]
+
+
+def _cannot_be(planned: PlannedLayer, others: int) -> str:
+    further = f" (and {others} more)" if others else ""
+    instead = {
+        "int8": 'model.quantize("int8") does that, for inference',
+        "tfloat32": "tf.config.experimental.enable_tensor_float_32_execution() decides that for all float32 layers",
+    }
+    return (
+        f"layer {planned.name!r}{further} is planned in {planned.precision} ({planned.reason}), expected float32, "
+        f"float16 or bfloat16: {instead[planned.precision]}"
+    )
+
+
+def _check(name: str, layer: keras.Layer, policy: keras.DTypePolicy) -> None:
+    """Raise ValueError if a layer, of or around the one of this name, cannot have the policy."""
+    what = f"layer {name!r} cannot have the policy {policy.name}"
+    if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+        raise ValueError(f"{what}: {layer.name!r} has a {type(layer.dtype_policy).__name__}, which other layers share")
+    if layer.dtype_policy.quantization_mode is not None:
+        raise ValueError(f"{what}: {layer.name!r} is quantized ({layer.dtype_policy.name})")
+    for weight in layer.weights:
+        if keras.backend.is_float_dtype(weight.dtype) and weight.dtype != "float32":
+            raise ValueError(f"{what}: its weight {weight.path!r} is {weight.dtype}, expected float32")
+
+
+def _set(layer: keras.Layer, policy: keras.DTypePolicy) -> None:
+    layer.dtype_policy = policy
+    if isinstance(layer, keras.layers.Normalization) and layer.built:  # it keeps a cast mean and variance
+        if layer.input_mean is None:
+            layer.finalize_state()
+        else:
+            layer.build_from_config(layer.get_build_config())
+
+
+def _forget_functions(model: keras.Layer) -> None:
+    """Let the models in a model trace their steps anew: in what was traced dtypes are fixed."""
+    for layer in all_layers(model):
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
