@@ -61,7 +61,7 @@ def layers_of(model: keras.Layer) -> list[FoundLayer]:
     check_model(model)
     found: dict[str, FoundLayer] = {}
     first: dict[int, str] = {}
-    for name, layer in _walk(model, "", ()):
+    for name, layer in _walk(model, ""):
         if name in found:
             raise ValueError(f"two layers are named {name!r}, expected names of their own: pass name= to one of them")
         found[name] = FoundLayer(name, layer, first.get(id(layer), ""))
@@ -69,8 +69,8 @@ def layers_of(model: keras.Layer) -> list[FoundLayer]:
     return list(found.values())
 
 
-def _walk(layer: keras.Layer, name: str, outer: tuple[keras.Layer, ...]) -> Iterator[tuple[str, keras.Layer]]:
-    if isinstance(layer, keras.layers.InputLayer) or any(layer is other for other in outer):
+def _walk(layer: keras.Layer, name: str) -> Iterator[tuple[str, keras.Layer]]:
+    if isinstance(layer, keras.layers.InputLayer):
         return
     inner = sublayers(layer)
     whole = isinstance(layer, WHOLE)
@@ -79,7 +79,7 @@ def _walk(layer: keras.Layer, name: str, outer: tuple[keras.Layer, ...]) -> Iter
         yield name, layer
     if not whole:
         for child in inner:
-            yield from _walk(child, f"{name}.{child.name}" if name else child.name, (*outer, layer))
+            yield from _walk(child, f"{name}.{child.name}" if name else child.name)
 
 
 def _has_weights_of_its_own(layer: keras.Layer, inner: list[keras.Layer]) -> bool:

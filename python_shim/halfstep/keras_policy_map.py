@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from halfstep.keras_policy import POLICY_OF, policy_of
+from halfstep.keras_policy import POLICY_OF, KerasPolicy, policy_of
 
 
 @keras.saving.register_keras_serializable(package="halfstep")
@@ -79,6 +79,12 @@ class PrecisionPolicyMap(keras.dtype_policies.DTypePolicyMap):
     def get_config(self) -> dict[str, Any]:
         """Return the policy's JSON, and the entries that were set."""
         return {"policy": self.policy.to_json(), "policy_map": super().get_config()["policy_map"]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> PrecisionPolicyMap:
+        """Return the map of what get_config() has returned."""
+        entries = keras.saving.deserialize_keras_object(config["policy_map"], custom_objects=custom_objects)
+        return cls(KerasPolicy.from_json(config["policy"]), entries)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PrecisionPolicyMap) and self.get_config() == other.get_config()
