@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from halfstep.keras_policy import POLICY_OF, KerasPolicy, policy_of
+from halfstep.keras_plan import POLICY_OF, KerasPolicy, policy_of
 
 
 @keras.saving.register_keras_serializable(package="halfstep")
@@ -33,7 +33,8 @@ class PrecisionPolicyMap(keras.dtype_policies.DTypePolicyMap):
     apply_policy(), which sees the model as it is.
 
     `name` is "mixed_float16" if anything may be float16, so that compile() scales the loss. `layer.dtype_policy = ...`
-    writes an entry for that path alone, as in Keras' own map. Such a map is saved and loaded with the model.
+    writes an entry for that path alone, as in Keras' own map. Such a map is saved with the model, and loaded in
+    programs that have imported this module; what apply_policy() has set needs no halfstep to be loaded.
     """
 
     def __init__(self, policy: Any, policy_map: dict[str, keras.DTypePolicy] | None = None) -> None:

@@ -1,6 +1,6 @@
 """What policies and plans are in every door: their JSON, their rules, and policies as code. Imports no framework.
 
-The torch door (policy.py) and the Keras door (keras_policy.py) add what walks the layers of a model. Both hand texts to
+The torch door (policy.py) and the Keras door (keras_plan.py) add what walks the layers of a model. Both hand texts to
 the same core, the one through `torch.classes`, the other through ctypes (policy_library.py).
 """
 
@@ -238,7 +238,7 @@ class CustomPrecisionPolicy:
         if _is_of_keras(model):
             if example is not None or kwargs is not None:
                 raise ValueError("example and kwargs are for torch models: a Keras layer says itself what it calls")
-            from halfstep.keras_policy import plan
+            from halfstep.keras_plan import plan
 
             return plan(model, self, half)
         from halfstep.policy import plan_of_answers

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -329,6 +332,18 @@ def test_copies_of_a_model_keep_the_policies(how: str, tmp_path: Path) -> None:
     assert np.array_equal(twin(X), model(X))
 
 
+def test_a_file_needs_no_halfstep(tmp_path: Path) -> None:
+    model = network()
+    apply_policy(model, careful("float16"))
+    model.save(tmp_path / "model.keras")
+    code = (
+        "import sys, keras\nmodel = keras.models.load_model('model.keras')\n"
+        "print([layer.compute_dtype for layer in model.layers[1:]], 'halfstep' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == f"{[layer.compute_dtype for layer in model.layers[1:]]} False\n", done.stderr
+
+
 @keras.saving.register_keras_serializable("halfstep_test")
 class Made(layers.Layer):
     """Makes a layer itself, which no config lists."""
@@ -405,7 +420,9 @@ def test_loss_scaling_is_asked_of_all_layers() -> None:
     assert needs_loss_scaling(model)
     assert model.dtype_policy.name == "float32", "so that Keras would not scale the loss"
     model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "mse")
-    apply_policy(model, only_head)  # warns no more, and warnings are errors below
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_policy(model, only_head)
     remove_policy(model)
     assert not needs_loss_scaling(model)
 
@@ -415,6 +432,3 @@ def test_layers_without_floats_have_no_plan() -> None:
     assert list(apply_policy(words, careful())) == ["embedding"]
     assert words(tf.constant([["a", "b"]])).dtype == tf.bfloat16
     assert list(careful().plan(layers.TextVectorization())) == []
-
-
-pytestmark = pytest.mark.filterwarnings("error::UserWarning:halfstep")

@@ -11,13 +11,13 @@ from halfstep import CustomPrecisionPolicy
 from halfstep.keras_policy import (
     KerasPlan,
     KerasPolicy,
+    PrecisionPolicyMap,
     apply_plan,
     apply_policy,
     needs_loss_scaling,
     plan,
     remove_policy,
 )
-from halfstep.keras_policy_map import PrecisionPolicyMap
 from keras import layers
 
 HALF = KerasPolicy.named("mixed_bfloat16")

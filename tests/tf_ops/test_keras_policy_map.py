@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from halfstep import CustomPrecisionPolicy
-from halfstep.keras_policy import KerasPolicy, apply_policy, needs_loss_scaling
-from halfstep.keras_policy_map import PrecisionPolicyMap
+from halfstep.keras_policy import KerasPolicy, PrecisionPolicyMap, apply_policy, needs_loss_scaling
 from keras import layers
 
 X = np.random.default_rng(0).standard_normal((4, 6, 8)).astype("float32")
