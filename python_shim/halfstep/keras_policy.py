@@ -78,7 +78,10 @@ def _apply(model: keras.Layer, plan: KerasPlan) -> None:
 
 
 def remove_policy(model: keras.Layer) -> None:
-    """Give each layer back the dtype policy that it had before, unless it has been given another one meanwhile."""
+    """Give each layer back the dtype policy that it had before, unless it has been given another one meanwhile.
+
+    Copies of the model, and what was loaded from a file, have nothing to go back to and stay as they are.
+    """
     check_model(model)
     for layer in all_layers(model):
         before, ours = _applied.pop(layer, (None, None))

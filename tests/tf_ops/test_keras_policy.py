@@ -308,9 +308,12 @@ def test_the_way_back_keeps_what_others_have_set() -> None:
     assert changed == ["hidden"]
     assert model.get_layer("hidden").dtype_policy is mine
     apply_policy(model, careful())
+    model.get_layer("hidden").dtype_policy = other = keras.DTypePolicy("float32")
+    apply_policy(model, careful())
     remove_policy(model)
-    assert model.get_layer("hidden").dtype_policy is mine
+    assert model.get_layer("hidden").dtype_policy is other
     remove_policy(model)  # has nothing to do
+    assert model.get_layer("hidden").dtype_policy is other
 
 
 @pytest.mark.parametrize("how", ["file", "clone", "config", "copy"])
