@@ -4,21 +4,30 @@
 #   HALFSTEP_CUDA=on|off       default: on where there is a GPU
 #   CUDA_ARCHITECTURES=90a-real  default: those of this machine's GPUs
 #   PYTHON=python3.12          another Python
+#   TF=auto|on|off             whether `make test` tests the TensorFlow door; auto: if TensorFlow installs
+#   TENSORFLOW=2.20.0          another TensorFlow version      TF_PYTHON=python  build for the TensorFlow of that Python
 
 PYTHON ?= python3
 TORCH ?= 2.11.0
 HALFSTEP_CUDA ?= auto
 CUDA_ARCHITECTURES ?=
+TF ?= auto
+TENSORFLOW ?= 2.21.0
+TENSORFLOW_OTHER := 2.20.0
+TF_PYTHON ?=
 
 BIN := .venv-$(TORCH)/bin
+TF_BIN := $(if $(filter 2.21.0,$(TENSORFLOW)),.venv-tf,.venv-tf-$(TENSORFLOW))/bin
+TF_TESTS := TF_CPP_MIN_LOG_LEVEL=2
 CXX_FILES := $(shell git ls-files -- '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null | grep -v golden_trajectories)
 
-.PHONY: help setup tools demo test test-cpp test-python bench format check-format lint clean
+.PHONY: help setup setup-tf tools demo demo-tf test test-cpp test-python test-tf test-tf-auto bench bench-tf format check-format lint clean
 
 help:
 	@echo "make demo    train a small network in mixed precision and compare it with fp32"
 	@echo "make test    run all tests"
 	@echo "make bench   measure against torch (a GPU shows more)"
+	@echo "make setup-tf, demo-tf, test-tf, bench-tf    the same for the TensorFlow door"
 	@echo "make format  format all code      make lint  look for mistakes      make clean  remove builds"
 
 setup:
@@ -30,13 +39,37 @@ tools:
 demo: setup
 	@$(BIN)/python examples/digits.py
 
-test: test-cpp test-python
+test: test-cpp test-python test-tf-auto
 
 test-cpp: setup
 	@$(BIN)/ctest --test-dir build/latest --output-on-failure -j 2
 
 test-python: setup
 	@HALFSTEP_BUILD=build/latest $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup-tf:
+	@$(PYTHON) tools/bootstrap.py --tensorflow $(TENSORFLOW) --tensorflow-python "$(TF_PYTHON)"
+
+demo-tf: setup-tf
+	@$(TF_BIN)/python examples/tensorflow_digits.py
+
+# The second run takes the library of the first: one build serves several minor versions. What is marked slow trains in
+# float16 on the CPU for a quarter of an hour: make test-tf PYTEST_ARGS="-m slow".
+test-tf: setup-tf
+	@$(PYTHON) tools/bootstrap.py --tensorflow $(TENSORFLOW_OTHER) --only-tools
+	@$(TF_TESTS) $(TF_BIN)/python -m pytest tests/tf_ops -m "not slow" $(PYTEST_ARGS)
+	@$(TF_TESTS) .venv-tf-$(TENSORFLOW_OTHER)/bin/python -m pytest tests/tf_ops -m "not slow" $(PYTEST_ARGS)
+
+# 3 says that TensorFlow could not be installed.
+test-tf-auto:
+ifeq ($(TF),on)
+	@$(MAKE) test-tf
+else ifeq ($(TF),auto)
+	@$(PYTHON) tools/bootstrap.py --tensorflow $(TENSORFLOW); code=$$?; \
+	if [ $$code = 0 ]; then $(MAKE) test-tf; \
+	elif [ $$code = 3 ]; then echo "[halfstep] TensorFlow does not install here: the tests of its door are left out"; \
+	else exit $$code; fi
+endif
 
 bench: setup
 	@$(BIN)/python bench/gradients.py
@@ -49,6 +82,9 @@ bench: setup
 	@$(BIN)/python bench/scopes.py
 	@$(BIN)/python bench/lowered.py
 	@$(BIN)/python bench/shrink.py
+
+bench-tf: setup-tf
+	@$(TF_BIN)/python bench/tensorflow_step.py
 
 format: tools
 	@$(BIN)/clang-format -i $(CXX_FILES)
@@ -64,4 +100,4 @@ lint: setup
 	@clang-tidy -p build/latest $(filter csrc/%.cpp torch_ops/%.cpp,$(CXX_FILES))
 
 clean:
-	rm -rf build python_shim/halfstep/torch-* python_shim/*.egg-info dist
+	rm -rf build python_shim/halfstep/*-[0-9]* python_shim/*.egg-info dist

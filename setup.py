@@ -2,6 +2,7 @@
 
 Environment:
   HALFSTEP_TORCH               OFF builds the NumPy part alone, for machines without torch; default: ON
+  HALFSTEP_TF                  ON builds the TensorFlow door too, for the TensorFlow of this Python; default: OFF
   HALFSTEP_CUDA                ON or OFF; default: ON if nvcc is found (devices are not asked: a Docker build sees none)
   HALFSTEP_CUDA_ARCHITECTURES  CMake's list, such as 90a-real; default: CMakeLists.txt
   CMAKE_BUILD_PARALLEL_LEVEL   compile jobs
@@ -85,12 +86,14 @@ class BuildWithCMake(build_py):
     def run(self) -> None:
         """Build, install, then copy the package."""
         torch = choice_of("HALFSTEP_TORCH") != "OFF"
+        tensorflow = choice_of("HALFSTEP_TF") == "ON"
         cuda = torch and wants_cuda()
         if torch:
             torch_root, torch_version = torch_folder()
             what, minor = f"torch {torch_version}", ".".join(torch_version.split(".")[:2])
         else:
             what, minor = "NumPy alone", "numpy"
+        what += " and TensorFlow" if tensorflow else ""
         print(f"halfstep: building for {what}, CUDA {'ON' if cuda else 'OFF'}", flush=True)
         # Editable installs keep their build folder and put the library beside the sources.
         base = ROOT if self.editable_mode else Path(self.get_finalized_command("build").build_temp).resolve()
@@ -99,6 +102,8 @@ class BuildWithCMake(build_py):
         architectures = os.environ.get("HALFSTEP_CUDA_ARCHITECTURES")
         options = [
             f"-DHALFSTEP_TORCH={'ON' if torch else 'OFF'}",
+            f"-DHALFSTEP_TF={'ON' if tensorflow else 'OFF'}",
+            *([f"-DHALFSTEP_TF_PYTHON={sys.executable}"] if tensorflow else []),
             *([f"-DHALFSTEP_TORCH_ROOT={torch_root}"] if torch else []),
             # pip's environments for builds come and go: what an earlier one has left in the cache must not count.
             f"-DHALFSTEP_JSON_INCLUDE={json_include()}",
@@ -111,7 +116,7 @@ class BuildWithCMake(build_py):
         cmake("--build", build)
         super().run()
         if not self.editable_mode:
-            for stale in [*package.glob("torch-*"), *package.glob("numpy-*")]:  # builds that lie in the source tree
+            for stale in package.glob("*-[0-9]*"):  # builds that lie in the source tree
                 shutil.rmtree(stale)
         cmake("--install", build, "--prefix", package)
 

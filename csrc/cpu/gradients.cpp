@@ -38,8 +38,10 @@ inline std::uint64_t magnitude_bits(double x) {
 template <class Compute>
 inline constexpr auto kNonFiniteBits = std::is_same_v<Compute, double> ? 0x7ff0000000000000ULL : 0x7f800000ULL;
 
+// `out` is `data` itself or apart from it; only `write` touches it.
 template <class Storage, bool write, bool with_stats>
-[[gnu::always_inline]] inline void run_chunk(Storage* data, std::int64_t count, double multiplier, Partial& result) {
+[[gnu::always_inline]] inline void run_chunk(const Storage* data, Storage* out, std::int64_t count, double multiplier,
+                                             Partial& result) {
   using Compute = decltype(widen(Storage{}));
   using Bits = decltype(magnitude_bits(Compute{}));
   const auto factor = static_cast<Compute>(multiplier);
@@ -53,12 +55,12 @@ template <class Storage, bool write, bool with_stats>
 
   // Stage by stage over one block of lanes: loops this simple become vector code for every storage.
   // Inlined, or it would be compiled for no instruction set but the oldest.
-  const auto visit = [&](Storage* block, int lanes) __attribute__((always_inline)) {
+  const auto visit = [&](std::int64_t at, int lanes) __attribute__((always_inline)) {
     Compute u[kLanes];
-    for (int lane = 0; lane < lanes; ++lane) u[lane] = widen(block[lane]) * factor;
+    for (int lane = 0; lane < lanes; ++lane) u[lane] = widen(data[at + lane]) * factor;
     if constexpr (write) {
-      for (int lane = 0; lane < lanes; ++lane) block[lane] = narrow<Storage>(u[lane]);
-      for (int lane = 0; lane < lanes; ++lane) u[lane] = widen(block[lane]);
+      for (int lane = 0; lane < lanes; ++lane) out[at + lane] = narrow<Storage>(u[lane]);
+      for (int lane = 0; lane < lanes; ++lane) u[lane] = widen(out[at + lane]);
     }
     for (int lane = 0; lane < lanes; ++lane) sums[lane] += u[lane] * u[lane];
     for (int lane = 0; lane < lanes; ++lane) non_finite[lane] += magnitude_bits(u[lane]) >= limit;
@@ -73,8 +75,8 @@ template <class Storage, bool write, bool with_stats>
   };
 
   const std::int64_t whole = count - count % kLanes;
-  for (std::int64_t i = 0; i < whole; i += kLanes) visit(data + i, kLanes);
-  visit(data + whole, static_cast<int>(count - whole));
+  for (std::int64_t i = 0; i < whole; i += kLanes) visit(i, kLanes);
+  visit(whole, static_cast<int>(count - whole));
 
   for (int lane = 0; lane < kLanes; ++lane) {
     result.sum_of_squares += static_cast<double>(sums[lane]);
@@ -86,10 +88,11 @@ template <class Storage, bool write, bool with_stats>
 }
 
 // One plain function per storage and mode, because clones cannot be templates.
-using ChunkFunction = void (*)(void* data, std::int64_t count, double multiplier, Partial& result);
-#define HS_CHUNK_FUNCTION(name, Storage, write, with_stats)                                        \
-  HS_CLONES void name(void* data, std::int64_t count, double multiplier, Partial& result) {        \
-    run_chunk<Storage, write, with_stats>(static_cast<Storage*>(data), count, multiplier, result); \
+using ChunkFunction = void (*)(const void* data, void* out, std::int64_t count, double multiplier, Partial& result);
+#define HS_CHUNK_FUNCTION(name, Storage, write, with_stats)                                                       \
+  HS_CLONES void name(const void* data, void* out, std::int64_t count, double multiplier, Partial& result) {      \
+    run_chunk<Storage, write, with_stats>(static_cast<const Storage*>(data), static_cast<Storage*>(out), count,   \
+                                          multiplier, result);                                                    \
   }
 #define HS_CHUNK_FUNCTIONS(prefix, Storage)                                              \
   HS_CHUNK_FUNCTION(prefix##_check, Storage, /*write=*/false, /*with_stats=*/false)      \
@@ -150,7 +153,10 @@ void write_stats(TensorList grads, const std::vector<Chunk>& chunks, const std::
   }
 }
 
-void run(TensorList grads, UnscaleFactor factor, const CheckOutputs& out, const Executor& executor, bool write) {
+// Writes to `unscaled`, a list like `grads`, or nowhere if that is empty.
+void run(TensorList grads, TensorList unscaled, UnscaleFactor factor, const CheckOutputs& out,
+         const Executor& executor) {
+  const bool write = !unscaled.empty();
   HS_CHECK(factor.scale && out.found, "check_gradients: scale and found must not be null");
   const float scale = *factor.scale;
   const double multiplier = factor.inverse ? scale : static_cast<float>(1.0 / static_cast<double>(scale));
@@ -168,8 +174,10 @@ void run(TensorList grads, UnscaleFactor factor, const CheckOutputs& out, const 
   const auto task = [&](std::int64_t i) {
     const auto& [tensor, begin, count] = chunks[static_cast<std::size_t>(i)];
     const auto& [data, numel, dtype] = grads[tensor];
-    char* const start = static_cast<char*>(data) + static_cast<std::size_t>(begin) * size_of(dtype);
-    chunk_function(dtype, write, out.stats != nullptr)(start, count, multiplier, partials[static_cast<std::size_t>(i)]);
+    const std::size_t offset = static_cast<std::size_t>(begin) * size_of(dtype);
+    char* const target = write ? static_cast<char*>(unscaled[tensor].data) + offset : nullptr;
+    chunk_function(dtype, write, out.stats != nullptr)(static_cast<const char*>(data) + offset, target, count,
+                                                       multiplier, partials[static_cast<std::size_t>(i)]);
   };
   const auto count = static_cast<std::int64_t>(chunks.size());
   if (elements <= 2 * kChunk) {  // not worth waking a thread
@@ -192,11 +200,23 @@ void run(TensorList grads, UnscaleFactor factor, const CheckOutputs& out, const 
 }  // namespace
 
 void check_gradients(TensorList grads, UnscaleFactor factor, const CheckOutputs& out, const Executor& executor) {
-  run(grads, factor, out, executor, /*write=*/false);
+  run(grads, {}, factor, out, executor);
 }
 
 void unscale(TensorList grads, UnscaleFactor factor, const CheckOutputs& out, const Executor& executor) {
-  run(grads, factor, out, executor, /*write=*/true);
+  run(grads, grads, factor, out, executor);
+}
+
+void unscale_into(TensorList grads, TensorList unscaled, UnscaleFactor factor, const CheckOutputs& out,
+                  const Executor& executor) {
+  HS_CHECK(grads.size() == unscaled.size(), "unscale_into: unscaled has ", unscaled.size(), " tensors, expected ",
+           grads.size());
+  for (std::size_t i = 0; i < grads.size(); ++i) {
+    HS_CHECK(grads[i].numel == unscaled[i].numel && grads[i].dtype == unscaled[i].dtype, "unscale_into: unscaled[", i,
+             "] has ", unscaled[i].numel, " elements of ", name_of(unscaled[i].dtype), ", expected ", grads[i].numel,
+             " of ", name_of(grads[i].dtype));
+  }
+  run(grads, unscaled, factor, out, executor);
 }
 
 }  // namespace halfstep::cpu

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from halfstep.manager import MixedPrecisionManager
     from halfstep.operations import count_operations
     from halfstep.optimizer import release
-    from halfstep.policy import CustomPrecisionPolicy, PrecisionPlan, PrecisionPolicy
+    from halfstep.policies import CustomPrecisionPolicy
+    from halfstep.policy import PrecisionPlan, PrecisionPolicy
     from halfstep.scopes import apply_plan, remove_plan
     from halfstep.sklearn_optimizer import SklearnPrecisionOptimizer
     from halfstep.statistics import MixedPrecisionStatistics
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "AdaptivePrecisionManager": "halfstep.adaptive",
     "AutocastContext": "halfstep.autocast",
-    "CustomPrecisionPolicy": "halfstep.policy",
+    "CustomPrecisionPolicy": "halfstep.policies",
     "GradScaler": "halfstep.grad_scaler",
     "LibraryMismatchError": "halfstep.errors",
     "MixedPrecisionAnalyzer": "halfstep.analyzer",

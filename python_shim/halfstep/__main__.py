@@ -40,9 +40,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def print_policy(path: str) -> None:
     """Print the rules of a policy file as a table."""
-    from halfstep.policy import PrecisionPolicy
+    from halfstep.policies import read_file
+    from halfstep.policy_library import Policy
 
-    policy = json.loads(PrecisionPolicy.load(path).to_json())
+    policy = json.loads(Policy(read_file(path), path).to_json())
     columns = ("name", "type", "precision", "reason")
     rows = [
         [rule.get(column, "*" if column in ("name", "type") else "") for column in columns]

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # as in halfstep itself: policies and the analyzer need torch, the others do not
+def __getattr__(name: str) -> Any:  # as in halfstep itself: some need torch, the others do not
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(halfstep, name)

@@ -14,7 +14,7 @@ import numpy as np
 from halfstep._version import __version__
 from halfstep.errors import LibraryMismatchError
 
-ABI = 1
+ABI = 2
 _FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), f"numpy-{ABI}", "lib", "libhalfstep_numpy.so")
 _HOW_TO_BUILD = "Build it: `make setup` in halfstep's folder, or `HALFSTEP_TORCH=OFF pip install .` there."
 
@@ -52,7 +52,7 @@ class _Array(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """Load the library; LibraryMismatchError if there is none, or one of another interface or version."""
     try:
         library = ctypes.CDLL(str(_FILE))
@@ -70,7 +70,7 @@ def _library() -> ctypes.CDLL:
 
 def _call(name: str, *arguments: object) -> None:
     message = ctypes.create_string_buffer(512)
-    code = getattr(_library(), name)(*arguments, message, ctypes.c_int64(len(message)))
+    code = getattr(library(), name)(*arguments, message, ctypes.c_int64(len(message)))
     if code == 1:
         raise ValueError(message.value.decode())
     if code != 0:

@@ -18,10 +18,10 @@ SHIM = str(Path(halfstep.__file__).resolve().parents[1])
 @pytest.fixture
 def fresh(monkeypatch):
     """Let the library be loaded again, and again after the test."""
-    numpy_library._library.cache_clear()
+    numpy_library.library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    numpy_library._library.cache_clear()
+    numpy_library.library.cache_clear()
 
 
 def test_a_library_that_is_not_there_says_how_to_build_it(fresh, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import halfstep
 import peers
 import pytest
+import scale_gradients
 import torch
+from halfstep.scale_rule import PRESETS, rule_of
 from halfstep.scaler_state import COUNTERS, HISTORY_SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,3 +203,15 @@ def test_bad_arguments_are_named_and_nothing_is_written(changes: dict, error: ty
 def test_the_golden_header_is_what_the_simulators_say() -> None:
     header = Path(__file__).parents[1] / "core" / "golden_trajectories.h"
     assert header.read_text() == peers.render_header()
+
+
+def test_the_trajectories_that_tensorflow_is_compared_with_are_those_of_the_ops() -> None:
+    expected = scale_gradients.expected()
+    assert list(expected) == list(scale_gradients.RULES)
+    for name, rule in scale_gradients.RULES.items():
+        assert scale_gradients.torch_door(rule) == expected[name], name
+
+
+def test_presets_that_need_no_library_are_the_cores() -> None:
+    for name in PRESETS:
+        assert dataclasses.astuple(rule_of(name)) == tuple(torch.ops.halfstep.scale_preset(name)), name

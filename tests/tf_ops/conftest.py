@@ -19,6 +19,11 @@ for folder in (TESTS.parent / "python_shim", TESTS / "tf_ops", TESTS / "python")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    import tensorflow as tf
+
+    # Before anything runs: two logical CPUs, on which a strategy can have two replicas.
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     # Once in a process, in whichever test comes first; a test of its own looks at it.
     config.addinivalue_line("filterwarnings", "ignore:mixed_float16 without a GPU")
 
@@ -37,3 +42,22 @@ def _global_state() -> Iterator[None]:
     keras.config.set_dtype_policy(policy)
     random.setstate(state)
     assert keras.Model.fit is fit, "a test has left keras.Model.fit wrapped"
+
+
+@pytest.fixture
+def mixed_float16() -> None:
+    """Keras' global policy for one test."""
+    import keras
+
+    keras.config.set_dtype_policy("mixed_float16")
+
+
+@pytest.fixture(scope="session")
+def two_replicas():
+    """A MirroredStrategy over two logical CPUs, which pytest_configure has made.
+
+    One for all tests: the collective operations of several strategies in one process take each other's keys.
+    """
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

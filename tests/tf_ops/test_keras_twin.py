@@ -255,13 +255,12 @@ def test_models_that_cannot_be_copied_say_why(half: str) -> None:
         layer_bytes(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]), batch(3, 5))
 
 
-def test_float32_models_and_strategies_are_not_measured() -> None:
+def test_float32_models_and_strategies_are_not_measured(two_replicas) -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     with pytest.raises(CannotMeasure, match="no layer of the model computes in half precision"):
         layer_bytes(model, batch(3, 4))
     keras.config.set_dtype_policy("mixed_bfloat16")
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    with strategy.scope():
+    with two_replicas.scope():
         mirrored = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     with pytest.raises(CannotMeasure, match=r"the model is under a tf\.distribute strategy"):
         layer_bytes(mirrored, batch(3, 4))

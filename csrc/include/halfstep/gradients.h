@@ -51,6 +51,10 @@ struct UnscaleFactor {
 namespace cpu {
 void check_gradients(TensorList grads, UnscaleFactor factor, const CheckOutputs& out, const Executor& executor);
 void unscale(TensorList grads, UnscaleFactor factor, const CheckOutputs& out, const Executor& executor);
+// The same, but every u goes to `unscaled`, a list of the same sizes and dtypes (InvalidArgument otherwise), and the
+// gradients stay. A tensor of it may be the gradient itself; otherwise the two share no memory.
+void unscale_into(TensorList grads, TensorList unscaled, UnscaleFactor factor, const CheckOutputs& out,
+                  const Executor& executor);
 }  // namespace cpu
 
 // The same on device memory. Enqueues on `stream` only: no synchronisation, no host read, capturable in a CUDA graph.

@@ -1,0 +1,25 @@
+"""The Python blocks of docs/tensorflow.md run, top to bottom, as one program."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_blocks_run(tmp_path: Path) -> None:
+    """In a process of its own: some set Keras' global policy. Lines keep their numbers, for tracebacks."""
+    text = (ROOT / "docs" / "tensorflow.md").read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert blocks
+    program = ""
+    for block in blocks:
+        program += "\n" * (text.count("\n", 0, block.start(1)) - program.count("\n")) + block[1]
+    path = tmp_path / "tensorflow.md.py"
+    path.write_text(program)
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'python_shim')!r}); runpy.run_path({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
