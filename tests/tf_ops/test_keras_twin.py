@@ -259,16 +259,19 @@ def test_float32_models_and_strategies_are_not_measured(two_replicas) -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     with pytest.raises(CannotMeasure, match="no layer of the model computes in half precision"):
         layer_bytes(model, batch(3, 4))
-    keras.config.set_dtype_policy("mixed_bfloat16")
+    keras.config.set_dtype_policy("mixed_float16")
     with two_replicas.scope():
         mirrored = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     with pytest.raises(CannotMeasure, match=r"the model is under a tf\.distribute strategy"):
         layer_bytes(mirrored, batch(3, 4))
-    mp = MixedPrecisionManager("tensorflow", "mixed_bfloat16")
+    mp = MixedPrecisionManager("tensorflow", initial_loss_scale=2.0**6)
     mp.setup_tensorflow_policy()
-    mirrored.compile(mp.wrap_optimizer("sgd"), "mse")
-    mirrored.fit(*batch(3, 4)[:2], verbose=0)
+    with two_replicas.scope():
+        mirrored.compile(mp.wrap_optimizer("sgd"), "mse")
+    history = mirrored.fit(*batch(4, 4)[:2], verbose=0).history
+    assert (history["loss_scale"], history["skipped_steps"]) == ([2.0**6], [0])
     every = mp.get_comprehensive_stats()
+    assert every["steps"] == 1
     for name in ("training_speedup", "memory_reduction", "memory_saved_bytes"):
         assert "tf.distribute strategy" in every["notes"][name]
 
