@@ -19,9 +19,10 @@ TF_PYTHON ?=
 BIN := .venv-$(TORCH)/bin
 TF_BIN := $(if $(filter 2.21.0,$(TENSORFLOW)),.venv-tf,.venv-tf-$(TENSORFLOW))/bin
 TF_TESTS := TF_CPP_MIN_LOG_LEVEL=2
+TF_OTHER_TESTS := $(addprefix tests/tf_ops/test_,tensorflow_ops.py tensorflow_library.py loss_scale_optimizer.py)
 CXX_FILES := $(shell git ls-files -- '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null | grep -v golden_trajectories)
 
-.PHONY: help setup setup-tf tools demo demo-tf test test-cpp test-python test-tf test-tf-auto bench bench-tf format check-format lint clean
+.PHONY: help setup setup-tf tools demo demo-tf test test-cpp test-python test-tf test-tf-slow test-tf-auto bench bench-tf format check-format lint clean
 
 help:
 	@echo "make demo    train a small network in mixed precision and compare it with fp32"
@@ -53,12 +54,15 @@ setup-tf:
 demo-tf: setup-tf
 	@$(TF_BIN)/python examples/tensorflow_digits.py
 
-# The second run takes the library of the first: one build serves several minor versions. What is marked slow trains in
-# float16 on the CPU for a quarter of an hour: make test-tf PYTEST_ARGS="-m slow".
+# The second run is of the same library in another minor version of TensorFlow.
 test-tf: setup-tf
 	@$(PYTHON) tools/bootstrap.py --tensorflow $(TENSORFLOW_OTHER) --only-tools
 	@$(TF_TESTS) $(TF_BIN)/python -m pytest tests/tf_ops -m "not slow" $(PYTEST_ARGS)
-	@$(TF_TESTS) .venv-tf-$(TENSORFLOW_OTHER)/bin/python -m pytest tests/tf_ops -m "not slow" $(PYTEST_ARGS)
+	@$(TF_TESTS) .venv-tf-$(TENSORFLOW_OTHER)/bin/python -m pytest $(TF_OTHER_TESTS) $(PYTEST_ARGS)
+
+# Trains in float16 on the CPU, for a quarter of an hour.
+test-tf-slow: setup-tf
+	@$(TF_TESTS) $(TF_BIN)/python -m pytest tests/tf_ops -m slow $(PYTEST_ARGS)
 
 # 3 says that TensorFlow could not be installed.
 test-tf-auto:

@@ -113,7 +113,9 @@ def torch_door(rule: dict) -> dict:
     trace: dict = {"scale": [], "found": [], "norm": []}
     for step in range(STEPS):
         grads = [
-            torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if dtype == "bfloat16" else torch.from_numpy(array)
+            torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            if dtype == "bfloat16"
+            else torch.from_numpy(array)
             for dtype, array in gradients(step)
         ]
         found, norm = torch.zeros(()), torch.empty(())

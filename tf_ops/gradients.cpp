@@ -4,10 +4,11 @@
 //     u = g * float32(1 / float64(scale)) for each g, in its own dtype; found: 1 if any u is infinite or NaN, else 0;
 //     norm: the L2 norm of all u. In the memory of the gradients where nobody else reads them.
 //   HalfstepGradientStatistics(grads: T, scale: float, threads: int = 0) -> (statistics: float [N, 6])
-//     a row per gradient: non-finite elements, largest finite |u|, sum of squares, zeros, elements below 2^-14, elements.
+//     a row per gradient: non-finite elements, largest finite |u|, sum of squares, zeros, elements below 2^-14,
+//     elements.
 //
-// T is any list of half, bfloat16, float and double, of any shapes, and may be empty. threads: at most so many, 0 for as
-// many as the process may run on. scale is a scalar.
+// T is any list of half, bfloat16, float and double, of any shapes, and may be empty. threads: at most so many, 0 for
+// as many as the process may run on. scale is a scalar.
 #include "halfstep/gradients.h"
 
 #include "halfstep/threads.h"

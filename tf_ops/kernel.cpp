@@ -102,8 +102,8 @@ std::vector<TensorView> input_views(TF_OpKernelContext* context, int first, int 
   for (int i = 0; i < count; ++i) {
     // The tensor object goes at once: while it lives, TensorFlow counts a reader more and forwards no memory.
     const Tensor tensor = input(context, first + i);
-    views.push_back({TF_TensorData(tensor.get()), TF_TensorElementCount(tensor.get()),
-                     dtype_of(TF_TensorType(tensor.get()))});
+    views.push_back(
+        {TF_TensorData(tensor.get()), TF_TensorElementCount(tensor.get()), dtype_of(TF_TensorType(tensor.get()))});
   }
   return views;
 }

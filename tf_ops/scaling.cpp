@@ -24,8 +24,8 @@ enum Input : int { kScaleIn, kTrackerIn, kHysteresisIn, kCountersIn, kFoundIn, k
 
 void shapes_of_update(TF_ShapeInferenceContext* context, TF_Status* status) {
   const Shapes shapes(context, status);
-  for (const auto& [index, rank] : {std::pair{kScaleIn, 0}, {kTrackerIn, 0}, {kHysteresisIn, 0}, {kCountersIn, 1},
-                                    {kFactorsIn, 1}}) {
+  for (const auto& [index, rank] :
+       {std::pair{kScaleIn, 0}, {kTrackerIn, 0}, {kHysteresisIn, 0}, {kCountersIn, 1}, {kFactorsIn, 1}}) {
     if (!shapes.input_has_rank(index, rank)) return;
   }
   for (const int index : {kScaleIn, kTrackerIn, kHysteresisIn, kCountersIn}) shapes.same_as_input(index, index);
@@ -105,9 +105,9 @@ class UpdateScale {
     *data_of<std::int32_t>(hysteresis) = *data_of<const std::int32_t>(hysteresis_in);
     std::copy_n(data_of<const std::int64_t>(counters_in), static_cast<int>(kCounters), data_of<std::int64_t>(counters));
 
-    cpu::update_scale({data_of<float>(scale), &step, data_of<std::int32_t>(hysteresis),
-                       data_of<std::int64_t>(counters), nullptr},
-                      rule, {flags, norms});
+    cpu::update_scale(
+        {data_of<float>(scale), &step, data_of<std::int32_t>(hysteresis), data_of<std::int64_t>(counters), nullptr},
+        rule, {flags, norms});
     *data_of<std::int64_t>(tracker) = step;
   }
 
@@ -118,13 +118,13 @@ class UpdateScale {
 }  // namespace
 
 void register_scaling() {
-  register_op({"HalfstepUpdateScale",
-               {"scale: float", "growth_tracker: int64", "hysteresis_left: int32", "counters: int64", "found: float",
-                "norm: float", "factors: double"},
-               {"new_scale: float", "new_growth_tracker: int64", "new_hysteresis_left: int32", "new_counters: int64"},
-               {"growth_interval: int", "hysteresis: int = 1", "refill: string = 'on_clean_step'",
-                "growth_delay: int = 0"},
-               shapes_of_update});
+  register_op(
+      {"HalfstepUpdateScale",
+       {"scale: float", "growth_tracker: int64", "hysteresis_left: int32", "counters: int64", "found: float",
+        "norm: float", "factors: double"},
+       {"new_scale: float", "new_growth_tracker: int64", "new_hysteresis_left: int32", "new_counters: int64"},
+       {"growth_interval: int", "hysteresis: int = 1", "refill: string = 'on_clean_step'", "growth_delay: int = 0"},
+       shapes_of_update});
   register_kernel<UpdateScale>("HalfstepUpdateScale");
 }
 

@@ -225,7 +225,9 @@ def compile_jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), available // 2))
 
 
-def compile_and_install(environment: Environment, folder: Path, options: list[str], news: str, time_needed: str) -> None:
+def compile_and_install(
+    environment: Environment, folder: Path, options: list[str], news: str, time_needed: str
+) -> None:
     """Configure `folder` where its stamp says otherwise, compile, and install into the Python package."""
     stamp = folder / "halfstep.configured"
     configured = "\n".join(options)

@@ -89,10 +89,10 @@ template <class Storage, bool write, bool with_stats>
 
 // One plain function per storage and mode, because clones cannot be templates.
 using ChunkFunction = void (*)(const void* data, void* out, std::int64_t count, double multiplier, Partial& result);
-#define HS_CHUNK_FUNCTION(name, Storage, write, with_stats)                                                       \
-  HS_CLONES void name(const void* data, void* out, std::int64_t count, double multiplier, Partial& result) {      \
-    run_chunk<Storage, write, with_stats>(static_cast<const Storage*>(data), static_cast<Storage*>(out), count,   \
-                                          multiplier, result);                                                    \
+#define HS_CHUNK_FUNCTION(name, Storage, write, with_stats)                                                     \
+  HS_CLONES void name(const void* data, void* out, std::int64_t count, double multiplier, Partial& result) {    \
+    run_chunk<Storage, write, with_stats>(static_cast<const Storage*>(data), static_cast<Storage*>(out), count, \
+                                          multiplier, result);                                                  \
   }
 #define HS_CHUNK_FUNCTIONS(prefix, Storage)                                              \
   HS_CHUNK_FUNCTION(prefix##_check, Storage, /*write=*/false, /*with_stats=*/false)      \

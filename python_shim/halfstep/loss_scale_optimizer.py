@@ -219,7 +219,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         known = [(_dense(grad), self._get_variable_index(variable)) for grad, variable in pairs if grad is not None]
         places = [[index] for _, index in known]
         counts = count_non_finite([grad for grad, _ in known])
-        return tf.scatter_nd(tf.reshape(tf.constant(places, tf.int32), [-1, 1]), counts, [len(self._trainable_variables)])
+        return tf.scatter_nd(
+            tf.reshape(tf.constant(places, tf.int32), [-1, 1]), counts, [len(self._trainable_variables)]
+        )
 
     def _remember(self, counts: Any) -> None:
         self.memory.non_finite.assign(counts)

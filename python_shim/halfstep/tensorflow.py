@@ -2,11 +2,33 @@
 
     from halfstep.tensorflow import LossScaleOptimizer
 
-This module imports TensorFlow; `halfstep` itself does not.
+This module imports TensorFlow; `halfstep` itself does not. Importing it registers what Keras needs to load saved models.
 """
 
 from __future__ import annotations
 
+from halfstep.keras_policy import (
+    KerasPlan,
+    KerasPolicy,
+    PrecisionPolicyMap,
+    apply_plan,
+    apply_policy,
+    needs_loss_scaling,
+    plan,
+    remove_policy,
+)
+from halfstep.loss_scale_callback import LossScaleCallback
 from halfstep.loss_scale_optimizer import LossScaleOptimizer
 
-__all__ = ["LossScaleOptimizer"]
+__all__ = [
+    "KerasPlan",
+    "KerasPolicy",
+    "LossScaleCallback",
+    "LossScaleOptimizer",
+    "PrecisionPolicyMap",
+    "apply_plan",
+    "apply_policy",
+    "needs_loss_scaling",
+    "plan",
+    "remove_policy",
+]

@@ -120,7 +120,9 @@ def _update_scale_plain(state: State, rule: ScaleRule, found: Any, norm: Any) ->
 
     after = State(
         tf.where(found, lowered, raised),
-        tf.where(found, tf.constant(-rule.growth_delay, tf.int64), tf.where(grows, tf.zeros_like(tracker), tracker + 1)),
+        tf.where(
+            found, tf.constant(-rule.growth_delay, tf.int64), tf.where(grows, tf.zeros_like(tracker), tracker + 1)
+        ),
         tf.where(found, spent, refilled),
         None,
     )

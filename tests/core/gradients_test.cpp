@@ -128,6 +128,45 @@ TEST_P(Planted, UnscaleWritesTheRoundedProduct) {
   }
 }
 
+TEST_P(Planted, UnscaleIntoOtherMemoryLeavesTheGradients) {
+  GradientList list;
+  list.add(GetParam(), test::normal_values(40000, 100.0, 3), 1);
+  list.add(DType::kFloat32, {1.0, 2.0});
+  const GradientList before = list;
+  GradientList in_place = list;
+  GradientList out = list;
+  for (std::size_t i = 0; i < 40000; ++i) out.set(0, i, 7.0);
+  const float scale = 3.0F;
+  float found[2] = {};
+  float norm[2] = {};
+  cpu::unscale(in_place.views(), {&scale}, {&found[0], &norm[0], nullptr}, SerialExecutor());
+  cpu::unscale_into(list.views(), out.views(), {&scale}, {&found[1], &norm[1], nullptr}, SerialExecutor());
+  EXPECT_EQ(found[0], found[1]);
+  EXPECT_EQ(norm[0], norm[1]);
+  for (std::size_t i = 0; i < 40000; ++i) {
+    ASSERT_EQ(list.get(0, i), before.get(0, i)) << i;
+    ASSERT_EQ(out.get(0, i), in_place.get(0, i)) << i;
+  }
+  EXPECT_EQ(out.get(1, 1), in_place.get(1, 1));
+}
+
+TEST(CheckGradients, UnscaleIntoAnotherListIsRefused) {
+  GradientList list;
+  list.add(DType::kFloat32, {1.0, 2.0});
+  GradientList shorter;
+  shorter.add(DType::kFloat32, {7.0});
+  GradientList half;
+  half.add(DType::kFloat16, {7.0, 7.0});
+  const float scale = 2.0F;
+  float found = 0.0F;
+  const CheckOutputs outputs{&found, nullptr, nullptr};
+  for (GradientList* const other : {&shorter, &half}) {
+    EXPECT_THROW(cpu::unscale_into(list.views(), other->views(), {&scale}, outputs, SerialExecutor()), InvalidArgument);
+    EXPECT_EQ(other->get(0, 0), 7.0);
+  }
+  EXPECT_THROW(cpu::unscale_into(list.views(), {}, {&scale}, outputs, SerialExecutor()), InvalidArgument);
+}
+
 INSTANTIATE_TEST_SUITE_P(DTypes, Planted,
                          testing::Values(DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16),
                          [](const auto& param) { return std::string(name_of(param.param)); });

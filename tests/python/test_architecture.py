@@ -37,8 +37,20 @@ def test_the_core_knows_no_framework() -> None:
     assert len(sources("csrc")) > 10
 
 
+def test_the_tensorflow_door_knows_the_c_interface_alone() -> None:
+    """TensorFlow's C++ headers would tie the library to one minor version."""
+    offenders = [
+        (path, name)
+        for path in sources("tf_ops")
+        for name in includes(path)
+        if re.match(r"(tensorflow|tsl|xla|absl|Eigen|google|unsupported)/(?!c/)", name)
+    ]
+    assert offenders == []
+    assert any("tensorflow/c/kernels.h" in includes(path) for path in sources("tf_ops"))
+
+
 def test_cuda_files_stay_in_the_core() -> None:
-    assert [path for path in sources("torch_ops", "python_shim") if path.suffix in {".cu", ".cuh"}] == []
+    assert [path for path in sources("torch_ops", "tf_ops", "python_shim") if path.suffix in {".cu", ".cuh"}] == []
 
 
 def test_host_logic_never_calls_cuda() -> None:
@@ -48,7 +60,7 @@ def test_host_logic_never_calls_cuda() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    code = sources("csrc", "torch_ops", "python_shim", "tests", "examples", "bench", "tools")
+    code = sources("csrc", "numpy_ops", "tf_ops", "torch_ops", "python_shim", "tests", "examples", "bench", "tools")
     lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in code}
     generated = Path("tests/core/golden_trajectories.h")
     assert {path: n for path, n in lengths.items() if n > 600 and path != generated} == {}
@@ -56,8 +68,8 @@ def test_no_file_is_too_long() -> None:
 
 def test_cmake_has_the_only_source_lists() -> None:
     text = (ROOT / "CMakeLists.txt").read_text()
-    listed = set(re.findall(r"^\s+((?:csrc|torch_ops)/\S+\.(?:cpp|cu))", text, re.MULTILINE))
-    present = {str(p.relative_to(ROOT)) for p in sources("csrc", "torch_ops") if p.suffix in {".cpp", ".cu"}}
+    listed = set(re.findall(r"^\s+((?:csrc|tf_ops|torch_ops)/\S+\.(?:cpp|cu))", text, re.MULTILINE))
+    present = {str(p.relative_to(ROOT)) for p in sources("csrc", "tf_ops", "torch_ops") if p.suffix in {".cpp", ".cu"}}
     assert listed == present
     assert "GLOB" not in text
 

@@ -1,4 +1,4 @@
-"""The Python blocks of the documents run as they stand."""
+"""The Python blocks of the documents run as they stand; those of TensorFlow do in tests/tf_ops/test_documents_tf.py."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ BLOCKS = [
     )
     for text in [(ROOT / path).read_text()]
     for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    if 'framework="tensorflow"' not in match[1]
 ]
 
 

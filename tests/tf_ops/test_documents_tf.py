@@ -1,4 +1,4 @@
-"""The Python blocks of docs/tensorflow.md run, top to bottom, as one program."""
+"""The Python blocks of docs/tensorflow.md run, top to bottom, as one program; so do those of the README for Keras."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_blocks_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", ["docs/tensorflow.md", "README.md"])
+def test_the_blocks_run(document: str, tmp_path: Path) -> None:
     """In a process of its own: some set Keras' global policy. Lines keep their numbers, for tracebacks."""
-    text = (ROOT / "docs" / "tensorflow.md").read_text()
+    text = (ROOT / document).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    if document == "README.md":
+        blocks = [block for block in blocks if 'framework="tensorflow"' in block[1]]
     assert blocks
     program = ""
     for block in blocks:
         program += "\n" * (text.count("\n", 0, block.start(1)) - program.count("\n")) + block[1]
-    path = tmp_path / "tensorflow.md.py"
+    path = tmp_path / "document.py"
     path.write_text(program)
     code = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'python_shim')!r}); runpy.run_path({str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -276,7 +276,9 @@ def test_a_custom_loop(mixed_float16: None) -> None:
             raw = keras.losses.sparse_categorical_crossentropy(y, model(x, training=True), from_logits=True)
             loss = tf.reduce_mean(raw)
             scaled = optimizer.scale_loss(loss)
-        optimizer.apply_gradients(zip(tape.gradient(scaled, model.trainable_variables), model.trainable_variables, strict=True))
+        optimizer.apply_gradients(
+            zip(tape.gradient(scaled, model.trainable_variables), model.trainable_variables, strict=True)
+        )
         return loss
 
     for _ in range(30):
@@ -314,7 +316,9 @@ def moments(optimizer: keras.optimizers.Optimizer) -> list[np.ndarray]:
 
 
 def test_a_compiled_model_is_saved_and_loaded_whole(mixed_float16: None, tmp_path) -> None:
-    optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.01), 2.0**30, 3, min_scale=2.0, hysteresis=2, refill="on_growth")
+    optimizer = LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), 2.0**30, 3, min_scale=2.0, hysteresis=2, refill="on_growth"
+    )
     model = trained(optimizer)
     assert optimizer.counters()["skipped"] > 0
     model.save(tmp_path / "model.keras")

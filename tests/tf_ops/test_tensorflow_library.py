@@ -90,7 +90,9 @@ def test_a_foreign_library_is_not_loaded(copy: Path, change: dict | None, messag
 def test_a_library_that_does_not_load_is_explained(copy: Path, tmp_path: Path) -> None:
     """As one that was built for a TensorFlow whose functions are not here."""
     source = tmp_path / "foreign.c"
-    source.write_text("void gone_from_tensorflow(void); __attribute__((constructor)) void f(void) { gone_from_tensorflow(); }")
+    source.write_text(
+        "void gone_from_tensorflow(void); __attribute__((constructor)) void f(void) { gone_from_tensorflow(); }"
+    )
     library = copy / "halfstep" / FOLDER.name / "lib" / "libhalfstep_tf.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-z,now", "-o", library, source], check=True)
     info = copy / "halfstep" / FOLDER.name / "build_info.json"
@@ -119,6 +121,8 @@ def test_the_library_says_what_it_was_built_for() -> None:
 
 
 def test_halfstep_itself_imports_no_tensorflow() -> None:
-    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import halfstep; print('tensorflow' in sys.modules)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import halfstep; print('tensorflow' in sys.modules)"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "False"
