@@ -18,10 +18,10 @@ from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from halfstep import tensorflow_ops  # noqa: E402
-from halfstep.tensorflow import LossScaleOptimizer  # noqa: E402
+import keras
+import tensorflow as tf
+from halfstep import tensorflow_ops
+from halfstep.tensorflow import LossScaleOptimizer
 
 SHAPES = ((160, 100), (400, 1000), (20, 1_000_000), (100, 1_000_000))
 

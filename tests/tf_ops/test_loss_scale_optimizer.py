@@ -76,13 +76,15 @@ def test_scale_and_parameters_are_keras_own(inner: str, jit: bool | None) -> Non
     want, scales = train(KerasLSO(INNER[inner](), **settings), steps, jit=jit)
     ours = LossScaleOptimizer(INNER[inner](), **settings)
     got, our_scales = train(ours, steps, jit=jit)
-    assert our_scales == scales and len(set(scales)) > 4
+    assert our_scales == scales
+    assert len(set(scales)) > 4
     for a, b in zip(got, want, strict=True):
         # Keras divides by the scale, we multiply by its inverse: a power of 2 here, so there is no difference.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6) if jit else np.testing.assert_array_equal(a, b)
     counters = ours.counters()
     assert (counters["steps"], counters["skipped"]) == (100, len(OVERFLOWS))
-    assert counters["backoffs"] == len(OVERFLOWS) and counters["growths"] > 0
+    assert counters["backoffs"] == len(OVERFLOWS)
+    assert counters["growths"] > 0
     assert int(ours.iterations.numpy()) == (100 - len(OVERFLOWS)) // (3 if inner == "accumulating" else 1)
 
 
@@ -99,7 +101,8 @@ def test_custom_and_plain_ops_give_the_same_parameters(
     monkeypatch.setattr(tensorflow_ops, "why_plain", lambda: "tested")
     plain = LossScaleOptimizer(INNER[inner](), **settings)
     second = train(plain, steps, jit=graph)
-    assert first[1] == second[1] and custom.counters() == plain.counters()
+    assert first[1] == second[1]
+    assert custom.counters() == plain.counters()
     for a, b in zip(first[0], second[0], strict=True):
         np.testing.assert_array_equal(a, b)
     assert custom.overflowed() == plain.overflowed() != {}
@@ -111,15 +114,19 @@ def test_under_xla_plain_ops_run_and_agree() -> None:
     custom, xla = LossScaleOptimizer(INNER["adam"](), **settings), LossScaleOptimizer(INNER["adam"](), **settings)
     first, second = train(custom, steps), train(xla, steps, jit=True)
     assert "XLA" in xla.explain()
-    assert first[1] == second[1] and custom.counters() == xla.counters() and custom.overflowed() == xla.overflowed()
+    assert first[1] == second[1]
+    assert custom.counters() == xla.counters()
+    assert custom.overflowed() == xla.overflowed()
     for a, b in zip(first[0], second[0], strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-7)  # the bound that docs/tensorflow.md states
 
 
 def test_what_happened_is_told(path: str) -> None:
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1024.0)
-    assert optimizer.counters()["steps"] == 0 and math.isnan(optimizer.gradient_norm())
-    assert optimizer.overflowed() == {} and optimizer.scale() == 1024.0
+    assert optimizer.counters()["steps"] == 0
+    assert math.isnan(optimizer.gradient_norm())
+    assert optimizer.overflowed() == {}
+    assert optimizer.scale() == 1024.0
     assert optimizer.explain() == "no step was traced yet"
     params = variables()
     grads = [tf.ones([4, 3]), tf.ones([3]), tf.ones([2, 2, 2])]
@@ -130,7 +137,8 @@ def test_what_happened_is_told(path: str) -> None:
     optimizer.apply(bad, params)
     assert optimizer.overflowed() == {"v0": 12, "v2": 4}
     assert list(optimizer.overflowed()) == ["v0", "v2"]
-    assert math.isnan(optimizer.gradient_norm()) and optimizer.scale() == 512.0
+    assert math.isnan(optimizer.gradient_norm())
+    assert optimizer.scale() == 512.0
     for param, value in zip(params, before, strict=True):
         np.testing.assert_array_equal(param.numpy(), value)
     optimizer.apply(grads, params)
@@ -145,7 +153,9 @@ def test_bounds_hysteresis_and_presets() -> None:
     steps = gradient_lists(12, set(range(12)))
     bounded = LossScaleOptimizer(keras.optimizers.SGD(0.0), initial_scale=1024.0, min_scale=100.0, hysteresis=2)
     _, scales = train(bounded, steps)
-    assert scales[0] == 1024.0 and scales[1] == 512.0 and scales[-1] == 100.0
+    assert scales[0] == 1024.0
+    assert scales[1] == 512.0
+    assert scales[-1] == 100.0
     assert bounded.counters()["at_floor"] > 0
     grown = LossScaleOptimizer(keras.optimizers.SGD(0.0), 1024.0, 1, max_scale=3000.0)
     assert train(grown, gradient_lists(3, set()))[1] == [2048.0, 3000.0, 3000.0]
@@ -158,7 +168,8 @@ def test_the_case_in_which_keras_destroys_the_weights_is_survived(path: str) -> 
     bad, good = gradient_lists(1, {0})[0], [np.zeros_like(grad) for grad in gradient_lists(1, set())[0]]
     steps = [bad] * 170 + [good] * 3
     theirs, scales = train(KerasLSO(keras.optimizers.SGD(0.1)), steps)
-    assert scales[-1] == 0.0 and all(np.isnan(value).all() for value in theirs)
+    assert scales[-1] == 0.0
+    assert all(np.isnan(value).all() for value in theirs)
 
     start = [param.numpy() for param in variables()]
     ours = LossScaleOptimizer(keras.optimizers.SGD(0.1))
@@ -171,7 +182,9 @@ def test_the_case_in_which_keras_destroys_the_weights_is_survived(path: str) -> 
     floored = LossScaleOptimizer(keras.optimizers.SGD(0.1), min_scale=1.0)
     train(floored, [bad] * 170 + gradient_lists(5, set()))
     counters = floored.counters()
-    assert floored.scale() == 1.0 and counters["consecutive_skipped"] == 0 and counters["skipped"] == 170
+    assert floored.scale() == 1.0
+    assert counters["consecutive_skipped"] == 0
+    assert counters["skipped"] == 170
     assert int(floored.iterations.numpy()) == 5  # it trains on
 
 
@@ -200,10 +213,12 @@ def test_indexed_slices_stay_sparse(path: str) -> None:
         return tf.IndexedSlices(tf.constant([[row, row] for row in rows]), tf.constant([1, 4]), tf.constant([6, 2]))
 
     optimizer.apply([slices(8.0, 16.0)], [table])
-    assert isinstance(seen[0], tf.IndexedSlices) and seen[0].values.shape == (2, 2)
+    assert isinstance(seen[0], tf.IndexedSlices)
+    assert seen[0].values.shape == (2, 2)
     np.testing.assert_array_equal(table.numpy()[:, 0], [0, -1, 0, 0, -2, 0])
     optimizer.apply([slices(math.inf, 0.0)], [table])
-    assert optimizer.overflowed() == {"table": 2} and optimizer.scale() == 4.0
+    assert optimizer.overflowed() == {"table": 2}
+    assert optimizer.scale() == 4.0
     np.testing.assert_array_equal(table.numpy()[:, 0], [0, -1, 0, 0, -2, 0])
 
 
@@ -259,7 +274,8 @@ def test_fit_with_compile(mixed_float16: None, how: dict) -> None:
     x[70] = 6e4
     history = model.fit(x, y, batch_size=16, epochs=3, verbose=0, shuffle=False)
     counters = optimizer.counters()
-    assert counters["steps"] == 18 and counters["skipped"] == 3
+    assert counters["steps"] == 18
+    assert counters["skipped"] == 3
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
     assert ("XLA" in optimizer.explain()) == ("jit_compile" in how)
     assert len(history.history["loss"]) == 3
@@ -283,7 +299,8 @@ def test_a_custom_loop(mixed_float16: None) -> None:
 
     for _ in range(30):
         losses.append(float(step(x, y)))
-    assert losses[-1] < losses[0] and optimizer.counters()["steps"] == 30
+    assert losses[-1] < losses[0]
+    assert optimizer.counters()["steps"] == 30
 
 
 def test_embeddings_train_in_half(mixed_float16: None) -> None:
@@ -297,7 +314,8 @@ def test_embeddings_train_in_half(mixed_float16: None) -> None:
     model.fit(tokens, tokens.sum(1, keepdims=True) / 50, epochs=1, verbose=0)
     after = model.layers[0].embeddings.numpy()
     np.testing.assert_array_equal(after[10:], before[10:])
-    assert np.all(np.any(after[:10] != before[:10], axis=1)) and optimizer.counters()["skipped"] == 0
+    assert np.all(np.any(after[:10] != before[:10], axis=1))
+    assert optimizer.counters()["skipped"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ saving and loading
@@ -323,8 +341,10 @@ def test_a_compiled_model_is_saved_and_loaded_whole(mixed_float16: None, tmp_pat
     assert optimizer.counters()["skipped"] > 0
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert isinstance(loaded.optimizer, LossScaleOptimizer) and loaded.optimizer.rule == optimizer.rule
-    assert loaded.optimizer.counters() == optimizer.counters() and loaded.optimizer.scale() == optimizer.scale()
+    assert isinstance(loaded.optimizer, LossScaleOptimizer)
+    assert loaded.optimizer.rule == optimizer.rule
+    assert loaded.optimizer.counters() == optimizer.counters()
+    assert loaded.optimizer.scale() == optimizer.scale()
     assert list(loaded.optimizer.overflowed().values()) == list(optimizer.overflowed().values())
     hysteresis = [int(each.memory.hysteresis_left.numpy()) for each in (loaded.optimizer, optimizer)]
     assert hysteresis[0] == hysteresis[1]
@@ -390,7 +410,9 @@ def test_get_config_goes_round() -> None:
     optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.25), preset="deepspeed", max_scale=2.0**20, name="scaler")
     config = keras.optimizers.serialize(optimizer)
     again = keras.optimizers.deserialize(config)
-    assert isinstance(again, LossScaleOptimizer) and again.rule == optimizer.rule and again.name == "scaler"
+    assert isinstance(again, LossScaleOptimizer)
+    assert again.rule == optimizer.rule
+    assert again.name == "scaler"
     assert float(again.inner_optimizer.learning_rate.numpy()) == 0.25
     again.learning_rate = 0.5
     assert float(again.inner_optimizer.learning_rate.numpy()) == 0.5

@@ -50,8 +50,10 @@ def test_an_overflow_on_one_replica_skips_the_step_of_all(two_replicas, where: i
     step(*((bad, 8.0) if where == 0 else (8.0, bad)))
     for copy in two_replicas.experimental_local_results(variable.value):
         np.testing.assert_array_equal(copy.numpy(), [-1.0] * 3)
-    assert optimizer.scale() == 4.0 and optimizer.overflowed() == {"v": 3}
-    assert optimizer.counters()["skipped"] == 1 and optimizer.counters()["steps"] == 2
+    assert optimizer.scale() == 4.0
+    assert optimizer.overflowed() == {"v": 3}
+    assert optimizer.counters()["skipped"] == 1
+    assert optimizer.counters()["steps"] == 2
     assert optimizer.counters()["nan_steps"] == int(math.isnan(bad))
     for copy in two_replicas.experimental_local_results(optimizer.dynamic_scale.value):
         assert float(copy) == 4.0

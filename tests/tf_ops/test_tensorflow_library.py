@@ -70,7 +70,9 @@ def test_without_the_library_plain_ops_run_after_one_warning(copy: Path) -> None
     shutil.rmtree(copy / "halfstep" / FOLDER.name)
     explained, [warning] = run(copy)
     assert explained.startswith("plain ops: halfstep's TensorFlow library is not built")
-    assert "is not there" in warning and "make setup-tf" in warning and "same results" in warning
+    assert "is not there" in warning
+    assert "make setup-tf" in warning
+    assert "same results" in warning
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,9 @@ def test_a_foreign_library_is_not_loaded(copy: Path, change: dict | None, messag
     path = copy / "halfstep" / FOLDER.name / "build_info.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change else "{")
     explained, [warning] = run(copy)
-    assert message in explained and message in warning and "make setup-tf" in warning
+    assert message in explained
+    assert message in warning
+    assert "make setup-tf" in warning
 
 
 def test_a_library_that_does_not_load_is_explained(copy: Path, tmp_path: Path) -> None:
@@ -98,7 +102,8 @@ def test_a_library_that_does_not_load_is_explained(copy: Path, tmp_path: Path) -
     info = copy / "halfstep" / FOLDER.name / "build_info.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "tensorflow": "2.99.0"}))
     explained, [warning] = run(copy)
-    assert "gone_from_tensorflow" in warning and "TensorFlow 2.99.0" in warning
+    assert "gone_from_tensorflow" in warning
+    assert "TensorFlow 2.99.0" in warning
     assert f"this is halfstep {json.loads(info.read_text())['halfstep']} with TensorFlow {tf.__version__}" in explained
 
 
@@ -117,7 +122,8 @@ def test_the_library_says_what_it_was_built_for() -> None:
     from halfstep import __version__
 
     info = json.loads((FOLDER / "build_info.json").read_text())
-    assert info["halfstep"] == __version__ and re.fullmatch(r"2\.\d+\.\d+", info["tensorflow"])
+    assert info["halfstep"] == __version__
+    assert re.fullmatch(r"2\.\d+\.\d+", info["tensorflow"])
 
 
 def test_halfstep_itself_imports_no_tensorflow() -> None:

@@ -77,7 +77,8 @@ def test_every_non_finite_element_is_found(path: str, dtype: str, what: float, w
 
 def test_what_unscaling_itself_makes_infinite_is_found(path: str) -> None:
     [unscaled], found, _ = check_and_unscale([tf.constant([60000.0], tf.float16)], tf.constant(0.5))
-    assert np.isinf(unscaled.numpy()[0]) and found.numpy() == 1.0
+    assert np.isinf(unscaled.numpy()[0])
+    assert found.numpy() == 1.0
     _, found, _ = check_and_unscale([tf.constant([60000.0], tf.float32)], tf.constant(0.5))
     assert found.numpy() == 0.0
     for value in (1.0, 0.0):  # a scale of 0: Keras divides by it
@@ -87,7 +88,8 @@ def test_what_unscaling_itself_makes_infinite_is_found(path: str) -> None:
 
 def test_large_finite_elements_are_not_found_though_their_squares_are_infinite(path: str) -> None:
     _, found, norm = check_and_unscale([tf.constant([1e30, 1.0])], tf.constant(1.0))
-    assert found.numpy() == 0.0 and np.isinf(norm.numpy())
+    assert found.numpy() == 0.0
+    assert np.isinf(norm.numpy())
 
 
 def test_lists_without_elements(path: str) -> None:
@@ -109,7 +111,8 @@ def test_custom_and_plain_ops_give_the_same_bits(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tensorflow_ops, "why_plain", lambda: "tested")
     plain = wrap(run)(mixed(), tf.constant(scale))
     for a, b, grad in zip(custom, plain, mixed(), strict=True):
-        assert a.dtype == b.dtype == grad.dtype and a.shape == grad.shape
+        assert a.dtype == b.dtype == grad.dtype
+        assert a.shape == grad.shape
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
@@ -165,7 +168,8 @@ def test_shapes_are_known_while_tracing() -> None:
     @tf.function(input_signature=[tf.TensorSpec([None, 3]), tf.TensorSpec(None, tf.float16)])
     def trace(a: tf.Tensor, b: tf.Tensor) -> tuple:
         unscaled, found, norm = check_and_unscale([a, b], tf.constant(2.0))
-        assert [u.shape for u in unscaled] == [a.shape, b.shape] and unscaled[0].shape.as_list() == [None, 3]
+        assert [u.shape for u in unscaled] == [a.shape, b.shape]
+        assert unscaled[0].shape.as_list() == [None, 3]
         assert found.shape == norm.shape == ()
         assert ops.halfstep_gradient_statistics([a, b], 2.0).shape == (2, 6)
         return unscaled, found, norm
@@ -204,7 +208,8 @@ def test_500_steps_are_those_of_the_torch_door(path: str, name: str) -> None:
         founds.append(int(found))
         norms.append(float(norm))
     assert scale_gradients.hexadecimal(scales) == expected["scale"]
-    assert founds == expected["found"] and 10 < sum(founds) < 100
+    assert founds == expected["found"]
+    assert 10 < sum(founds) < 100
     assert state.counters.numpy().tolist() == expected["counters"]
     assert int(state.hysteresis_left) == expected["hysteresis_left"]
     assert int(state.growth_tracker) == expected["growth_tracker"]
