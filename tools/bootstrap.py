@@ -4,7 +4,8 @@
     python3 tools/bootstrap.py --tensorflow 2.21.0 [--tensorflow-python PYTHON]
 
 The first leaves .venv-<torch> (and .venv, a link to it), build/<torch>-<cpu|cuda>, and the library in the Python
-package. The second leaves .venv-tf, build/tf-<version>, and TensorFlow's library beside the other. Each part says what it does and how long that takes, and is skipped when its stamp says that it is done.
+package; the second .venv-tf, build/tf-<version>, and TensorFlow's library beside the other. Each part says what it does
+and how long that takes, and is skipped when its stamp says that it is done.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""halfstep's LossScaleOptimizer for Keras: one pass over the gradients, a bounded scale, and a memory of what it did."""
+"""halfstep's LossScaleOptimizer for Keras: one pass over the gradients, a bounded scale, a memory of what it did."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _OWN = ("growth_factor", "backoff_factor", "min_scale", "max_scale", "hysteresis
 class _Memory(keras.layers.Layer):
     """The variables beside those of Keras' own optimizer.
 
-    A layer, so that Keras' and TensorFlow's checkpoints find it below the optimizer and keep it apart: one variable more
-    in the optimizer's own list, and Keras' optimizer would refuse all of a checkpoint.
+    A layer, so that Keras' and TensorFlow's checkpoints find it below the optimizer and keep it apart: one variable
+    more in the optimizer's own list, and Keras' optimizer would refuse all of a checkpoint.
     """
 
     def __init__(self, hysteresis: int) -> None:
@@ -142,7 +142,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     # ----------------------------------------------------------------------------------------------------- a step
 
     def _common_apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """A step in a replica that decides for itself; with others, all decide alike."""
+        """Step in a replica that decides for itself; with others, all decide alike."""
         found, norm, unscaled = self._check(grads, trainable_variables)
         context = tf.distribute.get_replica_context()
         if context is not None and context.num_replicas_in_sync > 1:
@@ -165,7 +165,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             context.merge_call(self._apply_across, args=(grads, trainable_variables))
 
     def _apply_across(self, strategy: Any, grads: Any, trainable_variables: Any) -> None:
-        """A step of all replicas at once, whose gradients are not reduced yet: each has its own overflows.
+        """Step on all replicas at once, whose gradients are not reduced yet: each has its own overflows.
 
         A tf.cond around a merge_call, which the inner optimizer does, is only possible out here.
         """
@@ -275,7 +275,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
 
 def _dense(grad: Any) -> Any:
-    """The values of an IndexedSlices, the tensor of anything else."""
+    """Return the values of an IndexedSlices, the tensor of anything else."""
     return grad.values if isinstance(grad, tf.IndexedSlices) else tf.convert_to_tensor(grad)
 
 

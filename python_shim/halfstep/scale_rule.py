@@ -1,7 +1,7 @@
 """The scale rule's parameters and presets, for doors that must work without a compiled library.
 
-The rule itself and the sources of the presets: `csrc/include/halfstep/scaling.h`, `csrc/scaling.cpp`. A test compares the
-presets here with the core's.
+The rule itself and the sources of the presets: `csrc/include/halfstep/scaling.h`, `csrc/scaling.cpp`. A test compares
+the presets here with the core's.
 """
 
 from __future__ import annotations

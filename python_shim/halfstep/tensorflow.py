@@ -2,7 +2,8 @@
 
     from halfstep.tensorflow import LossScaleOptimizer
 
-This module imports TensorFlow; `halfstep` itself does not. Importing it registers what Keras needs to load saved models.
+This module imports TensorFlow; `halfstep` itself does not. Importing it registers what Keras needs to load models that
+were saved with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The check of the gradients and the scale rule in TensorFlow: one custom op each, or plain ops with the same results.
 
-The plain ops are for XLA, which cannot compile a custom op; for GPUs, whose stream TensorFlow's C API does not give; and
-for machines without the compiled library. Both take what a mixed list of gradients holds (float16, bfloat16, float32,
+The plain ops are for XLA, which cannot compile a custom op; for GPUs, whose stream TensorFlow's C API does not give;
+and for machines without the compiled library. Both take what a mixed list of gradients holds (float16, bfloat16, float32,
 float64), and both compute as `csrc/include/halfstep/gradients.h` and `scaling.h` say.
 """
 
@@ -95,7 +95,7 @@ def update_scale(state: State, rule: ScaleRule, found: Any, norm: Any) -> State:
 
 
 def _update_scale_plain(state: State, rule: ScaleRule, found: Any, norm: Any) -> State:
-    """The rule as csrc/scaling_step.h has it, both outcomes computed and one chosen: scalars cost no time."""
+    """Follow the rule as csrc/scaling_step.h has it, both outcomes computed and one chosen: scalars cost no time."""
     scale, tracker, credit, counters = state
     found = tf.reduce_any(found != 0.0)
     wide = tf.cast(scale, tf.float64)  # products are taken in float64 and rounded once
@@ -143,5 +143,5 @@ def _update_scale_plain(state: State, rule: ScaleRule, found: Any, norm: Any) ->
 
 
 def _threads() -> int:
-    """The threads of one operation, as TensorFlow is configured; 0 for all processors."""
+    """Return the threads of one operation, as TensorFlow is configured; 0 for all processors."""
     return tf.config.threading.get_intra_op_parallelism_threads()
