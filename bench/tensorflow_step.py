@@ -72,10 +72,9 @@ def main() -> None:
                 times[name].append(run())
         medians = {name: statistics.median(values[len(values) // 5 :]) * 1e3 for name, values in times.items()}
         part = {name: medians[name] - medians["SGD"] for name in ("Keras", "plain", "op")}
-        print(
-            f"{f'{count} x {size}':>16} {medians['SGD']:8.3f} {part['Keras']:8.3f}"
-            f" {part['plain']:8.3f} {part['op']:8.3f} {part['Keras'] / part['plain']:12.2f} {part['Keras'] / part['op']:9.2f}"
-        )
+        columns = (medians["SGD"], part["Keras"], part["plain"], part["op"])
+        row = " ".join([f"{f'{count} x {size}':>16}", *(f"{value:8.3f}" for value in columns)])
+        print(f"{row} {part['Keras'] / part['plain']:12.2f} {part['Keras'] / part['op']:9.2f}", flush=True)
 
 
 if __name__ == "__main__":

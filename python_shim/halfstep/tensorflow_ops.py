@@ -1,8 +1,8 @@
 """The check of the gradients and the scale rule in TensorFlow: one custom op each, or plain ops with the same results.
 
 The plain ops are for XLA, which cannot compile a custom op; for GPUs, whose stream TensorFlow's C API does not give;
-and for machines without the compiled library. Both take what a mixed list of gradients holds (float16, bfloat16, float32,
-float64), and both compute as `csrc/include/halfstep/gradients.h` and `scaling.h` say.
+and for machines without the compiled library. Both take what a mixed list of gradients holds (float16, bfloat16,
+float32, float64), and both compute as `csrc/include/halfstep/gradients.h` and `scaling.h` say.
 """
 
 from __future__ import annotations
