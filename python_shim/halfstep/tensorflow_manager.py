@@ -183,14 +183,7 @@ class TensorFlowManager:
         }
         if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             return LossScaleOptimizer(optimizer, config.loss_scale, config.loss_scale_growth_interval, **factors)
-        result = LossScaleOptimizer(
-            optimizer.inner_optimizer, optimizer.initial_scale, optimizer.dynamic_growth_steps, **factors
-        )
-        if optimizer.built:
-            result.build(optimizer._trainable_variables)  # Keras has no public name for them
-            result.dynamic_scale.assign(optimizer.dynamic_scale)
-            result.step_counter.assign(optimizer.step_counter)
-        return result
+        return LossScaleOptimizer.from_keras(optimizer, **factors)
 
     def _note_optimizer(self, optimizer: Any) -> None:
         """Take note of the optimizer in use: reports and changes of the scale are about it, or none."""

@@ -281,6 +281,21 @@ def test_fit_with_compile(mixed_float16: None, how: dict) -> None:
     assert len(history.history["loss"]) == 3
 
 
+def test_automatic_clustering_leaves_the_custom_ops_alone(mixed_float16: None) -> None:
+    """tf.config.optimizer.set_jit(True), as the users' document has it."""
+    before = tf.config.optimizer.get_jit()
+    tf.config.optimizer.set_jit(True)
+    try:
+        model, (x, y) = small_model(), data()
+        optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.01))
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+        model.fit(x, y, batch_size=16, epochs=1, verbose=0)
+        assert optimizer.explain().startswith("custom ops")
+        assert optimizer.counters()["steps"] == 6
+    finally:
+        tf.config.optimizer.set_jit(before or False)
+
+
 def test_a_custom_loop(mixed_float16: None) -> None:
     model, (x, y) = small_model(), data()
     optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.01))
