@@ -126,7 +126,8 @@ def undisturbed() -> Iterator[None]:
     generator = global_state.get_global_attribute("global_seed_generator")
     seed = None if generator is None else generator.state.numpy()
     try:
-        with random_states_kept():
+        with random_states_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Keras warns of in a model was said when that was made
             yield
     finally:
         keras.config.set_dtype_policy(policy)
@@ -185,11 +186,8 @@ def _copy(model: Any, x: Any, *, full: bool) -> Any:
 
 def _made_anew(model: Any, *, full: bool) -> Any:
     kind = type(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras' about the lambdas in what is written: nothing is
-        config = keras.saving.serialize_keras_object(model.get_config())
     lambdas = _lambdas(model)
-    config = _edited(config, lambdas, full=full)
+    config = _edited(keras.saving.serialize_keras_object(model.get_config()), lambdas, full=full)
     recipe = {
         "module": kind.__module__,
         "class_name": kind.__name__,

@@ -391,12 +391,24 @@ class Drawing(keras.layers.Layer):
         return x + keras.random.normal(keras.ops.shape(x), dtype=x.dtype)
 
 
+class Block(keras.layers.Layer):
+    """A layer that makes layers which are named by a counter."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.inner = keras.layers.Dense(8)
+
+    def call(self, x):
+        return self.inner(x)
+
+
 @pytest.mark.parametrize("settings", [{}, {"run_eagerly": True}])
 def test_the_users_model_stays_bit_for_bit(half: str, settings: dict) -> None:
     layers = [
         keras.Input((4,)),
         keras.layers.Dense(8),
         keras.layers.BatchNormalization(),
+        Block(),
         Drawing(),
         keras.layers.Dropout(0.5),
         keras.layers.Dense(1, dtype="float32"),

@@ -165,20 +165,18 @@ def test_of_several_the_first_acts() -> None:
     history, _ = trained([first, second], x=with_nan(11))
     assert writers == ["first", "first"], "and the second does not raise"
     assert history["skipped_steps"] == [1, 2]
-    writers.clear()
     with pytest.raises(ScaleCollapsed):
         trained([second, first], x=with_nan(11))
-    trained([first], epochs=1)  # after a training that has ended by an error
-    assert writers == ["second", "first"] or writers == ["first"]
 
 
-def test_a_callback_serves_again_after_an_error() -> None:
+def test_another_callback_acts_in_the_next_training() -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile(LossScaleOptimizer(keras.optimizers.SGD()), "mse")
+    first, second = LossScaleCallback(max_consecutive_skips=1), LossScaleCallback()
     with pytest.raises(ScaleCollapsed):
-        model.fit(with_nan(0), Y, verbose=0, callbacks=[LossScaleCallback(max_consecutive_skips=1)])
-    history = model.fit(X, Y, verbose=0, callbacks=[LossScaleCallback()])
-    assert history.history["skipped_steps"] == [1]
+        model.fit(with_nan(0), Y, verbose=0, callbacks=[first])
+    assert model.fit(X, Y, verbose=0, callbacks=[second]).history["skipped_steps"] == [1]
+    assert model.fit(X, Y, verbose=0, callbacks=[first]).history["skipped_steps"] == [1]
 
 
 def test_arguments_are_checked() -> None:
