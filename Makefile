@@ -60,7 +60,7 @@ test-tf: setup-tf
 	@$(TF_TESTS) $(TF_BIN)/python -m pytest tests/tf_ops -m "not slow" $(PYTEST_ARGS)
 	@$(TF_TESTS) .venv-tf-$(TENSORFLOW_OTHER)/bin/python -m pytest $(TF_OTHER_TESTS) $(PYTEST_ARGS)
 
-# Trains in float16 on the CPU, for a quarter of an hour.
+# Trains in float16 on the CPU, for a minute or for a quarter of an hour, as the processor is.
 test-tf-slow: setup-tf
 	@$(TF_TESTS) $(TF_BIN)/python -m pytest tests/tf_ops -m slow $(PYTEST_ARGS)
 
