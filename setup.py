@@ -11,6 +11,7 @@ Environment:
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,6 +39,17 @@ def torch_folder() -> tuple[Path, str]:
             "    HALFSTEP_TORCH=OFF pip install .\n"
         )
     return Path(torch.__file__).parent, torch.__version__
+
+
+def check_tensorflow() -> None:
+    """End with the command that works where this Python cannot import the TensorFlow to build for."""
+    if importlib.util.find_spec("tensorflow") is None:
+        sys.exit(
+            "\nHALFSTEP_TF=ON builds for the TensorFlow you use, and there is none here.\n"
+            "If TensorFlow is installed, pip has hidden it (build isolation). Both cases are cured by\n\n"
+            "    pip install tensorflow 'setuptools>=77,<82' wheel 'cmake>=3.26' ninja 'nlohmann-json>=3.12'\n"
+            "    HALFSTEP_TORCH=OFF HALFSTEP_TF=ON pip install --no-build-isolation .\n"
+        )
 
 
 def choice_of(variable: str) -> str:
@@ -87,6 +99,8 @@ class BuildWithCMake(build_py):
         """Build, install, then copy the package."""
         torch = choice_of("HALFSTEP_TORCH") != "OFF"
         tensorflow = choice_of("HALFSTEP_TF") == "ON"
+        if tensorflow:
+            check_tensorflow()
         cuda = torch and wants_cuda()
         if torch:
             torch_root, torch_version = torch_folder()

@@ -87,7 +87,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'halfstep' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    try:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        keras = "; for Keras there is halfstep.tensorflow.KerasPolicy" if name.startswith("PrecisionPol") else ""
+        raise ModuleNotFoundError(
+            f"halfstep.{name} needs torch, which is not installed{keras}", name="torch"
+        ) from error
     globals()[name] = value
     return value
 

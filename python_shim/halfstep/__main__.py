@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from halfstep._library import build_info, cmake_prefix
 from halfstep.errors import LibraryMismatchError
@@ -38,6 +39,19 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return arguments
 
 
+def print_build_info() -> None:
+    """Print what was built for the torch that is here, or else for TensorFlow; ImportError if neither is."""
+    try:
+        info = build_info()
+    except ModuleNotFoundError as error:
+        found = sorted(Path(__file__).parent.glob("tensorflow-*/build_info.json"))
+        if error.name != "torch" or not found:
+            raise
+        info = json.loads(found[-1].read_text())
+    for key, value in info.items():
+        print(f"{key:20} {value}")
+
+
 def print_policy(path: str) -> None:
     """Print the rules of a policy file as a table."""
     from halfstep.policies import read_file
@@ -58,8 +72,6 @@ def print_policy(path: str) -> None:
 
 def shrink(arguments: argparse.Namespace) -> None:
     """Write a file in smaller dtypes and print the report."""
-    from pathlib import Path
-
     from halfstep.shrink_files import read, shrink_file
     from halfstep.sklearn_optimizer import SklearnPrecisionOptimizer
 
@@ -86,8 +98,7 @@ def main() -> int:
         if arguments.cmake_prefix:
             print(";".join(map(str, cmake_prefix())))
         elif arguments.build_info:
-            for key, value in build_info().items():
-                print(f"{key:20} {value}")
+            print_build_info()
         elif arguments.command == "shrink":
             shrink(arguments)
         elif arguments.ops:

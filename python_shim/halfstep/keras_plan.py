@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -42,6 +43,10 @@ class KerasPolicy(Policy):
     @classmethod
     def _class(cls) -> Any:
         return policy_library.Policy
+
+    def match(self, names: Sequence[str]) -> list[int]:
+        """Return for each name the number of the first rule that matches it, as a layer without a type; -1 for none."""
+        return self._policy.match(names, [""] * len(names))
 
     def plan(self, model: keras.Layer) -> KerasPlan:
         """Decide once per layer of the model, as the function `plan` does."""

@@ -61,12 +61,22 @@ def apply_plan(model: keras.Layer, plan: KerasPlan) -> None:
 
 
 def _apply(model: keras.Layer, plan: KerasPlan) -> None:
+    overridden = []  # layers that were given float32 while others were to be half
+    half_globally = keras.config.dtype_policy().compute_dtype != "float32"
     for layer, policy in _policies(model, plan):
         before, ours = _applied.get(layer, (layer.dtype_policy, None))
         if ours is not None and layer.dtype_policy is not ours:  # another has been set since
             before = layer.dtype_policy
+        if half_globally and ours is None and before.compute_dtype == "float32" != policy.compute_dtype:
+            overridden.append(layer.name)
         _set(layer, policy)
         _applied[layer] = before, policy
+    if overridden:
+        warnings.warn(
+            f"{', '.join(overridden)}: made in float32 under a half policy, and the plan has it in half. Give what is "
+            "to stay float32 a rule.",
+            stacklevel=3,
+        )
     _forget_functions(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer and needs_loss_scaling(model) and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):

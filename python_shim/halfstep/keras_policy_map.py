@@ -73,7 +73,7 @@ class PrecisionPolicyMap(keras.dtype_policies.DTypePolicyMap):
             return super().__getitem__(path)
         if path not in self._found:
             names = [part.replace("/", ".") for part in (path, path.partition("/")[2]) if part]
-            matched = [rule for rule in self.policy._policy.match(names, [""] * len(names)) if rule >= 0]
+            matched = [rule for rule in self.policy.match(names) if rule >= 0]
             self._found[path] = self._rules[min(matched)] if matched else self.default_policy
         return self._found[path]
 

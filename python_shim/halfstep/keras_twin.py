@@ -78,7 +78,7 @@ def layer_bytes(model: Any, batch: tuple[Any, Any, Any]) -> tuple[int, int]:
 def step_seconds(model: Any, batch: tuple[Any, Any, Any], *, clock: Callable[[], float] = time.perf_counter) -> Speed:
     """Time training steps of the model's copy and of its float32 twin, in turn, for about 20 seconds at most.
 
-    The steps are train_on_batch() with the loss, the optimizer's configuration, jit_compile and run_eagerly of the
+    The steps are those of fit with the loss, the optimizer's configuration, jit_compile and run_eagerly of the
     model; metrics are left out. The twin's optimizer does not scale the loss. Both have taken steps before the timed
     ones, at least 2 and at most 15 each. Raises CannotMeasure.
     """
@@ -97,10 +97,11 @@ def _timed(model: Any, batch: tuple[Any, Any, Any], clock: Callable[[], float]) 
         twin.set_weights(model.get_weights())
         _compile(twin, model, scaling=scaling)
     batch = tuple(None if part is None else keras.tree.map_structure(_on_device, part) for part in batch)
+    data = keras.utils.pack_x_y_sample_weight(*batch)  # as fit gives it to a train_step of the user's
 
     def seconds(twin: Any) -> float:
         begin = clock()
-        twin.train_on_batch(*batch)  # it returns the loss as a number, so it waits
+        _train_step(twin, data)
         return clock() - begin
 
     for twin in twins:
@@ -111,6 +112,13 @@ def _timed(model: Any, batch: tuple[Any, Any, Any], clock: Callable[[], float]) 
     while len(timed) < 2 or (len(timed) < _STEPS and clock() - start < _SECONDS):
         timed.append(tuple(map(seconds, twins)))
     return Speed(*zip(*timed, strict=True), _skipped(twins[0]) - skipped)
+
+
+def _train_step(twin: Any, data: Any) -> None:
+    """Take a step as fit takes it, and wait for it; train_on_batch gives x, y and None, which not all steps take."""
+    twin.make_train_function()
+    for value in keras.tree.flatten(twin.train_function(iter([data]))):
+        keras.ops.convert_to_numpy(value)
 
 
 @contextlib.contextmanager

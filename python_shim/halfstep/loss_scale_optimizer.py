@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -99,19 +100,23 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             raise TypeError(f"inner_optimizer is {inner_optimizer!r}, expected a keras.optimizers.Optimizer")
         if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(f"inner_optimizer is a {type(inner_optimizer).__name__}, which scales the loss already")
-        rule = rule_of(
-            preset,
-            init_scale=initial_scale,
-            growth_interval=dynamic_growth_steps,
-            growth_factor=growth_factor,
-            backoff_factor=backoff_factor,
-            min_scale=min_scale,
-            max_scale=max_scale,
-            hysteresis=hysteresis,
-            refill=refill,
-            growth_delay=growth_delay,
-        )
-        super().__init__(inner_optimizer, rule.init_scale, rule.growth_interval, name=name, **kwargs)
+        try:
+            rule = rule_of(
+                preset,
+                init_scale=initial_scale,
+                growth_interval=dynamic_growth_steps,
+                growth_factor=growth_factor,
+                backoff_factor=backoff_factor,
+                min_scale=min_scale,
+                max_scale=max_scale,
+                hysteresis=hysteresis,
+                refill=refill,
+                growth_delay=growth_delay,
+            )
+        except (TypeError, ValueError) as error:  # with Keras' names
+            named = str(error).replace("init_scale is", "initial_scale is", 1)
+            raise type(error)(named.replace("growth_interval is", "dynamic_growth_steps is", 1)) from None
+        super().__init__(inner_optimizer, float(rule.init_scale), rule.growth_interval, name=name, **kwargs)
         self.rule = rule
         self.memory = _Memory(rule.hysteresis)
         self._why_plain: str | None = None
@@ -132,14 +137,55 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             ours.step_counter.assign(optimizer.step_counter)
         return ours
 
+    @property
+    def dynamic_growth_steps(self) -> int:
+        """Clean steps in a row before the scale grows. Steps that were traced keep what they were traced with."""
+        return self.rule.growth_interval
+
+    @dynamic_growth_steps.setter
+    def dynamic_growth_steps(self, steps: int) -> None:
+        if hasattr(self, "rule"):  # not yet where Keras' constructor sets it
+            self.rule = dataclasses.replace(self.rule, growth_interval=steps)
+
+    def add_variable(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a variable; the counter of steps begins below 0 by the rule's delay.
+
+        By its initializer, since what is assigned while a step is being traced stays in the trace.
+        """
+        if kwargs.get("name") == "step_counter":
+            kwargs["initializer"] = keras.initializers.Constant(-self.rule.growth_delay)
+        return super().add_variable(*args, **kwargs)
+
     def build(self, var_list: Any) -> None:
         """Make the variables: Keras' own, and those of the memory."""
         super().build(var_list)
-        if self.rule.growth_delay:
-            self.step_counter.assign(-self.rule.growth_delay)
         self.memory.build(len(var_list))
 
     # ----------------------------------------------------------------------------------------------------- a step
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Unscale the gradients and let the inner optimizer apply them, or skip the step; update the scale.
+
+        grads: a tensor, IndexedSlices or None for each variable. trainable_variables: those that the optimizer was
+        built with, or None for all of them. ValueError for other variables or another number of gradients, TypeError
+        for gradients that are not floating-point numbers; nothing is changed then.
+        """
+        grads = list(grads)
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if self.built:
+                self._check_variables_are_known(trainable_variables)
+        elif not self.built:
+            raise ValueError("apply() got no trainable_variables, which the first call of an optimizer needs")
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        if len(grads) != len(variables):
+            raise ValueError(f"apply() got {len(grads)} gradients for {len(variables)} variables")
+        for grad, variable in zip(grads, variables, strict=True):
+            if grad is not None and not tf.as_dtype(getattr(grad, "dtype", "float32")).is_floating:
+                raise TypeError(
+                    f"the gradient of {variable.path} is of {tf.as_dtype(grad.dtype).name}, expected floats"
+                )
+        super().apply(grads, trainable_variables)
 
     def _common_apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Step in a replica that decides for itself; with others, all decide alike."""

@@ -16,7 +16,10 @@ from halfstep.errors import LibraryMismatchError
 
 ABI = 2
 _FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), f"numpy-{ABI}", "lib", "libhalfstep_numpy.so")
-_HOW_TO_BUILD = "Build it: `make setup` in halfstep's folder, or `HALFSTEP_TORCH=OFF pip install .` there."
+_HOW_TO_BUILD = (
+    "Build it: `make setup` (with torch) or `make setup-tf` (with TensorFlow) in halfstep's folder, or "
+    "`HALFSTEP_TORCH=OFF pip install .` there."
+)
 
 # halfstep::ArrayType
 TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")

@@ -78,7 +78,10 @@ def _check_refill(name: str, value: Any) -> None:
 
 def _check_delay(name: str, value: Any) -> None:
     if value != 0 or isinstance(value, bool):
-        check_count(name, value)
+        try:
+            check_count(name, value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("from 1 to", "from 0 to")) from None
 
 
 _CHECKS = {

@@ -2,8 +2,8 @@
 
     from halfstep.tensorflow import LossScaleOptimizer
 
-This module imports TensorFlow; `halfstep` itself does not. Importing it registers what Keras needs to load models that
-were saved with it.
+This module imports TensorFlow; `halfstep` itself does not. Importing it registers what Keras and TensorFlow need to
+load models and graphs that were saved with it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from halfstep.keras_policy import (
 )
 from halfstep.loss_scale_callback import LossScaleCallback
 from halfstep.loss_scale_optimizer import LossScaleOptimizer
+from halfstep.tensorflow_library import register
 
 __all__ = [
     "KerasPlan",
@@ -33,3 +34,5 @@ __all__ = [
     "plan",
     "remove_policy",
 ]
+
+register()

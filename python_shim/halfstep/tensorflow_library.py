@@ -12,20 +12,29 @@ import tensorflow as tf
 
 from halfstep._version import __version__
 
-_HOW_TO_BUILD = (
-    "Build it with `make setup-tf` in halfstep's folder, or for the TensorFlow of another Python with "
-    "`make setup-tf TF_PYTHON=<that python>`."
-)
+_PACKAGE = os.path.dirname(os.path.realpath(__file__))
+
+
+def _how_to_build() -> str:
+    if os.path.exists(os.path.join(_PACKAGE, "..", "..", "tools", "bootstrap.py")):
+        return (
+            "Build it with `make setup-tf` in halfstep's folder, or for the TensorFlow of another Python with "
+            "`make setup-tf TF_PYTHON=<that python>`."
+        )
+    return (
+        "Install halfstep with it, from a clone and with cmake, ninja and nlohmann-json in this environment: "
+        "`HALFSTEP_TORCH=OFF HALFSTEP_TF=ON pip install --no-build-isolation .`"
+    )
 
 
 def _folder() -> str:
     major = tf.__version__.split(".")[0]
-    return os.path.join(os.path.dirname(os.path.realpath(__file__)), f"tensorflow-{major}")
+    return os.path.join(_PACKAGE, f"tensorflow-{major}")
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str]:
-    """Return the ops and "", or None and why there are none."""
+def _register() -> tuple[ModuleType | None, str]:
+    """Load the library; return the module of its ops and what it was built for, or None and why there is none."""
     folder = _folder()
     library = os.path.join(folder, "lib", "libhalfstep_tf.so")
     if not os.path.exists(library):
@@ -40,10 +49,21 @@ def _load() -> tuple[ModuleType | None, str]:
     if info["halfstep"] != __version__:
         return None, f"{library} was built as part of {built}, but {here}"
     try:
-        ops = tf.load_op_library(library)
-        _try(ops)
+        return tf.load_op_library(library), built
     except Exception as error:  # whatever a foreign library does: the plain ops are right in any case
-        return None, f"{library} was built for {built}, does not work here ({error}), and {here}"
+        return None, f"{library} was built for {built}, does not load here ({error}), and {here}"
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """Return the ops and "", or None and why there are none."""
+    ops, said = _register()
+    if ops is None:
+        return None, said
+    try:
+        _try(ops)
+    except Exception as error:  # as above
+        return None, f"the library in {_folder()} was built for {said}, and does not work here ({error})"
     return ops, ""
 
 
@@ -67,9 +87,17 @@ def _try(ops: ModuleType) -> None:
 def _warn(reason: str) -> None:
     warnings.warn(
         f"{reason}. The loss scale is kept by plain TensorFlow operations instead, with the same results. "
-        f"{_HOW_TO_BUILD}",
+        f"{_how_to_build()}",
         stacklevel=2,
     )
+
+
+def register() -> None:
+    """Make the ops known to TensorFlow where they can be had, so that graphs which were saved with them load.
+
+    Nothing runs, so TensorFlow's devices can still be configured.
+    """
+    _register()
 
 
 def library() -> ModuleType | None:

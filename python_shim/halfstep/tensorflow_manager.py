@@ -30,9 +30,11 @@ _TRACED = (*_RULE, "gradient_clipping_threshold")
 _COUNTED = ("steps", "skipped_steps", "overflow_events", "scale_adjustments", "loss_scale")
 _SPEED = ("speedup_factor", "average_speedup", "peak_speedup")
 _MEMORY = ("memory_saved_bytes", "memory_reduction")
+_METHODS = {"setup": "setup_pytorch_training"}  # of the manager that calls them
 _OFF = "monitoring is off (enable_monitoring=False)"
 
 _in_force: TensorFlowManager | None = None  # whose policy Keras has and who hears of fit
+_contexts = 0  # that are open
 
 
 class TensorFlowManager:
@@ -68,6 +70,11 @@ class TensorFlowManager:
     def setup_tensorflow_policy(self) -> None:
         """See MixedPrecisionManager."""
         global _in_force
+        if _contexts:
+            raise RuntimeError(
+                "setup_tensorflow_policy() inside of a policy_context(), whose end would put back the policy before "
+                "it: call it outside"
+            )
         current = keras.config.dtype_policy()
         previous = _in_force
         if previous is None or current.name != previous._policy:  # else it is the other manager's, which goes with it
@@ -87,16 +94,20 @@ class TensorFlowManager:
             return
         _in_force = None
         stop_listening()
-        keras.config.set_dtype_policy(self._before)
+        if keras.config.dtype_policy().name == self._policy:  # else somebody has set another one since
+            keras.config.set_dtype_policy(self._before)
 
     @contextlib.contextmanager
     def policy_context(self) -> Iterator[None]:
         """See MixedPrecisionManager."""
+        global _contexts
         before = keras.config.dtype_policy()
         keras.config.set_dtype_policy(self._policy)
+        _contexts += 1
         try:
             yield
         finally:
+            _contexts -= 1
             keras.config.set_dtype_policy(before)
 
     def autocast_context(self) -> contextlib.AbstractContextManager[None]:
@@ -105,7 +116,9 @@ class TensorFlowManager:
 
     @contextlib.contextmanager
     def around_fit(self, model: Any, arguments: dict[str, Any]) -> Iterator[None]:
-        """Hear of a fit: add the callback, and take note of the model and its first batch."""
+        """Hear of a fit: apply the custom policy if that was not done, add the callback, note model and first batch."""
+        if self._custom_policy is not None and self._policy != "float32" and model not in self._plans:
+            self.apply_policy(model)
         self._note_optimizer(getattr(model, "optimizer", None))
         arguments["callbacks"], done = with_callback(arguments.get("callbacks"))
         if self._monitoring and "x" in arguments:
@@ -198,6 +211,11 @@ class TensorFlowManager:
         threshold = self._threshold(config)
         if threshold is None or inner in self._clipped:
             return
+        if isinstance(inner, keras.optimizers.MultiOptimizer):
+            raise ValueError(
+                "the optimizer is a MultiOptimizer, which does not clip, and the manager has "
+                f"gradient_clipping_threshold={threshold!r}: let the optimizers in it clip, with math.inf here"
+            )
         for name in ("clipnorm", "clipvalue", "global_clipnorm"):
             own = getattr(inner, name, None)
             if own is not None and (name, own) != ("global_clipnorm", threshold):
@@ -330,6 +348,8 @@ class TensorFlowManager:
         model = self._watched.model()
         if isinstance(getattr(model, "optimizer", None), keras.optimizers.LossScaleOptimizer):
             why = "the optimizer is Keras' LossScaleOptimizer, which counts nothing: use wrap_optimizer()"
+            if not self._loss_scaling:
+                why = "compile() added Keras' LossScaleOptimizer, which counts nothing: give it auto_scale_loss=False"
         elif self._wrapped() is not None:
             why = "the optimizer does not scale the loss, so no steps were counted"
         else:
@@ -340,8 +360,8 @@ class TensorFlowManager:
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(
-            f"this manager's framework is 'tensorflow', which has no {name}; it has setup_tensorflow_policy, "
-            "wrap_optimizer and watch"
+            f"this manager's framework is 'tensorflow', which has no {_METHODS.get(name, name)}; it has "
+            "setup_tensorflow_policy, wrap_optimizer, apply_policy, policy_context and watch"
         )
 
 
@@ -365,6 +385,12 @@ def _check_custom_policy(policy: Any) -> None:
         raise TypeError(
             f"custom_policy is {policy!r}, expected an instance of a CustomPrecisionPolicy or a policy with to_json()"
         )
+    if getattr(policy, "chooses_loss_scale", lambda: False)():
+        warnings.warn(
+            f"get_loss_scale_factor of {type(policy).__name__} is not asked under framework='tensorflow': the loss "
+            "scale follows the rule of the LossScaleOptimizer",
+            stacklevel=5,
+        )
 
 
 def _set_scale(optimizer: LossScaleOptimizer, scale: float) -> None:
@@ -380,7 +406,6 @@ def _set_rule(optimizer: LossScaleOptimizer, config: MixedPrecisionConfig, chang
     """Set what has changed of the rule of an optimizer that has not traced a step."""
     names = {name.removeprefix("loss_scale_"): getattr(config, name) for name in _RULE if name in changed}
     optimizer.rule = dataclasses.replace(optimizer.rule, **names)
-    optimizer.dynamic_growth_steps = optimizer.rule.growth_interval
 
 
 def _how_timed(speed: Speed) -> str:
@@ -393,7 +418,7 @@ def _warn_of_slow_float16() -> None:
     """Warn, once, where TensorFlow sees processors alone."""
     if all(device.device_type == "CPU" for device in tf.config.list_physical_devices()):
         warnings.warn(
-            "mixed_float16 without a GPU: on a processor TensorFlow gains nothing from float16, and on some it takes many "
-            "times as long as float32. mixed_bfloat16 is the policy for processors.",
+            "mixed_float16 without a GPU: on a processor TensorFlow gains nothing from float16, and on some it takes "
+            "many times as long as float32. mixed_bfloat16 is the policy for processors.",
             stacklevel=4,
         )

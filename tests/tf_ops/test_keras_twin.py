@@ -326,13 +326,12 @@ def stand_in_steps(monkeypatch: pytest.MonkeyPatch, clock: Clock, mixed: float, 
     model.compile("sgd", "mse")
     calls = []
 
-    def train_on_batch(self, *data):
-        half = keras_twin.computes_in_half(self.layers[0])
+    def step(twin, data):
+        half = keras_twin.computes_in_half(twin.layers[0])
         calls.append(half)
         clock.now += (mixed if half else full) + (first if len(calls) <= 2 else 0)
-        return 0.0
 
-    monkeypatch.setattr(keras.Sequential, "train_on_batch", train_on_batch, raising=False)
+    monkeypatch.setattr(keras_twin, "_train_step", step)
     return model, calls
 
 
@@ -358,6 +357,26 @@ def test_the_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = stand_in_steps(monkeypatch, clock, mixed=0.01, full=0.01, first=60.0)
     assert len(step_seconds(model, batch(2, 4), clock=clock).mixed) == 2, "two in any case"
     assert len(calls) == 2 + 4
+
+
+class OwnStep(keras.Sequential):
+    """A model with a train_step of its own, as Keras' guide writes it."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.optimizer.scale_loss(self.compute_loss(x, y, self(x, training=True)))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+        return {"loss": loss}
+
+
+def test_a_train_step_of_the_users_is_given_what_fit_gives_it() -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = OwnStep([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y, _ = batch(8, 4)
+    model.fit(x, y, verbose=0)
+    assert len(step_seconds(model, (x, y, None)).mixed) >= 2
 
 
 def test_skipped_steps_are_said() -> None:

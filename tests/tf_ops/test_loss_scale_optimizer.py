@@ -163,6 +163,28 @@ def test_bounds_hysteresis_and_presets() -> None:
     assert (megatron.initial_scale, megatron.dynamic_growth_steps, megatron.rule.hysteresis) == (2.0**32, 1000, 2)
 
 
+@pytest.mark.parametrize("how", [{}, {"jit_compile": True}, {"run_eagerly": True}])
+def test_a_growth_delay_holds_from_the_first_step_of_fit(how: dict) -> None:
+    """Keras builds the optimizer while it traces the step: what is assigned there would be no start."""
+    model, (x, y) = small_model(), data(64)
+    settings = {"initial_scale": 4.0, "dynamic_growth_steps": 2, "growth_delay": 3}
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.01), **settings)
+    model.compile(optimizer, "sparse_categorical_crossentropy", **how)
+    scales = []
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: scales.append(optimizer.scale()))
+    model.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=[callback])
+    assert scales == [4.0, 4.0, 4.0, 4.0, 8.0, 8.0, 16.0, 16.0]
+
+
+def test_growth_steps_set_later_hold() -> None:
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.0), 8.0)
+    optimizer.dynamic_growth_steps = 2
+    assert optimizer.get_config()["dynamic_growth_steps"] == optimizer.rule.growth_interval == 2
+    assert train(optimizer, gradient_lists(4, set()))[1] == [8.0, 16.0, 16.0, 32.0]
+    with pytest.raises(ValueError, match="growth_interval is 0"):
+        optimizer.dynamic_growth_steps = 0
+
+
 def test_the_case_in_which_keras_destroys_the_weights_is_survived(path: str) -> None:
     """A scale halved down to 0: good gradients are 0 then, Keras finds 0 finite, and divides it by 0."""
     bad, good = gradient_lists(1, {0})[0], [np.zeros_like(grad) for grad in gradient_lists(1, set())[0]]
@@ -200,6 +222,36 @@ def test_none_gradients_keep_their_places(path: str) -> None:
     assert optimizer.overflowed() == {"v2": 4}
     with pytest.raises(ValueError, match="No gradients"):
         optimizer.apply([None, None, None], params)
+
+
+def test_calls_that_cannot_be_are_errors_and_change_nothing() -> None:
+    params = variables()
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=4.0)
+    grads = [tf.ones([4, 3]), tf.ones([3]), tf.ones([2, 2, 2])]
+    with pytest.raises(ValueError, match="no trainable_variables, which the first call"):
+        optimizer.apply(grads)
+    optimizer.build(params)
+    for given, variables_of_call in ((grads[:2], params), (grads, params[:1]), (grads[:2], None)):
+        with pytest.raises(ValueError, match=f"got {len(given)} gradients for"):
+            optimizer.apply(given, variables_of_call)
+    with pytest.raises(TypeError, match="gradient of v1 is of int32, expected floats"):
+        optimizer.apply([grads[0], tf.ones([3], tf.int32), grads[2]], params)
+    other = keras.Variable(np.ones(3, np.float32), name="other")
+    with pytest.raises(ValueError, match="Unknown variable"):
+        optimizer.apply([grads[1]], [other])
+    assert optimizer.counters()["steps"] == 0
+    for param, start in zip(params, variables(), strict=True):
+        np.testing.assert_array_equal(param.numpy(), start.numpy())
+
+
+def test_an_optimizer_of_another_model_is_refused_as_keras_refuses_it() -> None:
+    optimizer, (x, y) = LossScaleOptimizer(keras.optimizers.Adam()), data()
+    first, second = small_model(), small_model()
+    for model in (first, second):
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+    first.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match="Unknown variable"):
+        second.fit(x, y, verbose=0)
 
 
 def test_indexed_slices_stay_sparse(path: str) -> None:
@@ -441,12 +493,12 @@ def test_get_config_goes_round() -> None:
         ({"backoff_factor": 1.5}, ValueError, "backoff_factor is 1.5"),
         ({"min_scale": -1.0}, ValueError, "min_scale is -1.0"),
         ({"min_scale": 8.0, "max_scale": 4.0}, ValueError, "min_scale is 8.0, expected at most max_scale"),
-        ({"initial_scale": 0.0}, ValueError, "init_scale is 0.0"),
-        ({"initial_scale": 2.0, "min_scale": 4.0}, ValueError, "init_scale is 2.0"),
-        ({"dynamic_growth_steps": 2.5}, TypeError, "growth_interval is 2.5"),
+        ({"initial_scale": 0.0}, ValueError, "^initial_scale is 0.0"),
+        ({"initial_scale": 2.0, "min_scale": 4.0}, ValueError, "^initial_scale is 2.0"),
+        ({"dynamic_growth_steps": 2.5}, TypeError, "^dynamic_growth_steps is 2.5"),
         ({"hysteresis": 0}, ValueError, "hysteresis is 0"),
         ({"refill": "never"}, ValueError, "refill is 'never'"),
-        ({"growth_delay": -1}, ValueError, "growth_delay is -1"),
+        ({"growth_delay": -1}, ValueError, "growth_delay is -1, expected an integer from 0"),
         ({"global_clipnorm": 1.0}, ValueError, "set `global_clipnorm` on the `inner_optimizer`"),
         ({"clip": 1.0}, ValueError, "does not support arguments"),
     ],

@@ -30,7 +30,8 @@ def check(printed: str, namespace: dict, *, epochs: int, steps: int) -> None:
     assert all(np.isfinite(weight).all() and weight.dtype == np.float32 for weight in model.get_weights())
     assert all(len(values) == epochs for values in history.values())
     assert set(history) >= {"loss", "val_accuracy", "loss_scale", "skipped_steps", "gradient_norm"}
-    assert all(math.isfinite(value) for values in history.values() for value in values)
+    # The norm is that of an epoch's last step, which may be one that was skipped.
+    assert all(math.isfinite(value) for key in set(history) - {"gradient_norm"} for value in history[key])
     assert history["loss"][-1] < history["loss"][0], "the training set is learnt by heart"
     optimizer = model.optimizer
     assert history["loss_scale"][-1] == optimizer.scale() == stats["loss_scale"]

@@ -71,7 +71,7 @@ def test_without_the_library_plain_ops_run_after_one_warning(copy: Path) -> None
     explained, [warning] = run(copy)
     assert explained.startswith("plain ops: halfstep's TensorFlow library is not built")
     assert "is not there" in warning
-    assert "make setup-tf" in warning
+    assert "HALFSTEP_TF=ON" in warning
     assert "same results" in warning
 
 
@@ -88,7 +88,7 @@ def test_a_foreign_library_is_not_loaded(copy: Path, change: dict | None, messag
     explained, [warning] = run(copy)
     assert message in explained
     assert message in warning
-    assert "make setup-tf" in warning
+    assert "HALFSTEP_TF=ON" in warning
 
 
 def test_a_library_that_does_not_load_is_explained(copy: Path, tmp_path: Path) -> None:
@@ -124,6 +124,61 @@ def test_the_library_says_what_it_was_built_for() -> None:
     info = json.loads((FOLDER / "build_info.json").read_text())
     assert info["halfstep"] == __version__
     assert re.fullmatch(r"2\.\d+\.\d+", info["tensorflow"])
+
+
+def test_a_saved_graph_with_the_ops_loads_after_the_import(tmp_path: Path) -> None:
+    """And before anything of TensorFlow's has run: devices can still be configured."""
+    import keras
+    from halfstep.tensorflow import LossScaleOptimizer
+
+    class Module(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.variable = keras.Variable([1.0, 2.0])
+            self.optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), 4.0)
+            self.optimizer.build([self.variable])
+
+        @tf.function(input_signature=[tf.TensorSpec([2])])
+        def train(self, grad: tf.Tensor) -> tf.Tensor:
+            self.optimizer.apply([grad], [self.variable])
+            return tf.convert_to_tensor(self.variable)
+
+    tf.saved_model.save(Module(), tmp_path / "module")
+    code = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+import halfstep.tensorflow
+import tensorflow as tf
+[cpu] = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+print(tf.saved_model.load({str(tmp_path / "module")!r}).train(tf.constant([4.0, 8.0])).numpy().tolist())
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert output.stdout.strip() == "[0.0, 0.0]", output.stderr
+
+
+def test_an_installed_package_is_told_to_be_installed_anew(copy: Path) -> None:
+    """The copy lies in no source tree, where make would build into."""
+    shutil.rmtree(copy / "halfstep" / FOLDER.name)
+    [warning] = run(copy)[1]
+    assert "HALFSTEP_TORCH=OFF HALFSTEP_TF=ON pip install --no-build-isolation" in warning
+
+
+def test_build_info_needs_no_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfstep.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["halfstep", "--build-info"])
+    assert main() == 0
+    assert re.search(r"^tensorflow +2\.", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_names_that_need_torch_say_so() -> None:
+    import halfstep
+
+    with pytest.raises(ModuleNotFoundError, match=r"PrecisionPolicy needs torch.*halfstep\.tensorflow\.KerasPolicy"):
+        halfstep.PrecisionPolicy  # noqa: B018
+    with pytest.raises(ModuleNotFoundError, match="GradScaler needs torch, which is not installed$"):
+        halfstep.GradScaler  # noqa: B018
 
 
 def test_halfstep_itself_imports_no_tensorflow() -> None:

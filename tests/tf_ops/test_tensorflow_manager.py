@@ -15,8 +15,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from halfstep import MixedPrecisionConfig, MixedPrecisionManager, tensorflow_manager
-from halfstep.loss_scale_optimizer import LossScaleOptimizer
+from halfstep import CustomPrecisionPolicy, MixedPrecisionConfig, MixedPrecisionManager, tensorflow_manager
+from halfstep.tensorflow import KerasPolicy, LossScaleOptimizer, apply_policy
 from manager_cases import X, Y, compiled, kept, manager, policy_name, small
 
 SHIM = Path(__file__).resolve().parents[2] / "python_shim"
@@ -98,7 +98,7 @@ def test_autocast_off_is_the_policy_float32() -> None:
 def test_float16_without_a_gpu_warns_once() -> None:
     assert not tf.config.list_physical_devices("GPU"), "this test is for processors"
     tensorflow_manager._warn_of_slow_float16.cache_clear()
-    with pytest.warns(UserWarning, match="mixed_bfloat16 is the better policy") as caught:
+    with pytest.warns(UserWarning, match="mixed_bfloat16 is the policy for processors") as caught:
         manager().setup_tensorflow_policy()
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -454,3 +454,66 @@ def test_importing_halfstep_imports_no_tensorflow() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout == "[]\n", result.stderr
+
+
+def head_and_body() -> keras.Model:
+    return keras.Sequential([keras.Input([4]), keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")])
+
+
+def test_a_custom_policy_is_applied_by_fit() -> None:
+    policy = KerasPolicy("careful", "float16", [{"name": "head", "precision": "float32"}])
+    mp = MixedPrecisionManager("tensorflow", custom_policy=policy)
+    mp.setup_tensorflow_policy()
+    model = head_and_body()
+    model.compile(mp.wrap_optimizer("sgd"), "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0)
+    assert [layer.compute_dtype for layer in model.layers] == ["float16", "float32"]
+    assert mp.precision_plan(model)["head"].precision == "float32"
+    assert mp.get_statistics().steps == 1
+    mp.remove_policy(model)
+    assert [layer.compute_dtype for layer in model.layers] == ["float16", "float16"]
+
+
+def test_a_loss_scale_of_a_policy_is_said_not_to_be_asked() -> None:
+    class Policy(CustomPrecisionPolicy):
+        def get_loss_scale_factor(self, gradient_norm: float) -> float:
+            return 1.0
+
+    with pytest.warns(UserWarning, match="get_loss_scale_factor of Policy is not asked under framework='tensorflow'"):
+        MixedPrecisionManager("tensorflow", custom_policy=Policy())
+
+
+def test_layers_made_in_float32_that_a_policy_makes_half_are_named() -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = keras.Sequential(
+        [keras.Input([4]), keras.layers.Dense(8), keras.layers.Dense(1, name="head", dtype="float32")]
+    )
+    with pytest.warns(UserWarning, match="^head: made in float32 under a half policy"):
+        apply_policy(model, KerasPolicy("all", "bfloat16"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_policy(model, KerasPolicy("but", "bfloat16", [{"name": "head", "precision": "float32"}]))
+
+
+def test_a_threshold_for_several_optimizers_is_refused() -> None:
+    config = MixedPrecisionConfig(gradient_clipping_threshold=1.0)
+    several = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD())
+    with pytest.raises(ValueError, match="a MultiOptimizer, which does not clip"):
+        MixedPrecisionManager("tensorflow", config=config).wrap_optimizer(several)
+
+
+def test_the_policy_cannot_be_set_up_within_a_context() -> None:
+    mp = manager("mixed_bfloat16")
+    with mp.policy_context():
+        with pytest.raises(RuntimeError, match="inside of a policy_context"):
+            mp.setup_tensorflow_policy()
+        assert policy_name() == "mixed_bfloat16"
+    assert policy_name() == "float32"
+
+
+def test_a_policy_that_was_set_since_is_not_put_back_over() -> None:
+    mp = manager("mixed_bfloat16")
+    mp.setup_tensorflow_policy()
+    keras.config.set_dtype_policy("float64")
+    mp.restore_tensorflow_policy()
+    assert policy_name() == "float64"
