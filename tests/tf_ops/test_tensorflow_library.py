@@ -151,7 +151,8 @@ import halfstep.tensorflow
 import tensorflow as tf
 [cpu] = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-print(tf.saved_model.load({str(tmp_path / "module")!r}).train(tf.constant([4.0, 8.0])).numpy().tolist())
+module = tf.saved_model.load({str(tmp_path / "module")!r})
+print(module.train(tf.constant([4.0, 8.0])).numpy().tolist())
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert output.stdout.strip() == "[0.0, 0.0]", output.stderr
