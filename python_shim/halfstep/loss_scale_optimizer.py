@@ -70,10 +70,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         optimizer = LossScaleOptimizer(keras.optimizers.Adam(), min_scale=1.0)
         model.compile(optimizer=optimizer, loss="mse")  # Keras does not wrap it again
 
-    A step reads the gradients once: whether they are finite, their norm, and the unscaled ones come out of one op
-    (explain() says of which kind, and why). Beyond Keras: an overflow on any replica skips the step on all of them; the
-    unscaled gradients must be finite, so that a scale of 0 does not reach the weights; the scale never becomes
-    infinite; counters(), gradient_norm() and overflowed() tell what happened. A model that was saved with this
+    A step looks at the gradients once: whether they are finite, their norm, and the unscaled ones come out of the same
+    operations (explain() says of which kind, and why). Beyond Keras: an overflow on any replica skips the step on all
+    of them; the unscaled gradients must be finite, so that a scale of 0 does not reach the weights; the scale never
+    becomes infinite; counters(), gradient_norm() and overflowed() tell what happened. A model that was saved with this
     optimizer is loaded where `halfstep.tensorflow` was imported.
     """
 

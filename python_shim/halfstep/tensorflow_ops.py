@@ -1,8 +1,9 @@
 """The check of the gradients and the scale rule in TensorFlow: one custom op each, or plain ops with the same results.
 
-The plain ops are for XLA, which cannot compile a custom op; for GPUs, whose stream TensorFlow's C API does not give;
-and for machines without the compiled library. Both take what a mixed list of gradients holds (float16, bfloat16,
-float32, float64), and both compute as `csrc/include/halfstep/gradients.h` and `scaling.h` say.
+The plain ops are for large gradients, where they are faster; for XLA, which cannot compile a custom op; for GPUs, whose
+stream TensorFlow's C API does not give; and for machines without the compiled library. Both take what a mixed list of
+gradients holds (float16, bfloat16, float32, float64), and both compute as `csrc/include/halfstep/gradients.h` and
+`scaling.h` say.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from halfstep.scale_rule import ScaleRule
 from halfstep.tensorflow_library import library, library_missing
 
 COUNTERS = ("steps", "skipped", "consecutive_skipped", "growths", "backoffs", "at_floor", "nan_steps", "inf_steps")
+
+
+# Elements from which on a gradient has operations of its own. One op for all waits until the last gradient is there,
+# and then reads from memory what the caches held when it was made; for small ones the cost of each operation counts more.
+_LARGE = 1 << 17
 
 
 class State(NamedTuple):
@@ -44,9 +50,28 @@ def check_and_unscale(grads: list[Any], scale: Any) -> tuple[list[Any], Any, Any
     grads: tensors, of which none is None. found is 1 if an unscaled element is infinite or NaN, else 0; norm is the L2
     norm of all of them. scale: a float32 scalar.
     """
-    if not why_plain():
-        unscaled, found, norm = library().halfstep_check_and_unscale(grads, scale, threads=_threads())
-        return list(unscaled), found, norm
+    if why_plain():
+        return _check_plain(grads, scale)
+    small = [index for index, grad in enumerate(grads) if (grad.shape.num_elements() or 0) < _LARGE]
+    large = sorted(set(range(len(grads))) - set(small))
+    checked = []  # (indices, their unscaled gradients, found, norm)
+    if small or not large:
+        given = [grads[index] for index in small]
+        checked.append((small, *library().halfstep_check_and_unscale(given, scale, threads=_threads())))
+    if large:
+        checked.append((large, *_check_plain([grads[index] for index in large], scale)))
+    result = list(grads)
+    for indices, unscaled, _, _ in checked:
+        for index, value in zip(indices, unscaled, strict=True):
+            result[index] = value
+    if len(checked) == 1:
+        return result, *checked[0][2:]
+    _, _, founds, norms = zip(*checked, strict=True)
+    squares = tf.square(tf.cast(tf.stack(norms), tf.float64))
+    return result, tf.reduce_max(tf.stack(founds)), tf.cast(tf.sqrt(tf.reduce_sum(squares)), tf.float32)
+
+
+def _check_plain(grads: list[Any], scale: Any) -> tuple[list[Any], Any, Any]:
     if not grads:
         return [], tf.constant(0.0), tf.constant(0.0)
     inverse = tf.cast(1.0 / tf.cast(scale, tf.float64), tf.float32)

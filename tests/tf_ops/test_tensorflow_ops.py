@@ -116,6 +116,29 @@ def test_custom_and_plain_ops_give_the_same_bits(monkeypatch: pytest.MonkeyPatch
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
+@pytest.mark.parametrize("planted", [None, (0, np.inf), (1, np.nan), (3, -np.inf)])
+def test_large_gradients_among_small_ones(monkeypatch: pytest.MonkeyPatch, planted: tuple[int, float] | None) -> None:
+    """The large ones go another way; nothing of the result may show it."""
+    arrays = [tf.constant(np.random.default_rng(i).standard_normal(size), dtype) for i, (size, dtype) in enumerate(
+        [(5, "float32"), (200_000, "float32"), (33, "float16"), (150_000, "bfloat16"), (131_071, "float32")]
+    )]  # fmt: skip
+    if planted:
+        index, value = planted
+        array = arrays[index].numpy()
+        array[-1] = value
+        arrays[index] = tf.constant(array)
+    scale = tf.constant(3.7)
+    unscaled, found, norm = tf.function(check_and_unscale)(arrays, scale)
+    monkeypatch.setattr(tensorflow_ops, "why_plain", lambda: "tested")
+    want, want_found, want_norm = tf.function(check_and_unscale)(arrays, scale)
+    for got, other in zip(unscaled, want, strict=True):
+        np.testing.assert_array_equal(bits(got), bits(other))
+    assert found.numpy() == want_found.numpy() == float(planted is not None)
+    np.testing.assert_allclose(norm.numpy(), want_norm.numpy(), rtol=1e-6)
+    flat = np.concatenate([tensor.numpy().astype(np.float64) for tensor in unscaled])
+    np.testing.assert_allclose(norm.numpy(), np.linalg.norm(flat), rtol=1e-5)
+
+
 def test_gradients_that_somebody_holds_are_not_written() -> None:
     grads = mixed()
     before = [bits(grad).copy() for grad in grads]
