@@ -3,9 +3,9 @@
     .venv-tf/bin/python bench/tensorflow_step.py [--repeats 40]
 
 A step makes fresh gradients, as a backward pass does, and applies SGD to them: alone, below Keras' scaler, and below
-halfstep's (as it is with the library, and with plain ops alone). The scaler's part is the step less the step without one. All are tf.functions in
-graph mode, called in turns; the medians are printed. The limit is that of the bytes: Keras reads and writes 14 bytes an
-element of float32 (isfinite 4 + 1, all 1, divide 4 + 4), one pass 8.
+halfstep's (as it is with the library, and with plain ops alone). The scaler's part is the step less the step without
+one. All are tf.functions in graph mode, called in turns; the medians are printed. The limit is that of the bytes: Keras
+reads and writes 14 bytes an element of float32 (isfinite 4 + 1, all 1, divide 4 + 4), one pass 8.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ COUNTERS = ("steps", "skipped", "consecutive_skipped", "growths", "backoffs", "a
 
 
 # Elements from which on a gradient has operations of its own. One op for all waits until the last gradient is there,
-# and then reads from memory what the caches held when it was made; for small ones the cost of each operation counts more.
+# and then reads from memory what the caches held when it was made; for small ones the number of operations counts more.
 _LARGE = 1 << 17
 
 
