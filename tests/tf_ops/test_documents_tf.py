@@ -28,3 +28,13 @@ def test_the_blocks_run(document: str, tmp_path: Path) -> None:
     code = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'python_shim')!r}); runpy.run_path({str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_runs() -> None:
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'python_shim')!r}); "
+    code += f"runpy.run_path({str(ROOT / 'examples' / 'tensorflow_digits.py')!r})['main'](epochs=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["float32", "mixed_bfloat16", "mixed_float16"]
+    assert "loss scale 32768, skipped 0" in lines[2]
