@@ -165,6 +165,22 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         assert bits(results[0].norm) == bits(other.norm)
 
 
+def test_subnormals_are_those_of_plain_operations_on_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's threads flush them to 0. So must those that the op starts, wherever it is called."""
+    rng = np.random.default_rng(0)
+    arrays = [tf.constant(rng.standard_normal(100_000) * 1e-37, tf.float32) for _ in range(8)]
+
+    def check(grads: list[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
+        return check_and_unscale(grads, scale)[0]
+
+    custom = tf.function(check)(arrays, tf.constant(8.0))
+    monkeypatch.setattr(tensorflow_ops, "why_plain", lambda: "tested")
+    plain = tf.function(check)(arrays, tf.constant(8.0))
+    for a, b in zip(custom, plain, strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+    assert 0 < np.count_nonzero(custom[0].numpy() == 0) < 100_000, "some would be subnormal, and some are not"
+
+
 def test_calls_from_many_threads_do_not_meet() -> None:
     grads = {seed: mixed(seed, (100_000, 7)) for seed in range(8)}
     alone = {seed: [bits(t) for t in check_and_unscale(grads[seed], tf.constant(3.0))[0]] for seed in grads}
