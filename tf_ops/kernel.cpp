@@ -42,7 +42,7 @@ void or_end(const Status& status, const char* what) {
   std::abort();
 }
 
-TF_Code code_and_message(TF_Status* status) {
+void describe_exception(TF_Status* status) {
   try {
     throw;
   } catch (const InvalidArgument& error) {
@@ -52,7 +52,6 @@ TF_Code code_and_message(TF_Status* status) {
   } catch (...) {
     TF_SetStatus(status, TF_INTERNAL, "halfstep: an unknown exception");
   }
-  return TF_GetCode(status);
 }
 
 struct ShapeHandle {
@@ -159,13 +158,13 @@ void register_kernel(const char* op, void* (*create)(TF_OpKernelConstruction*),
 
 void fail(TF_OpKernelConstruction* construction) {
   const Status status;
-  code_and_message(status);
+  describe_exception(status);
   TF_OpKernelConstruction_Failure(construction, status);
 }
 
 void fail(TF_OpKernelContext* context) {
   const Status status;
-  code_and_message(status);
+  describe_exception(status);
   TF_OpKernelContext_Failure(context, status);
 }
 

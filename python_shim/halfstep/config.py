@@ -112,11 +112,12 @@ def check_bool(name: str, value: Any) -> None:
 
 
 # The smallest and the largest positive float32: a scale that rounds to 0 or infinity is none.
-_SMALLEST, _LARGEST = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127
+_SMALLEST, LARGEST_SCALE = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127
 _LARGEST_INT = 2**31 - 1
 
 check_scale = check_number(
-    f"a number > 0 within float32 ({_SMALLEST:.2g} to {_LARGEST:.2g})", lambda value: _SMALLEST <= value <= _LARGEST
+    f"a number > 0 within float32 ({_SMALLEST:.2g} to {LARGEST_SCALE:.2g})",
+    lambda value: _SMALLEST <= value <= LARGEST_SCALE,
 )
 
 _CHECKS = {

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from halfstep.scale_rule import rule_of
-from halfstep.tensorflow_ops import COUNTERS, State, check_and_unscale, count_non_finite, update_scale, why_plain
+from halfstep.scale_rule import COUNTERS, rule_of
+from halfstep.tensorflow_ops import State, check_and_unscale, count_non_finite, update_scale, why_plain
 
 _OWN = ("growth_factor", "backoff_factor", "min_scale", "max_scale", "hysteresis", "refill", "growth_delay")
 

@@ -10,10 +10,11 @@ import dataclasses
 import math
 from typing import Any
 
-from halfstep.config import check_count, check_number, check_scale
+from halfstep.config import LARGEST_SCALE, check_choice, check_count, check_number, check_scale
 
 REFILLS = ("on_growth", "on_clean_step", "on_clean_step_and_backoff")
-LARGEST_SCALE = (2.0 - 2.0**-23) * 2.0**127
+# halfstep::Counter
+COUNTERS = ("steps", "skipped", "consecutive_skipped", "growths", "backoffs", "at_floor", "nan_steps", "inf_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def rule_of(preset: str, **changes: Any) -> ScaleRule:
     """Return the rule of a preset with `changes` to it; those that are None leave what the preset says."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}, expected one of {', '.join(map(repr, PRESETS))}")
+    check_choice(*PRESETS)("preset", preset)
     return ScaleRule(**{**PRESETS[preset], **{name: value for name, value in changes.items() if value is not None}})
-
-
-def _check_refill(name: str, value: Any) -> None:
-    if value not in REFILLS:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, REFILLS))}")
 
 
 def _check_delay(name: str, value: Any) -> None:
@@ -92,6 +87,6 @@ _CHECKS = {
     "min_scale": check_number(f"a number from 0 to {LARGEST_SCALE:.2g}", lambda value: 0 <= value <= LARGEST_SCALE),
     "max_scale": check_scale,
     "hysteresis": check_count,
-    "refill": _check_refill,
+    "refill": check_choice(*REFILLS),
     "growth_delay": _check_delay,
 }

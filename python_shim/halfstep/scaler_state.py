@@ -14,13 +14,13 @@ from halfstep import _library
 from halfstep.checkpoints import check_keys, check_kinds, check_number, integral
 from halfstep.config import check_bool, check_scale
 from halfstep.scale_request import ScaleRequest
+from halfstep.scale_rule import COUNTERS
 from halfstep.step_report import Reporter, StepReport, Tables
 
 _library.load_library()
 _ops = torch.ops.halfstep
 
 # Layout of the ops' tensors: csrc/include/halfstep/scaling.h and gradients.h.
-COUNTERS = ("steps", "skipped", "consecutive_skipped", "growths", "backoffs", "at_floor", "nan_steps", "inf_steps")
 HISTORY_SHAPE = (1024, 4)
 
 _TORCH_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")

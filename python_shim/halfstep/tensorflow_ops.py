@@ -14,11 +14,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util  # no public function tells of XLA
 
-from halfstep.scale_rule import ScaleRule
+from halfstep.scale_rule import COUNTERS, ScaleRule
 from halfstep.tensorflow_library import library, library_missing
-
-COUNTERS = ("steps", "skipped", "consecutive_skipped", "growths", "backoffs", "at_floor", "nan_steps", "inf_steps")
-
 
 # Elements from which on a gradient has operations of its own. One op for all waits until the last gradient is there,
 # and then reads from memory what the caches held when it was made; for small ones the number of operations counts more.
