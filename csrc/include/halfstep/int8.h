@@ -58,8 +58,14 @@ HALFSTEP_HOST_DEVICE inline std::int8_t quantize_value(float x, float inverse_sc
 // that infinities and NaN are the largest of all): magnitude / 127, at least the smallest normal number. A row that is
 // not finite has a NaN scale, and its results are NaN.
 HALFSTEP_HOST_DEVICE inline float row_scale(std::uint32_t magnitude_bits) {
-  if (magnitude_bits >= 0x7f800000U) return std::bit_cast<float>(0x7fc00000U);
-  const float scale = std::bit_cast<float>(magnitude_bits) / 127.0F;
+#ifdef __CUDA_ARCH__
+  const float magnitude = __uint_as_float(magnitude_bits);
+  const float scale = __fdiv_rn(magnitude, 127.0F);
+#else
+  const auto magnitude = std::bit_cast<float>(magnitude_bits);
+  const float scale = magnitude / 127.0F;
+#endif
+  if (magnitude_bits >= 0x7f800000U) return magnitude - magnitude;
   return scale > 0x1p-126F ? scale : 0x1p-126F;
 }
 
@@ -129,6 +135,7 @@ struct Int8Embedding {
   std::int64_t count;
   TensorView out;
 };
+
 // The plain scalar code that every kernel is compared with: [rows, channels] and [batch, out_height, out_width,
 // out_channels] int32 sums of plain, unpacked weights.
 namespace reference {
