@@ -31,6 +31,10 @@ struct Registration {
     define_autocast_ops(definitions);
     define_cross_entropy(definitions);
     define_gradients(definitions);
+    define_packed_int8(definitions);  // whose type the schemas name
+    define_int8(definitions);
+    define_int8_prepare(definitions);
+    define_int8_products(definitions);
     define_norms(definitions);
     define_scaling(definitions);
     define_grad_scaler(definitions);
@@ -43,11 +47,15 @@ struct Registration {
     define_operation_counter(definitions);
     implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
+    implement_int8_cpu(cpu);
+    implement_int8_products_cpu(cpu);
     implement_norms_cpu(cpu);
     implement_optimizer_cpu(cpu);
     implement_scaling_cpu(cpu);
     implement_cross_entropy_cuda(cuda);
     implement_gradients_cuda(cuda);
+    implement_int8_cuda(cuda);
+    implement_int8_products_cuda(cuda);
     implement_norms_cuda(cuda);
     implement_optimizer_cuda(cuda);
     implement_scaling_cuda(cuda);
@@ -57,6 +65,8 @@ struct Registration {
     implement_optimizer_cuda(sparse_cuda);
     implement_cross_entropy_meta(meta);
     implement_gradients_meta(meta);
+    implement_int8_meta(meta);
+    implement_int8_products_meta(meta);
     implement_norms_meta(meta);
     implement_optimizer_meta(meta);
     implement_scaling_meta(meta);

@@ -76,22 +76,22 @@ HALFSTEP_HOST_DEVICE inline float row_scale(std::uint32_t magnitude_bits) {
 enum class Int8OutKind : std::uint8_t { kFloat, kInt8, kSums };
 
 struct Int8Out {
-  void* data;
-  Int8OutKind kind;
+  void* data = nullptr;
+  Int8OutKind kind = Int8OutKind::kFloat;
   DType dtype = DType::kFloat32;
   Int8Parameters parameters{};
 };
 
 // Null pointers are absent. `residual` has the shape of the output, in `residual_dtype`, densely.
 struct Int8Epilogue {
-  Int8Parameters input;               // of the activations; `scale` is not read where row_scales is given
-  const float* row_scales = nullptr;  // [rows]: then input.zero_point is 0. Of a convolution: [batch]
-  const float* weight_scales;         // [channels]
-  const float* bias = nullptr;        // [channels]
+  Int8Parameters input{};                // of the activations; `scale` is not read where row_scales is given
+  const float* row_scales = nullptr;     // [rows]: then input.zero_point is 0. Of a convolution: [batch]
+  const float* weight_scales = nullptr;  // [channels]
+  const float* bias = nullptr;           // [channels]
   const void* residual = nullptr;
   DType residual_dtype = DType::kFloat32;
   Activation activation = Activation::kNone;
-  Int8Out out;
+  Int8Out out{};
 };
 
 // out[row, channel] = sum over terms of input[row, term] * weight[channel, term]

@@ -1,0 +1,100 @@
+// int8 inference on tensors. The functions are torch.ops.halfstep.int8_linear and so on, called through the dispatcher,
+// and PackedInt8 is torch.classes.halfstep.PackedInt8. What they compute: halfstep/int8.h.
+//
+// They run on the input's current stream and never wait for it, but for the first call of a PackedInt8 on a GPU, which
+// prepares its weights there; a CUDA graph can be captured after that. CPU calls use torch's threads. Nothing is
+// differentiable. Errors are c10::Error, ValueError or TypeError in Python.
+#pragma once
+
+#include <array>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include <ATen/core/Tensor.h>
+#include <torch/custom_class.h>
+
+#include "halfstep/export.h"
+
+namespace halfstep {
+
+// The int8 weights of one layer, with scales and bias; immutable, and shared between threads. What kernels want beside
+// the plain weights is made at the first use on a device and kept, so a module that is moved needs no more than a call.
+// Pickles, deepcopies and files hold the plain tensors alone.
+class HALFSTEP_API PackedInt8 : public torch::CustomClassHolder {
+ public:
+  struct Geometry {  // of a convolution: height, width
+    std::array<std::int64_t, 2> stride{1, 1};
+    std::array<std::int64_t, 2> padding{0, 0};
+    std::array<std::int64_t, 2> dilation{1, 1};
+    std::int64_t groups = 1;
+  };
+  // weight    int8, [out, in] of a linear layer or embedding, [out, in / groups, height, width] of a convolution
+  // scales    float32 [out], positive and finite
+  // bias      float32 [out]
+  PackedInt8(const at::Tensor& weight, const at::Tensor& scales, const std::optional<at::Tensor>& bias,
+             const Geometry& geometry);
+
+  const at::Tensor& weight() const { return weight_; }
+  const at::Tensor& scales() const { return scales_; }
+  const std::optional<at::Tensor>& bias() const { return bias_; }
+  const Geometry& geometry() const { return geometry_; }
+  bool is_convolution() const { return weight_.dim() == 4; }
+
+  // The same weights on another device.
+  c10::intrusive_ptr<PackedInt8> to(at::Device device) const;
+
+  // What the kernels of a device read. Waits for the device when it is made.
+  struct Form {
+    at::Tensor weight;  // dense, the channels of a convolution last
+    at::Tensor scales;
+    std::optional<at::Tensor> bias;
+    at::Tensor packed;  // CPU: the packed form; CUDA: int32 [out], the sum of each channel's weights
+  };
+  std::shared_ptr<const Form> form(at::Device device) const;
+
+ private:
+  std::shared_ptr<const Form> make_form(at::Device device) const;
+
+  at::Tensor weight_;
+  at::Tensor scales_;
+  std::optional<at::Tensor> bias_;
+  Geometry geometry_;
+  mutable std::mutex mutex_;
+  mutable std::map<std::pair<at::DeviceType, at::DeviceIndex>, std::shared_ptr<const Form>> forms_;
+};
+
+// How an int8 layer takes its input and gives its output.
+//   input_scale         the scale of the input; without one, each row (of a convolution: each image) of a
+//   floating-point
+//                       input is quantized by its own largest magnitude. An int8 input needs it.
+//   residual            added before the activation; float32, float16 or bfloat16, of the output's shape
+//   activation          "none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish"
+//   out_dtype           Float, Half, BFloat16; Char with out_scale and out_zero_point; Int: the integer sums alone.
+//                       Without one: the input's, or Float for an int8 input.
+struct Int8Call {
+  std::optional<double> input_scale;
+  std::int64_t input_zero_point = 0;
+  std::optional<at::Tensor> residual;
+  std::string activation = "none";
+  std::optional<at::ScalarType> out_dtype;
+  std::optional<double> out_scale;
+  std::int64_t out_zero_point = 0;
+};
+
+// input [..., in], any strides -> [..., out]
+HALFSTEP_API at::Tensor int8_linear(const at::Tensor& input, const c10::intrusive_ptr<PackedInt8>& weight,
+                                    const Int8Call& call = {});
+// input [batch, in, height, width], any strides -> [batch, out, height, width], in channels_last memory
+HALFSTEP_API at::Tensor int8_conv2d(const at::Tensor& input, const c10::intrusive_ptr<PackedInt8>& weight,
+                                    const Int8Call& call = {});
+// indices int64 or int32 [...] -> [..., width]; each row of the table has its scale
+HALFSTEP_API at::Tensor int8_embedding(const at::Tensor& indices, const c10::intrusive_ptr<PackedInt8>& weight,
+                                       at::ScalarType out_dtype = at::kFloat);
+
+// int8 of a float32, float16 or bfloat16 tensor, with its strides where it is dense.
+HALFSTEP_API at::Tensor quantize_int8(const at::Tensor& input, double scale, std::int64_t zero_point = 0);
+
+}  // namespace halfstep
