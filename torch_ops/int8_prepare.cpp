@@ -11,6 +11,8 @@
 //   mean_difference      [channels]: mean of reference - output over everything else (bias correction: Nagel et al.,
 //   2019)
 #include <ATen/core/Tensor.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>

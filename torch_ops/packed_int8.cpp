@@ -17,11 +17,12 @@
 namespace halfstep {
 namespace {
 
-void check_vector(const at::Tensor& tensor, const char* argument, const at::Tensor& weight) {
+void check_vector(const at::Tensor& tensor, const char* argument, const at::Tensor& weight, std::int64_t dim = 0) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, "PackedInt8: ", argument, " has dtype ", tensor.scalar_type(),
                    ", expected Float");
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == weight.size(0), "PackedInt8: ", argument, " has shape ",
-                    tensor.sizes(), ", expected [", weight.size(0), "], one for each output channel");
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == weight.size(dim), "PackedInt8: ", argument, " has shape ",
+                    tensor.sizes(), ", expected [", weight.size(dim), "], one for each ", dim == 0 ? "output" : "input",
+                    " channel");
   TORCH_CHECK_VALUE(tensor.device() == weight.device(), "PackedInt8: ", argument, " is on ", tensor.device(),
                     ", expected ", weight.device(), ", the weight's device");
 }
@@ -36,10 +37,14 @@ at::Tensor dense(const at::Tensor& weight) {
   return weight.contiguous(weight.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
+std::optional<at::Tensor> moved(const std::optional<at::Tensor>& tensor, at::Device device) {
+  return tensor ? std::optional(tensor->to(device)) : std::nullopt;
+}
+
 }  // namespace
 
 PackedInt8::PackedInt8(const at::Tensor& weight, const at::Tensor& scales, const std::optional<at::Tensor>& bias,
-                       const Geometry& geometry)
+                       const Geometry& geometry, const std::optional<at::Tensor>& input_factors)
     : geometry_(geometry) {
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kChar, "PackedInt8: weight has dtype ", weight.scalar_type(),
                    ", expected Char");
@@ -55,6 +60,12 @@ PackedInt8::PackedInt8(const at::Tensor& weight, const at::Tensor& scales, const
                     geometry.groups, ", expected a divisor of the ", weight.size(0), " output channels");
   TORCH_CHECK_VALUE(weight.dim() == 4 || geometry.groups == 1, "PackedInt8: groups is ", geometry.groups,
                     ", expected 1 for a weight of two dimensions");
+  if (input_factors) {
+    check_vector(*input_factors, "input_factors", weight, 1);
+    TORCH_CHECK_VALUE(geometry.groups == 1, "PackedInt8: groups is ", geometry.groups,
+                      ", expected 1 with input_factors");
+    input_factors_ = input_factors->detach().contiguous();
+  }
   weight_ = dense(weight.detach());
   scales_ = scales.detach().contiguous();
   if (bias) bias_ = bias->detach().contiguous();
@@ -65,8 +76,15 @@ PackedInt8::PackedInt8(const at::Tensor& weight, const at::Tensor& scales, const
 }
 
 c10::intrusive_ptr<PackedInt8> PackedInt8::to(at::Device device) const {
-  return c10::make_intrusive<PackedInt8>(weight_.to(device), scales_.to(device),
-                                         bias_ ? std::optional(bias_->to(device)) : std::nullopt, geometry_);
+  return c10::make_intrusive<PackedInt8>(weight_.to(device), scales_.to(device), moved(bias_, device), geometry_,
+                                         moved(input_factors_, device));
+}
+
+void PackedInt8::Form::take(const PackedInt8& plain, at::Device device) {
+  weight = dense(plain.weight_.to(device));
+  scales = plain.scales_.to(device);
+  bias = moved(plain.bias_, device);
+  input_factors = moved(plain.input_factors_, device);
 }
 
 std::shared_ptr<const PackedInt8::Form> PackedInt8::form(at::Device device) const {
@@ -81,9 +99,7 @@ std::shared_ptr<const PackedInt8::Form> PackedInt8::make_form(at::Device device)
   const Int8WeightShape shape{weight_.size(0), weight_.size(0) > 0 ? weight_.numel() / weight_.size(0) : 0,
                               geometry_.groups};
   if (device.is_cpu()) {
-    form->weight = dense(weight_.cpu());
-    form->scales = scales_.cpu();
-    if (bias_) form->bias = bias_->cpu();
+    form->take(*this, device);
     // The packed form starts at a 64-byte boundary, as torch's CPU allocator gives it.
     form->packed = at::empty({static_cast<std::int64_t>(cpu::int8_packed_bytes(shape))}, at::kByte);
     cpu::int8_pack(shape, form->weight.const_data_ptr<std::int8_t>(), form->packed.data_ptr());
@@ -95,9 +111,7 @@ std::shared_ptr<const PackedInt8::Form> PackedInt8::make_form(at::Device device)
     TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
                 "PackedInt8: the weights are not prepared for ", device,
                 " yet, which cannot be done while a CUDA graph is captured. Call the model once before the capture.");
-    form->weight = dense(weight_.to(device));
-    form->scales = scales_.to(device);
-    if (bias_) form->bias = bias_->to(device);
+    form->take(*this, device);
     form->packed = at::empty({shape.channels}, form->weight.options().dtype(at::kInt));
     const auto stream = c10::cuda::getCurrentCUDAStream();
     cuda::int8_weight_sums(shape, form->weight.const_data_ptr<std::int8_t>(), form->packed.data_ptr<std::int32_t>(),
@@ -115,7 +129,8 @@ namespace {
 
 using Self = c10::intrusive_ptr<PackedInt8>;
 using Sizes = std::vector<std::int64_t>;
-using Pickled = std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>, Sizes, Sizes, Sizes, std::int64_t>;
+using OptionalTensor = std::optional<at::Tensor>;
+using Pickled = std::tuple<at::Tensor, at::Tensor, OptionalTensor, Sizes, Sizes, Sizes, std::int64_t, OptionalTensor>;
 
 std::array<std::int64_t, 2> pair_of(const Sizes& sizes, const char* argument) {
   TORCH_CHECK_VALUE(sizes.size() == 2, "PackedInt8: ", argument, " has ", sizes.size(), " elements, expected 2");
@@ -123,10 +138,12 @@ std::array<std::int64_t, 2> pair_of(const Sizes& sizes, const char* argument) {
 }
 
 Self make(const at::Tensor& weight, const at::Tensor& scales, const std::optional<at::Tensor>& bias,
-          const Sizes& stride, const Sizes& padding, const Sizes& dilation, std::int64_t groups) {
+          const Sizes& stride, const Sizes& padding, const Sizes& dilation, std::int64_t groups,
+          const OptionalTensor& input_factors) {
   return c10::make_intrusive<PackedInt8>(weight, scales, bias,
                                          PackedInt8::Geometry{pair_of(stride, "stride"), pair_of(padding, "padding"),
-                                                              pair_of(dilation, "dilation"), groups});
+                                                              pair_of(dilation, "dilation"), groups},
+                                         input_factors);
 }
 
 Sizes list_of(const std::array<std::int64_t, 2>& pair) {
@@ -136,7 +153,7 @@ Sizes list_of(const std::array<std::int64_t, 2>& pair) {
 Pickled pickled(const Self& self) {
   const auto& g = self->geometry();
   return {self->weight(),     self->scales(),      self->bias(), list_of(g.stride),
-          list_of(g.padding), list_of(g.dilation), g.groups};
+          list_of(g.padding), list_of(g.dilation), g.groups,     self->input_factors()};
 }
 
 template <class T>
@@ -146,13 +163,15 @@ using Named = std::tuple<std::string, T>;
 
 void define_packed_int8(torch::Library& library) {
   library.class_<PackedInt8>("PackedInt8")
-      .def(torch::init(&make), "",
-           {torch::arg("weight"), torch::arg("scales"), torch::arg("bias") = c10::IValue(),
-            torch::arg("stride") = Sizes{1, 1}, torch::arg("padding") = Sizes{0, 0},
-            torch::arg("dilation") = Sizes{1, 1}, torch::arg("groups") = 1})
+      .def(
+          torch::init(&make), "",
+          {torch::arg("weight"), torch::arg("scales"), torch::arg("bias") = c10::IValue(),
+           torch::arg("stride") = Sizes{1, 1}, torch::arg("padding") = Sizes{0, 0},
+           torch::arg("dilation") = Sizes{1, 1}, torch::arg("groups") = 1, torch::arg("input_factors") = c10::IValue()})
       .def("weight", [](const Self& self) { return self->weight(); })
       .def("scales", [](const Self& self) { return self->scales(); })
       .def("bias", [](const Self& self) { return self->bias(); })
+      .def("input_factors", [](const Self& self) { return self->input_factors(); })
       .def("stride", [](const Self& self) { return list_of(self->geometry().stride); })
       .def("padding", [](const Self& self) { return list_of(self->geometry().padding); })
       .def("dilation", [](const Self& self) { return list_of(self->geometry().dilation); })
@@ -162,16 +181,16 @@ void define_packed_int8(torch::Library& library) {
       // What torch.export shows to the fake class of halfstep/int8_fake.py.
       .def("__obj_flatten__",
            [](const Self& self) {
-             auto [weight, scales, bias, stride, padding, dilation, groups] = pickled(self);
+             auto [weight, scales, bias, stride, padding, dilation, groups, factors] = pickled(self);
              return std::tuple(Named<at::Tensor>("weight", weight), Named<at::Tensor>("scales", scales),
                                Named<std::optional<at::Tensor>>("bias", bias), Named<Sizes>("stride", stride),
                                Named<Sizes>("padding", padding), Named<Sizes>("dilation", dilation),
-                               Named<std::int64_t>("groups", groups));
+                               Named<std::int64_t>("groups", groups), Named<OptionalTensor>("input_factors", factors));
            })
       .def_pickle([](const Self& self) { return pickled(self); },
                   [](const Pickled& state) {
-                    const auto& [weight, scales, bias, stride, padding, dilation, groups] = state;
-                    return make(weight, scales, bias, stride, padding, dilation, groups);
+                    const auto& [weight, scales, bias, stride, padding, dilation, groups, factors] = state;
+                    return make(weight, scales, bias, stride, padding, dilation, groups, factors);
                   });
 }
 

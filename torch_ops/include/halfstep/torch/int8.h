@@ -34,12 +34,15 @@ class HALFSTEP_API PackedInt8 : public torch::CustomClassHolder {
   // weight    int8, [out, in] of a linear layer or embedding, [out, in / groups, height, width] of a convolution
   // scales    float32 [out], positive and finite
   // bias      float32 [out]
+  // input_factors  float32 [in], with which a floating-point input is multiplied before it is quantized: SmoothQuant's,
+  //           whose inverse is in the weight
   PackedInt8(const at::Tensor& weight, const at::Tensor& scales, const std::optional<at::Tensor>& bias,
-             const Geometry& geometry);
+             const Geometry& geometry, const std::optional<at::Tensor>& input_factors = std::nullopt);
 
   const at::Tensor& weight() const { return weight_; }
   const at::Tensor& scales() const { return scales_; }
   const std::optional<at::Tensor>& bias() const { return bias_; }
+  const std::optional<at::Tensor>& input_factors() const { return input_factors_; }
   const Geometry& geometry() const { return geometry_; }
   bool is_convolution() const { return weight_.dim() == 4; }
 
@@ -48,9 +51,12 @@ class HALFSTEP_API PackedInt8 : public torch::CustomClassHolder {
 
   // What the kernels of a device read. Waits for the device when it is made.
   struct Form {
+    void take(const PackedInt8& plain, at::Device device);
+
     at::Tensor weight;  // dense, the channels of a convolution last
     at::Tensor scales;
     std::optional<at::Tensor> bias;
+    std::optional<at::Tensor> input_factors;
     at::Tensor packed;  // CPU: the packed form; CUDA: int32 [out], the sum of each channel's weights
   };
   std::shared_ptr<const Form> form(at::Device device) const;
@@ -61,6 +67,7 @@ class HALFSTEP_API PackedInt8 : public torch::CustomClassHolder {
   at::Tensor weight_;
   at::Tensor scales_;
   std::optional<at::Tensor> bias_;
+  std::optional<at::Tensor> input_factors_;
   Geometry geometry_;
   mutable std::mutex mutex_;
   mutable std::map<std::pair<at::DeviceType, at::DeviceIndex>, std::shared_ptr<const Form>> forms_;

@@ -1,0 +1,112 @@
+"""What torch.export and torch.compile know of PackedInt8 and of the ops that take one: shapes and dtypes, no values."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from halfstep._library import load_library
+
+
+class FakePackedInt8:
+    """Stands for a PackedInt8 while a program is traced."""
+
+    def __init__(self, **fields: Any) -> None:
+        self._fields = fields
+
+    @classmethod
+    def __obj_unflatten__(cls, flat: tuple[tuple[str, Any], ...]) -> FakePackedInt8:
+        return cls(**dict(flat))
+
+    def weight(self) -> torch.Tensor:
+        return self._fields["weight"]
+
+    def scales(self) -> torch.Tensor:
+        return self._fields["scales"]
+
+    def bias(self) -> torch.Tensor | None:
+        return self._fields["bias"]
+
+    def input_factors(self) -> torch.Tensor | None:
+        return self._fields["input_factors"]
+
+    def stride(self) -> list[int]:
+        return self._fields["stride"]
+
+    def padding(self) -> list[int]:
+        return self._fields["padding"]
+
+    def dilation(self) -> list[int]:
+        return self._fields["dilation"]
+
+    def groups(self) -> int:
+        return self._fields["groups"]
+
+
+def _out_dtype(
+    input: torch.Tensor, out_dtype: torch.dtype | None, out_scale: float | None
+) -> torch.dtype:
+    if out_scale is not None:
+        return torch.int8
+    if out_dtype is not None:
+        return out_dtype
+    return input.dtype if input.dtype.is_floating_point else torch.float32
+
+
+def _int8_linear(
+    input: torch.Tensor,
+    weight: Any,
+    input_scale: float | None = None,
+    input_zero_point: int = 0,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> torch.Tensor:
+    channels, terms = weight.weight().shape
+    torch._check(input.shape[-1] == terms, lambda: f"int8_linear: input has shape {input.shape}, expected [..., {terms}]")
+    return input.new_empty((*input.shape[:-1], channels), dtype=_out_dtype(input, out_dtype, out_scale))
+
+
+def _int8_conv2d(
+    input: torch.Tensor,
+    weight: Any,
+    input_scale: float | None = None,
+    input_zero_point: int = 0,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> torch.Tensor:
+    channels, _, *kernel = weight.weight().shape
+    sizes = [
+        (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for size, taps, stride, padding, dilation in zip(
+            input.shape[2:], kernel, weight.stride(), weight.padding(), weight.dilation(), strict=True
+        )
+    ]
+    out = input.new_empty((input.shape[0], channels, *sizes), dtype=_out_dtype(input, out_dtype, out_scale))
+    return out.to(memory_format=torch.channels_last)
+
+
+def _int8_embedding(indices: torch.Tensor, weight: Any, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return indices.new_empty((*indices.shape, weight.weight().shape[1]), dtype=out_dtype)
+
+
+@functools.cache
+def register_fakes() -> None:
+    """Make the int8 ops known to torch.export and torch.compile. Loads the library; a second call does nothing."""
+    load_library()
+    torch._library.register_fake_class("halfstep::PackedInt8", FakePackedInt8)
+    for name, function in (
+        ("int8_linear", _int8_linear),
+        ("int8_conv2d", _int8_conv2d),
+        ("int8_embedding", _int8_embedding),
+    ):
+        torch.library.register_fake(f"halfstep::{name}", function)
+        # Ops with an object among their arguments count as ones with side effects; these have none.
+        torch.library._register_effectful_op(f"halfstep::{name}", None)

@@ -1,0 +1,202 @@
+"""The layers of an int8 model: nn.Module around a PackedInt8 and the numbers of one call. Inference alone.
+
+They can be scripted, exported, compiled, copied, pickled, moved and shared between threads. `state_dict()` holds their
+weights as `_extra_state`. They take float32, float16 or bfloat16 and answer in the same dtype, or what `out_dtype` and
+`out_scale` say; int8 tensors pass between layers of one chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep._library import load_library
+from halfstep.int8_fake import register_fakes
+
+load_library()
+register_fakes()
+
+ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
+
+
+def pack(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+    bits: int = 8,
+    search: bool = False,
+    input_factors: torch.Tensor | None = None,
+) -> torch.ScriptObject:
+    """Quantize a floating-point weight [out, in] or [out, in / groups, height, width] to a PackedInt8.
+
+    `search` takes the scale of the least squared error instead of the largest magnitude. ValueError for weights that
+    are not finite.
+    """
+    quantized, scales = torch.ops.halfstep.quantize_int8_weight(weight.detach(), bits, search)
+    return torch.classes.halfstep.PackedInt8(
+        quantized,
+        scales,
+        None if bias is None else bias.detach().float(),
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+        input_factors,
+    )
+
+
+def state_of(packed: torch.ScriptObject) -> dict[str, Any]:
+    """Return what a PackedInt8 consists of: tensors, lists of int, an int."""
+    return {name: value for name, value in packed.__obj_flatten__() if value is not None}
+
+
+def packed_from(state: dict[str, Any]) -> torch.ScriptObject:
+    """Make a PackedInt8 of state_of()'s dict."""
+    return torch.classes.halfstep.PackedInt8(
+        state["weight"],
+        state["scales"],
+        state.get("bias"),
+        list(state["stride"]),
+        list(state["padding"]),
+        list(state["dilation"]),
+        state["groups"],
+        state.get("input_factors"),
+    )
+
+
+class _Int8Layer(nn.Module):
+    """The part that all int8 layers share: a PackedInt8 that follows the module from device to device."""
+
+    def __init__(self, packed: torch.ScriptObject) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Int8Layer:
+        super()._apply(fn, recurse)
+        here = self.packed.scales().device
+        there = fn(torch.empty(0, dtype=torch.int8, device=here)).device
+        if there != here and there.type != "meta":
+            self.packed = self.packed.to(there)
+        return self
+
+    @torch.jit.unused
+    def get_extra_state(self) -> dict[str, Any]:
+        return state_of(self.packed)
+
+    @torch.jit.unused
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.packed = packed_from(state).to(self.packed.scales().device)
+
+
+class _Int8Product(_Int8Layer):
+    """A linear layer or convolution.
+
+    `input_scale` and `input_zero_point` are the input's; without a scale every row of a linear layer, and every image
+    of a convolution, is quantized by its own largest magnitude. `out_scale` asks for an int8 output.
+    """
+
+    def __init__(
+        self,
+        packed: torch.ScriptObject,
+        *,
+        input_scale: float | None = None,
+        input_zero_point: int = 0,
+        activation: str = "none",
+        out_dtype: torch.dtype | None = None,
+        out_scale: float | None = None,
+        out_zero_point: int = 0,
+    ) -> None:
+        super().__init__(packed)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        self.input_scale: float | None = input_scale
+        self.input_zero_point = input_zero_point
+        self.activation = activation
+        self.out_dtype: torch.dtype | None = out_dtype
+        self.out_scale: float | None = out_scale
+        self.out_zero_point = out_zero_point
+
+    def extra_repr(self) -> str:
+        out, *rest = self.packed.weight().shape
+        parts = [f"{rest[0]} -> {out}"]
+        if len(rest) == 3:
+            parts.append(f"kernel={tuple(rest[1:])}")
+        parts.append("per row" if self.input_scale is None else f"input_scale={self.input_scale:.3g}")
+        if self.activation != "none":
+            parts.append(self.activation)
+        if self.out_scale is not None:
+            parts.append(f"int8 out, scale {self.out_scale:.3g}")
+        return ", ".join(parts)
+
+
+class Int8Linear(_Int8Product):
+    """nn.Linear in int8: [..., in] -> [..., out], plus `residual` before the activation."""
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.halfstep.int8_linear(
+            input,
+            self.packed,
+            self.input_scale,
+            self.input_zero_point,
+            residual,
+            self.activation,
+            self.out_dtype,
+            self.out_scale,
+            self.out_zero_point,
+        )
+
+
+class Int8Conv2d(_Int8Product):
+    """nn.Conv2d in int8: [batch, in, height, width] -> [batch, out, height, width], channels last in memory."""
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.halfstep.int8_conv2d(
+            input,
+            self.packed,
+            self.input_scale,
+            self.input_zero_point,
+            residual,
+            self.activation,
+            self.out_dtype,
+            self.out_scale,
+            self.out_zero_point,
+        )
+
+
+class Int8Conv1d(_Int8Product):
+    """nn.Conv1d in int8: [batch, in, length] -> [batch, out, length], a convolution of height 1."""
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.halfstep.int8_conv2d(
+            input.unsqueeze(2),
+            self.packed,
+            self.input_scale,
+            self.input_zero_point,
+            None if residual is None else residual.unsqueeze(2),
+            self.activation,
+            self.out_dtype,
+            self.out_scale,
+            self.out_zero_point,
+        ).squeeze(2)
+
+
+class Int8Embedding(_Int8Layer):
+    """nn.Embedding with an int8 table and a scale for each entry: indices [...] -> [..., width] in `out_dtype`."""
+
+    def __init__(self, packed: torch.ScriptObject, out_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(packed)
+        self.out_dtype = out_dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ops.halfstep.int8_embedding(input, self.packed, self.out_dtype)
+
+    def extra_repr(self) -> str:
+        entries, width = self.packed.weight().shape
+        return f"{entries}, {width}"
