@@ -253,6 +253,22 @@ at::Tensor cuda_conv2d(const at::Tensor& input, const Weight& weight, std::optio
 }
 #endif
 
+// The name of the kernels that the products run on a device, for reports.
+std::string int8_kernel(const at::Device& device) {
+  if (device.is_cuda()) return "halfstep mma.sync";
+  switch (cpu::best_int8_isa()) {
+    case Int8Isa::kPortable:
+      return "halfstep portable";
+    case Int8Isa::kAvx2:
+      return "halfstep AVX2";
+    case Int8Isa::kAvxVnni:
+      return "halfstep AVX-VNNI";
+    case Int8Isa::kAvx512Vnni:
+      return "halfstep AVX512-VNNI";
+  }
+  return "halfstep";
+}
+
 at::Tensor call_op(const char* name, const at::Tensor& input, const Weight& weight, const Int8Call& call) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<decltype(linear<Cpu>)>();
   return op.call(input, weight, call.input_scale, call.input_zero_point, call.residual, call.activation, call.out_dtype,
@@ -262,6 +278,7 @@ at::Tensor call_op(const char* name, const at::Tensor& input, const Weight& weig
 }  // namespace
 
 void define_int8_products(torch::Library& library) {
+  library.def("int8_kernel(Device device) -> str", &int8_kernel);
   library.def(
       "int8_linear(Tensor input, __torch__.torch.classes.halfstep.PackedInt8 weight, float? input_scale=None, "
       "int input_zero_point=0, Tensor? residual=None, str activation=\"none\", ScalarType? out_dtype=None, "

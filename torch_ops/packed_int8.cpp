@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "halfstep/int8.h"
 #include "halfstep/torch/int8.h"
@@ -85,6 +86,15 @@ void PackedInt8::Form::take(const PackedInt8& plain, at::Device device) {
   scales = plain.scales_.to(device);
   bias = moved(plain.bias_, device);
   input_factors = moved(plain.input_factors_, device);
+}
+
+c10::intrusive_ptr<PackedInt8> PackedInt8::corrected(at::TensorList shifts) const {
+  TORCH_CHECK_VALUE(!shifts.empty(), "PackedInt8.corrected: got no shifts, expected at least one");
+  at::Tensor sum = at::zeros_like(scales_, scales_.options().dtype(at::kDouble));
+  for (const at::Tensor& shift : shifts) sum += shift.to(sum.device());
+  sum /= static_cast<double>(shifts.size());
+  if (bias_) sum += *bias_;
+  return c10::make_intrusive<PackedInt8>(weight_, scales_, sum.to(at::kFloat), geometry_, input_factors_);
 }
 
 std::shared_ptr<const PackedInt8::Form> PackedInt8::form(at::Device device) const {
@@ -177,6 +187,7 @@ void define_packed_int8(torch::Library& library) {
       .def("dilation", [](const Self& self) { return list_of(self->geometry().dilation); })
       .def("groups", [](const Self& self) { return self->geometry().groups; })
       .def("to", [](const Self& self, const at::Device& device) { return self->to(device); })
+      .def("corrected", [](const Self& self, const std::vector<at::Tensor>& shifts) { return self->corrected(shifts); })
       .def("prepare", [](const Self& self, const at::Device& device) { self->form(device); })
       // What torch.export shows to the fake class of halfstep/int8_fake.py.
       .def("__obj_flatten__",
