@@ -74,11 +74,13 @@ void check_residual(const OptionalTensor& residual, const at::Tensor& input, c10
 
 struct Cpu {
   using Executor = TorchExecutor;
-  static void quantize(const at::Tensor& input, const Int8Parameters& parameters, std::int8_t* out) {
-    cpu::quantize(view_of(input), parameters, out, TorchExecutor());
+  static void quantize(const at::Tensor& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+                       std::int8_t* out) {
+    cpu::quantize(view_of(input), factors, parameters, out, TorchExecutor());
   }
-  static void quantize_rows(const at::Tensor& input, std::int64_t rows, std::int8_t* out, float* scales) {
-    cpu::quantize_rows(view_of(input), rows, out, scales, TorchExecutor());
+  static void quantize_rows(const at::Tensor& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                            float* scales) {
+    cpu::quantize_rows(view_of(input), factors, rows, out, scales, TorchExecutor());
   }
   template <class Shape>
   static void run(const Shape& shape, const std::int8_t* input, const PackedInt8::Form& form,
@@ -96,11 +98,13 @@ struct Cpu {
 struct Cuda {
   static CudaStream stream() { return {c10::cuda::getCurrentCUDAStream().stream()}; }
 
-  static void quantize(const at::Tensor& input, const Int8Parameters& parameters, std::int8_t* out) {
-    cuda::quantize(view_of(input), parameters, out, stream());
+  static void quantize(const at::Tensor& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+                       std::int8_t* out) {
+    cuda::quantize(view_of(input), factors, parameters, out, stream());
   }
-  static void quantize_rows(const at::Tensor& input, std::int64_t rows, std::int8_t* out, float* scales) {
-    cuda::quantize_rows(view_of(input), rows, out, scales, stream());
+  static void quantize_rows(const at::Tensor& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                            float* scales) {
+    cuda::quantize_rows(view_of(input), factors, rows, out, scales, stream());
   }
   template <class Shape>
   static void run(const Shape& shape, const std::int8_t* input, const PackedInt8::Form& form,
@@ -149,11 +153,14 @@ void multiply(const Shape& shape, std::int64_t rows, const at::Tensor& input, co
   if (input.scalar_type() != at::kChar) {
     quantized = at::empty({input.numel()}, input.options().dtype(at::kChar));
     auto* const q = quantized.template data_ptr<std::int8_t>();
+    ChannelFactors factors;
+    if (form->input_factors)
+      factors = {form->input_factors->template const_data_ptr<float>(), form->input_factors->numel()};
     if (input_scale) {
-      Backend::quantize(input, epilogue.input, q);
+      Backend::quantize(input, factors, epilogue.input, q);
     } else {
       row_scales = at::empty({rows}, input.options().dtype(at::kFloat));
-      Backend::quantize_rows(input, rows, q, row_scales.template data_ptr<float>());
+      Backend::quantize_rows(input, factors, rows, q, row_scales.template data_ptr<float>());
       epilogue.row_scales = row_scales.template const_data_ptr<float>();
     }
   }

@@ -25,6 +25,29 @@ const float* as_floats(const TensorView& view, std::int64_t begin, std::int64_t 
   return buffer;
 }
 
+HS_CLONES void multiply(const float* __restrict x, const float* __restrict factors, std::int64_t count,
+                        float* __restrict out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = x[i] * factors[i];
+}
+
+// The same, multiplied by their channels' factors if there are any.
+const float* as_floats(const TensorView& view, const ChannelFactors& factors, std::int64_t begin, std::int64_t count,
+                       float* buffer) {
+  const float* const x = as_floats(view, begin, count, buffer);
+  if (!factors.values) return x;
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t channel = (begin + done) % factors.channels;
+    const std::int64_t run = std::min(count - done, factors.channels - channel);
+    if (x == buffer) {
+      for (std::int64_t i = 0; i < run; ++i) buffer[done + i] *= factors.values[channel + i];
+    } else {
+      multiply(x + done, factors.values + channel, run, buffer + done);
+    }
+    done += run;
+  }
+  return buffer;
+}
+
 template <class Visit>
 void for_tiles(std::int64_t begin, std::int64_t end, const Visit& visit) {
   for (; begin < end; begin += kTile) visit(begin, std::min(kTile, end - begin));
@@ -97,6 +120,11 @@ void check_parameters(const char* function, const Int8Parameters& parameters) {
            parameters.scale, "; expected a positive finite number");
 }
 
+void check_factors(const char* function, const TensorView& input, const ChannelFactors& factors) {
+  HS_CHECK(!factors.values || (factors.channels > 0 && input.numel % factors.channels == 0), function, ": ",
+           input.numel, " elements are no multiple of ", factors.channels, " channels");
+}
+
 // The columns of a matrix with `rows` rows.
 std::int64_t columns(const char* function, const TensorView& view, std::int64_t rows) {
   HS_CHECK(rows >= 0 && (rows == 0 ? view.numel == 0 : view.numel % rows == 0), function, ": ", view.numel,
@@ -105,16 +133,16 @@ std::int64_t columns(const char* function, const TensorView& view, std::int64_t 
 }
 
 template <class Row>
-void quantize_row(const TensorView& input, std::int64_t row, std::int64_t width, const Row& scale_of,
-                  std::int8_t* out) {
+void quantize_row(const TensorView& input, const ChannelFactors& factors, std::int64_t row, std::int64_t width,
+                  const Row& scale_of, std::int8_t* out) {
   float buffer[kTile];
   std::uint32_t magnitude = 0;
   for_tiles(row * width, (row + 1) * width, [&](std::int64_t begin, std::int64_t count) {
-    magnitude = std::max(magnitude, largest_magnitude_bits(as_floats(input, begin, count, buffer), count));
+    magnitude = std::max(magnitude, largest_magnitude_bits(as_floats(input, factors, begin, count, buffer), count));
   });
   const float inverse = 1.0F / scale_of(magnitude);
   for_tiles(row * width, (row + 1) * width, [&](std::int64_t begin, std::int64_t count) {
-    quantize_run(as_floats(input, begin, count, buffer), count, inverse, 0, out + begin);
+    quantize_run(as_floats(input, factors, begin, count, buffer), count, inverse, 0, out + begin);
   });
 }
 
@@ -137,29 +165,32 @@ float weight_scale(const TensorView& weight, std::int64_t begin, std::int64_t en
 
 }  // namespace
 
-void quantize(const TensorView& input, const Int8Parameters& parameters, std::int8_t* out, const Executor& executor) {
+void quantize(const TensorView& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+              std::int8_t* out, const Executor& executor) {
   check_float("quantize", "input", input.dtype);
+  check_factors("quantize", input, factors);
   check_parameters("quantize", parameters);
   const float inverse = 1.0F / parameters.scale;
   for_pieces(input.numel, 1, executor, [&](std::int64_t first, std::int64_t last) {
-    if (input.dtype == DType::kFloat32)
+    if (input.dtype == DType::kFloat32 && !factors.values)
       return quantize_run(static_cast<const float*>(input.data) + first, last - first, inverse, parameters.zero_point,
                           out + first);
     float buffer[kTile];
     for_tiles(first, last, [&](std::int64_t begin, std::int64_t count) {
-      quantize_run(as_floats(input, begin, count, buffer), count, inverse, parameters.zero_point, out + begin);
+      quantize_run(as_floats(input, factors, begin, count, buffer), count, inverse, parameters.zero_point, out + begin);
     });
   });
 }
 
-void quantize_rows(const TensorView& input, std::int64_t rows, std::int8_t* out, float* scales,
-                   const Executor& executor) {
+void quantize_rows(const TensorView& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                   float* scales, const Executor& executor) {
   check_float("quantize_rows", "input", input.dtype);
+  check_factors("quantize_rows", input, factors);
   const std::int64_t width = columns("quantize_rows", input, rows);
   for_pieces(rows, width, executor, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t row = first; row < last; ++row) {
       const auto scale_of = [&](std::uint32_t magnitude) { return scales[row] = row_scale(magnitude); };
-      quantize_row(input, row, width, scale_of, out);
+      quantize_row(input, factors, row, width, scale_of, out);
     }
   });
 }

@@ -51,7 +51,7 @@ TEST(Int8Quantize, IsTheFormulaForEveryDtypeAndZeroPoint) {
         tensors.add(dtype, interesting_values(scale), /*misaligned_elements=*/1);
         const TensorView input = tensors.views()[0];
         std::vector<std::int8_t> out(static_cast<std::size_t>(input.numel));
-        cpu::quantize(input, {scale, zero_point}, out.data(), SerialExecutor());
+        cpu::quantize(input, {}, {scale, zero_point}, out.data(), SerialExecutor());
         for (std::size_t i = 0; i < out.size(); ++i)
           ASSERT_EQ(out[i], quantized(tensors.get(0, i), scale, zero_point))
               << name_of(dtype) << " " << tensors.get(0, i) << " by " << scale << " and " << zero_point;
@@ -66,7 +66,7 @@ TEST(Int8Quantize, ManyElementsOnManyThreads) {
     tensors.add(dtype, test::normal_values(300001, 1.0, 5));
     const TensorView input = tensors.views()[0];
     std::vector<std::int8_t> out(static_cast<std::size_t>(input.numel));
-    cpu::quantize(input, {0.02F, 11}, out.data(), test::ThreadedExecutor());
+    cpu::quantize(input, {}, {0.02F, 11}, out.data(), test::ThreadedExecutor());
     for (std::size_t i = 0; i < out.size(); ++i) ASSERT_EQ(out[i], quantized(tensors.get(0, i), 0.02F, 11));
     test::GradientList back;
     back.add(dtype, std::vector<double>(out.size()));
@@ -93,7 +93,7 @@ TEST(Int8Quantize, RowsHaveTheScaleOfTheirLargestMagnitude) {
       tensors.add(dtype, values);
       std::vector<std::int8_t> out(values.size(), 99);
       std::vector<float> scales(static_cast<std::size_t>(rows), -1.0F);
-      cpu::quantize_rows(tensors.views()[0], rows, out.data(), scales.data(), test::ThreadedExecutor());
+      cpu::quantize_rows(tensors.views()[0], {}, rows, out.data(), scales.data(), test::ThreadedExecutor());
       for (std::size_t row = 0; row < scales.size(); ++row) {
         double largest = 0.0;
         for (std::size_t i = row * columns; i < (row + 1) * columns; ++i)
@@ -228,13 +228,13 @@ TEST(Int8Quantize, RefusesWhatItCannotCompute) {
   const TensorView float64{doubles.data(), 8, DType::kFloat64};
   const TensorView float32{floats.data(), 8, DType::kFloat32};
   const SerialExecutor executor;
-  EXPECT_THROW(cpu::quantize(float64, {}, out.data(), executor), InvalidArgument);
-  EXPECT_THROW(cpu::quantize(float32, {1.0F, 128}, out.data(), executor), InvalidArgument);
-  EXPECT_THROW(cpu::quantize(float32, {0.0F, 0}, out.data(), executor), InvalidArgument);
-  EXPECT_THROW(cpu::quantize(float32, {std::numeric_limits<float>::quiet_NaN(), 0}, out.data(), executor),
+  EXPECT_THROW(cpu::quantize(float64, {}, {}, out.data(), executor), InvalidArgument);
+  EXPECT_THROW(cpu::quantize(float32, {}, {1.0F, 128}, out.data(), executor), InvalidArgument);
+  EXPECT_THROW(cpu::quantize(float32, {}, {0.0F, 0}, out.data(), executor), InvalidArgument);
+  EXPECT_THROW(cpu::quantize(float32, {}, {std::numeric_limits<float>::quiet_NaN(), 0}, out.data(), executor),
                InvalidArgument);
-  EXPECT_THROW(cpu::quantize_rows(float64, 2, out.data(), scales.data(), executor), InvalidArgument);
-  EXPECT_THROW(cpu::quantize_rows(float32, 3, out.data(), scales.data(), executor), InvalidArgument);
+  EXPECT_THROW(cpu::quantize_rows(float64, {}, 2, out.data(), scales.data(), executor), InvalidArgument);
+  EXPECT_THROW(cpu::quantize_rows(float32, {}, 3, out.data(), scales.data(), executor), InvalidArgument);
   EXPECT_THROW(cpu::dequantize(out.data(), {}, float64, executor), InvalidArgument);
   EXPECT_THROW(cpu::quantize_weight(float64, 2, 8, false, out.data(), scales.data(), executor), InvalidArgument);
   for (const int bits : {1, 9})
