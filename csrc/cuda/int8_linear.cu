@@ -57,10 +57,12 @@ __device__ uint4 load_terms(const std::int8_t* from, int count) {
 // The terms of a sum may come in any order, if it is the same for both factors: of 64 terms a thread takes the 16
 // neighbouring ones that are a single load, and the tensor cores take them for terms 4t .. 4t + 3 of four places.
 template <int kRowFragments, int kUnit>
-__global__ __launch_bounds__(kFewWarps* kWarp) void few_rows_kernel(const std::int8_t* input, const std::int8_t* weight,
-                                                                    const __grid_constant__ Int8LinearShape shape,
-                                                                    const __grid_constant__ Int8Finish finish) {
+__global__ __launch_bounds__(kFewWarps* kWarp, 2) void few_rows_kernel(const std::int8_t* input,
+                                                                       const std::int8_t* weight,
+                                                                       const __grid_constant__ Int8LinearShape shape,
+                                                                       const __grid_constant__ Int8Finish finish) {
   constexpr int kRows = kRowFragments * 16;
+  constexpr int kAhead = kUnit == 16 ? 4 / kRowFragments : 1;  // slices whose loads are under way together
   __shared__ std::int32_t shared[kFewWarps][kRows][kFewChannels];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -71,25 +73,36 @@ __global__ __launch_bounds__(kFewWarps* kWarp) void few_rows_kernel(const std::i
   const int terms = static_cast<int>(shape.terms);
 
   std::int32_t sums[kRowFragments][2][4] = {};
-#pragma unroll 4
-  for (int term = warp * kSlice; term < terms; term += kFewWarps * kSlice) {
-    const int at = term + t * kChunk;
-    const int count = terms - at;
-    uint4 b[2];
+#pragma unroll 1
+  for (int term = warp * kSlice; term < terms; term += kAhead * kFewWarps * kSlice) {
+    // All loads first: they are what the kernel waits for.
+    uint4 b[kAhead][2];
+    uint4 a[kAhead][kRowFragments][2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const std::int64_t channel = first + j * 8 + g;
-      b[j] = load_terms<kUnit>(weight + channel * shape.terms + at, channel < shape.channels ? count : 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kRowFragments; ++i) {
-      const int row = i * 16 + g;
-      const uint4 upper = load_terms<kUnit>(input + row * shape.terms + at, row < rows ? count : 0);
-      const uint4 lower = load_terms<kUnit>(input + (row + 8) * shape.terms + at, row + 8 < rows ? count : 0);
+    for (int k = 0; k < kAhead; ++k) {
+      const int at = term + k * kFewWarps * kSlice + t * kChunk;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        multiply_add(sums[i][j], {upper.x, lower.x, upper.y, lower.y}, {b[j].x, b[j].y});
-        multiply_add(sums[i][j], {upper.z, lower.z, upper.w, lower.w}, {b[j].z, b[j].w});
+        const std::int64_t channel = first + j * 8 + g;
+        b[k][j] = load_terms<kUnit>(weight + channel * shape.terms + at, channel < shape.channels ? terms - at : 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kRowFragments * 2; ++i) {
+        const int row = i * 8 + g;
+        a[k][i / 2][i % 2] = load_terms<kUnit>(input + row * shape.terms + at, row < rows ? terms - at : 0);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+#pragma unroll
+      for (int i = 0; i < kRowFragments; ++i) {
+        const uint4 upper = a[k][i][0];
+        const uint4 lower = a[k][i][1];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          multiply_add(sums[i][j], {upper.x, lower.x, upper.y, lower.y}, {b[k][j].x, b[k][j].y});
+          multiply_add(sums[i][j], {upper.z, lower.z, upper.w, lower.w}, {b[k][j].z, b[k][j].w});
+        }
       }
     }
   }
