@@ -37,21 +37,38 @@ __device__ void for_packs(std::int64_t numel, const Visit& visit) {
               [&](std::int64_t i) { visit(packs * kWidth + i, std::integral_constant<int, 1>{}); });
 }
 
+// The elements from .. from + kCount - 1 as float32, multiplied by their channels' factors if there are any.
 template <class Storage, int kCount>
-__device__ void quantize_pack(const void* input, std::int64_t from, std::int8_t* out, float inverse_scale,
-                              std::int32_t zero_point) {
-  const auto x = load_pack<Storage, kCount>(input, from);
+__device__ void widen_pack(const Pack<Storage, kCount>& pack, const ChannelFactors& factors, std::int64_t from,
+                           float (&x)[kCount]) {
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) x[e] = widen_device(pack.elements[e]);
+  if (!factors.values) return;
+  std::int64_t channel = from % factors.channels;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    x[e] *= factors.values[channel];
+    if (++channel == factors.channels) channel = 0;
+  }
+}
+
+template <class Storage, int kCount>
+__device__ void quantize_pack(const void* input, const ChannelFactors& factors, std::int64_t from, std::int8_t* out,
+                              float inverse_scale, std::int32_t zero_point) {
+  float x[kCount];
+  widen_pack<Storage, kCount>(load_pack<Storage, kCount>(input, from), factors, from, x);
   std::int8_t q[kCount];
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) q[e] = quantize_value(widen_device(x.elements[e]), inverse_scale, zero_point);
+  for (int e = 0; e < kCount; ++e) q[e] = quantize_value(x[e], inverse_scale, zero_point);
   store_pack<std::int8_t, kCount>(out, from, q);
 }
 
 template <class Storage, int kWidth>
-__global__ __launch_bounds__(kBlock) void quantize_kernel(const void* input, std::int64_t numel, float inverse_scale,
-                                                          std::int32_t zero_point, std::int8_t* out) {
+__global__ __launch_bounds__(kBlock) void quantize_kernel(const void* input, ChannelFactors factors, std::int64_t numel,
+                                                          float inverse_scale, std::int32_t zero_point,
+                                                          std::int8_t* out) {
   for_packs<kWidth>(numel, [&](std::int64_t at, auto count) {
-    quantize_pack<Storage, decltype(count)::value>(input, at, out, inverse_scale, zero_point);
+    quantize_pack<Storage, decltype(count)::value>(input, factors, at, out, inverse_scale, zero_point);
   });
 }
 
@@ -75,9 +92,9 @@ struct MaxBits {
 
 // A thread holds kHold packs of kWidth elements of its row; with none held it reads the row twice.
 template <class Storage, int kWidth, int kThreads, int kHold>
-__global__ __launch_bounds__(kRowBlock<kThreads>) void quantize_rows_kernel(const void* input, std::int64_t rows,
-                                                                            std::int64_t cols, std::int8_t* out,
-                                                                            float* scales) {
+__global__ __launch_bounds__(kRowBlock<kThreads>) void quantize_rows_kernel(const void* input, ChannelFactors factors,
+                                                                            std::int64_t rows, std::int64_t cols,
+                                                                            std::int8_t* out, float* scales) {
   constexpr bool kHeld = kHold > 0;
   constexpr int kGroup = kHeld ? kHold : 4;
   const std::int64_t packs = cols / kWidth;
@@ -103,9 +120,10 @@ __global__ __launch_bounds__(kRowBlock<kThreads>) void quantize_rows_kernel(cons
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
         if (base + k * kThreads >= packs) break;
+        float values[kWidth];
+        widen_pack<Storage, kWidth>(x[k], factors, row * cols + (base + k * kThreads) * kWidth, values);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e)
-          largest = MaxBits{}(largest, __float_as_uint(widen_device(x[k].elements[e])) & 0x7fffffffU);
+        for (int e = 0; e < kWidth; ++e) largest = MaxBits{}(largest, __float_as_uint(values[e]) & 0x7fffffffU);
       }
     });
     const float scale = row_scale(reduce_row<kThreads>(largest, MaxBits{}, 0U));
@@ -116,9 +134,11 @@ __global__ __launch_bounds__(kRowBlock<kThreads>) void quantize_rows_kernel(cons
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
         if (base + k * kThreads >= packs) break;
+        float values[kWidth];
+        widen_pack<Storage, kWidth>(x[k], factors, row * cols + (base + k * kThreads) * kWidth, values);
         std::int8_t q[kWidth];
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) q[e] = quantize_value(widen_device(x[k].elements[e]), inverse_scale, 0);
+        for (int e = 0; e < kWidth; ++e) q[e] = quantize_value(values[e], inverse_scale, 0);
         store_pack<std::int8_t, kWidth>(out, row * cols + (base + k * kThreads) * kWidth, q);
       }
     });
@@ -174,20 +194,27 @@ void with_host_storage(const char* name, DType dtype, const Run& run) {
   HS_CHECK(false, name, ": got ", name_of(dtype), ", expected float32, float16 or bfloat16");
 }
 
+void check_factors(const char* name, const TensorView& input, const ChannelFactors& factors) {
+  HS_CHECK(!factors.values || (factors.channels > 0 && input.numel % factors.channels == 0), name, ": ", input.numel,
+           " elements are no multiple of ", factors.channels, " channels");
+}
+
 cudaStream_t native(CudaStream stream) {
   return static_cast<cudaStream_t>(stream.handle);
 }
 
 }  // namespace
 
-void quantize(const TensorView& input, const Int8Parameters& parameters, std::int8_t* out, CudaStream stream) {
+void quantize(const TensorView& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+              std::int8_t* out, CudaStream stream) {
+  check_factors("quantize", input, factors);
   with_host_storage("quantize", input.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     if (input.numel == 0) return;
     const float inverse_scale = 1.0F / parameters.scale;
     const auto launch = [&](auto* kernel, int width) {
       kernel<<<strided_blocks((input.numel + width - 1) / width), kBlock, 0, native(stream)>>>(
-          input.data, input.numel, inverse_scale, parameters.zero_point, out);
+          input.data, factors, input.numel, inverse_scale, parameters.zero_point, out);
     };
     if (starts_on_16_bytes(input.data) && starts_on_16_bytes(out)) {
       launch(quantize_kernel<Storage, kPackWidth>, kPackWidth);
@@ -198,7 +225,9 @@ void quantize(const TensorView& input, const Int8Parameters& parameters, std::in
   });
 }
 
-void quantize_rows(const TensorView& input, std::int64_t rows, std::int8_t* out, float* scales, CudaStream stream) {
+void quantize_rows(const TensorView& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                   float* scales, CudaStream stream) {
+  check_factors("quantize_rows", input, factors);
   with_host_storage("quantize_rows", input.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     if (rows == 0) return;
@@ -206,7 +235,8 @@ void quantize_rows(const TensorView& input, std::int64_t rows, std::int8_t* out,
              " elements");
     const std::int64_t cols = input.numel / rows;
     const auto launch = [&](auto* kernel, int rows_per_block, int block) {
-      kernel<<<blocks_for(rows, rows_per_block), block, 0, native(stream)>>>(input.data, rows, cols, out, scales);
+      kernel<<<blocks_for(rows, rows_per_block), block, 0, native(stream)>>>(input.data, factors, rows, cols, out,
+                                                                             scales);
     };
     constexpr int kWidth = kPackWidth;
     if (cols % kWidth != 0 || !starts_on_16_bytes(input.data) || !starts_on_16_bytes(out)) {

@@ -193,7 +193,7 @@ TEST_F(Int8Cuda, QuantizesAndDequantizesAsTheHost) {
           const PlacedBytes out(nullptr, count, offset, stream_);
           const PlacedBytes back(nullptr, values.size(), offset * size_of(dtype), stream_);
           const auto numel = static_cast<std::int64_t>(count);
-          cuda::quantize({input.get<void>(), numel, dtype}, parameters, out.get<std::int8_t>(), {stream_});
+          cuda::quantize({input.get<void>(), numel, dtype}, {}, parameters, out.get<std::int8_t>(), {stream_});
           cuda::dequantize(out.get<std::int8_t>(), parameters, {back.get<void>(), numel, dtype}, {stream_});
           const std::vector<char> got = out.read(stream_);
           const std::vector<char> floats = back.read(stream_);
@@ -228,7 +228,7 @@ TEST_F(Int8Cuda, QuantizesRowsByTheirLargestMagnitude) {
         const PlacedBytes input(values.data(), values.size(), offset * size_of(dtype), stream_);
         const PlacedBytes out(nullptr, kRows * cols, offset, stream_);
         const PlacedBytes placed_scales(nullptr, kRows * sizeof(float), 0, stream_);
-        cuda::quantize_rows({input.get<void>(), static_cast<std::int64_t>(kRows * cols), dtype}, kRows,
+        cuda::quantize_rows({input.get<void>(), static_cast<std::int64_t>(kRows * cols), dtype}, {}, kRows,
                             out.get<std::int8_t>(), placed_scales.get<float>(), {stream_});
         const std::vector<char> got = out.read(stream_);
         const std::vector<char> scales = placed_scales.read(stream_);
@@ -343,7 +343,7 @@ TEST_F(Int8Cuda, CanBeCapturedInAGraph) {
                            .pad_height = 1,
                            .pad_width = 1};
   HS_CUDA_TRY(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-  cuda::quantize_rows({x.get(), kRows * 64, DType::kFloat32}, kRows, q.get(), scales.get(), {stream_});
+  cuda::quantize_rows({x.get(), kRows * 64, DType::kFloat32}, {}, kRows, q.get(), scales.get(), {stream_});
   cuda::int8_linear({kRows, 64, 32}, q.get(), weight.get(), nullptr, epilogue, {stream_});
   cuda::int8_conv2d(conv, q.get(), weight.get(), nullptr, conv_epilogue, {stream_});
   cudaGraph_t graph = nullptr;
