@@ -163,10 +163,10 @@ __global__ __launch_bounds__(kDirectBlock) void depthwise_kernel(const __grid_co
 
 // A thread for each output; the channels of its group by kUnit (4 or 1) at a time.
 template <int kUnit>
-__global__ __launch_bounds__(kDirectBlock) void small_groups_kernel(const __grid_constant__ Image in,
-                                                                    const std::int8_t* weight,
-                                                                    std::int64_t group_outputs,
-                                                                    const __grid_constant__ Int8Finish finish) {
+__global__ __launch_bounds__(kDirectBlock, 4) void small_groups_kernel(const __grid_constant__ Image in,
+                                                                       const std::int8_t* weight,
+                                                                       std::int64_t group_outputs,
+                                                                       const __grid_constant__ Int8Finish finish) {
   const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kDirectBlock + threadIdx.x;
   if (at >= in.out_pixels * finish.channels) return;
   const std::int64_t pixel = at / finish.channels;
