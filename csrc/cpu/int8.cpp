@@ -96,7 +96,7 @@ void int8_conv2d(const Int8ConvShape& shape, const std::int8_t* input, const voi
   if (shape.out_pixels() == 0) return;
   if (is_depthwise({shape.out_channels, shape.terms(), shape.groups})) {
     int8_kernel(isa);  // is there, or throws
-    return depthwise_conv2d(shape, input, packed, epilogue, executor);
+    return depthwise_conv2d(shape, input, packed, epilogue, isa, executor);
   }
   const std::int64_t terms = shape.terms();
   Int8Product product{.rows = shape.out_pixels(),

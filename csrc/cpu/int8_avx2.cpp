@@ -58,6 +58,8 @@ template <int kRows, int kStep, class Weight>
       const __m256i terms = _mm256_set1_epi64x(bits);
       total[row][0] = _mm256_add_epi32(total[row][0], _mm256_madd_epi16(terms, first));
       total[row][1] = _mm256_add_epi32(total[row][1], _mm256_madd_epi16(terms, second));
+      // Row by row and in place: compilers would load all rows first, and then not have the registers for the sums.
+      asm volatile("" : "+x"(total[row][0]), "+x"(total[row][1])::"memory");
     }
     weights += kStep;
     prepared += kInt8Quad;

@@ -6,32 +6,74 @@
 #include <vector>
 
 #include "clones.h"
+#include "int8_kernels.h"
 #include "int8_product.h"
 #include "int8_runs.h"
+
+#if defined(HS_INT8_X86)
+#include <immintrin.h>
+#endif
 
 namespace halfstep::cpu {
 namespace {
 
-constexpr std::int64_t kStrip = 32;  // channels whose sums stay in registers
-
 // sums[channel] of one output pixel. taps[term] has the inputs of all channels.
-[[gnu::always_inline]] inline void add_strip(const std::int8_t* const* taps, std::int64_t terms,
-                                             const std::int8_t* weights, std::int64_t pitch, std::int64_t channel,
-                                             std::int64_t count, std::int32_t* sums) {
-  std::int32_t total[kStrip] = {};
+HS_CLONES void add_taps(const std::int8_t* const* taps, std::int64_t terms, const std::int8_t* weights,
+                        std::int64_t pitch, std::int64_t channels, std::int32_t* __restrict sums) {
+  std::fill(sums, sums + channels, 0);
   for (std::int64_t term = 0; term < terms; ++term) {
-    const std::int8_t* const x = taps[term] + channel;
-    const std::int8_t* const w = weights + term * pitch + channel;
-    for (std::int64_t i = 0; i < count; ++i) total[i] += static_cast<std::int16_t>(x[i] * w[i]);
+    const std::int8_t* const x = taps[term];
+    const std::int8_t* const w = weights + term * pitch;
+    for (std::int64_t i = 0; i < channels; ++i) sums[i] += static_cast<std::int16_t>(x[i] * w[i]);
   }
-  std::copy(total, total + count, sums + channel);
 }
 
-HS_CLONES void add_taps(const std::int8_t* const* taps, std::int64_t terms, const std::int8_t* weights,
-                        std::int64_t pitch, std::int64_t channels, std::int32_t* sums) {
-  std::int64_t channel = 0;
-  for (; channel + kStrip <= channels; channel += kStrip) add_strip(taps, terms, weights, pitch, channel, kStrip, sums);
-  add_strip(taps, terms, weights, pitch, channel, channels - channel, sums);
+#if defined(HS_INT8_X86)
+constexpr std::int64_t kStrip = 16;
+
+[[gnu::target("avx2"), gnu::always_inline]] inline __m256i load_wide(const std::int8_t* at) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
+// 16 channels, two terms at a time: the products of a pair are added by vpmaddwd.
+[[gnu::target("avx2")]] void add_strip_avx2(const std::int8_t* const* taps, std::int64_t terms,
+                                            const std::int8_t* weights, std::int64_t pitch, std::int64_t channel,
+                                            std::int32_t* sums) {
+  __m256i low = _mm256_setzero_si256();   // channels 0 .. 3 and 8 .. 11
+  __m256i high = _mm256_setzero_si256();  // the others
+  for (std::int64_t term = 0; term < terms; term += 2) {
+    const bool pair = term + 1 < terms;
+    const std::int8_t* const w = weights + term * pitch + channel;
+    const __m256i x0 = load_wide(taps[term] + channel);
+    const __m256i x1 = load_wide(taps[pair ? term + 1 : term] + channel);
+    const __m256i w0 = load_wide(w);
+    const __m256i w1 = pair ? load_wide(w + pitch) : _mm256_setzero_si256();
+    low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(x0, x1), _mm256_unpacklo_epi16(w0, w1)));
+    high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(x0, x1), _mm256_unpackhi_epi16(w0, w1)));
+  }
+  auto* const out = reinterpret_cast<__m256i*>(sums + channel);
+  _mm256_storeu_si256(out, _mm256_permute2x128_si256(low, high, 0x20));
+  _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+// The last strip overlaps the one before it.
+void add_taps_avx2(const std::int8_t* const* taps, std::int64_t terms, const std::int8_t* weights, std::int64_t pitch,
+                   std::int64_t channels, std::int32_t* sums) {
+  if (channels < kStrip) return add_taps(taps, terms, weights, pitch, channels, sums);
+  for (std::int64_t channel = 0; channel < channels; channel += kStrip)
+    add_strip_avx2(taps, terms, weights, pitch, std::min(channel, channels - kStrip), sums);
+}
+#endif
+
+using AddTaps = void (*)(const std::int8_t* const* taps, std::int64_t terms, const std::int8_t* weights,
+                         std::int64_t pitch, std::int64_t channels, std::int32_t* sums);
+
+AddTaps add_taps_of(Int8Isa isa) {
+#if defined(HS_INT8_X86)
+  if (isa != Int8Isa::kPortable) return add_taps_avx2;  // the later sets hold AVX2
+#endif
+  static_cast<void>(isa);
+  return add_taps;
 }
 
 // The inputs of one output pixel, as add_taps() reads them.
@@ -105,9 +147,10 @@ void pack_depthwise(const Int8WeightShape& shape, const std::int8_t* weight, voi
 }
 
 void depthwise_conv2d(const Int8ConvShape& shape, const std::int8_t* input, const void* packed,
-                      const Int8Epilogue& epilogue, const Executor& executor) {
+                      const Int8Epilogue& epilogue, Int8Isa isa, const Executor& executor) {
   const std::int64_t pitch = depthwise_pitch(shape.out_channels);
   const std::int64_t terms = shape.terms();
+  const AddTaps add = add_taps_of(isa);
   const auto* const weights = static_cast<const std::int8_t*>(packed);
   const auto* const weight_sums = reinterpret_cast<const std::int32_t*>(weights + terms * pitch);
   std::vector<std::uint32_t> corrections(static_cast<std::size_t>(shape.out_channels));
@@ -121,7 +164,7 @@ void depthwise_conv2d(const Int8ConvShape& shape, const std::int8_t* input, cons
     std::vector<std::int32_t> sums(corrections.size());
     const std::int64_t end = std::min(shape.out_pixels(), (task + 1) * pixels_per_task);
     for (std::int64_t pixel = task * pixels_per_task; pixel < end; ++pixel) {
-      add_taps(taps.of(pixel), terms, weights, pitch, shape.out_channels, sums.data());
+      add(taps.of(pixel), terms, weights, pitch, shape.out_channels, sums.data());
       finish_run({epilogue, sums.data(), corrections.data(),
                   input_scale(epilogue, pixel / (shape.out_height * shape.out_width)), 0, pixel * shape.out_channels,
                   shape.out_channels});

@@ -23,6 +23,6 @@ constexpr std::int64_t depthwise_bytes(const Int8WeightShape& shape) {
 void pack_depthwise(const Int8WeightShape& shape, const std::int8_t* weight, void* packed);
 
 void depthwise_conv2d(const Int8ConvShape& shape, const std::int8_t* input, const void* packed,
-                      const Int8Epilogue& epilogue, const Executor& executor);
+                      const Int8Epilogue& epilogue, Int8Isa isa, const Executor& executor);
 
 }  // namespace halfstep::cpu
