@@ -29,6 +29,7 @@ struct Registration {
   Registration() {
     definitions.def("version() -> str", [] { return std::string(HALFSTEP_VERSION); });
     define_autocast_ops(definitions);
+    define_calibration(definitions);
     define_cross_entropy(definitions);
     define_gradients(definitions);
     define_packed_int8(definitions);  // whose type the schemas name

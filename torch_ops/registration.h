@@ -7,6 +7,7 @@ namespace halfstep::torch_ops {
 
 // Schemas and classes.
 void define_autocast_ops(torch::Library& library);
+void define_calibration(torch::Library& library);
 void define_cross_entropy(torch::Library& library);
 void define_gradients(torch::Library& library);
 void define_int8(torch::Library& library);
