@@ -67,7 +67,6 @@ struct Registration {
     implement_cross_entropy_meta(meta);
     implement_gradients_meta(meta);
     implement_int8_meta(meta);
-    implement_int8_products_meta(meta);
     implement_norms_meta(meta);
     implement_optimizer_meta(meta);
     implement_scaling_meta(meta);

@@ -36,7 +36,6 @@ void implement_scaling_cpu(torch::Library& library);
 void implement_cross_entropy_meta(torch::Library& library);
 void implement_gradients_meta(torch::Library& library);
 void implement_int8_meta(torch::Library& library);
-void implement_int8_products_meta(torch::Library& library);
 void implement_norms_meta(torch::Library& library);
 void implement_optimizer_meta(torch::Library& library);
 void implement_scaling_meta(torch::Library& library);
