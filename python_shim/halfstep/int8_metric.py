@@ -114,7 +114,9 @@ def choose_metric(
 class _Scores(Metric):
     """The user's own measure."""
 
-    def __init__(self, eval_fn: Callable[[nn.Module], Any], batches: Sequence[Any], model: nn.Module, confidence: float):
+    def __init__(
+        self, eval_fn: Callable[[nn.Module], Any], batches: Sequence[Any], model: nn.Module, confidence: float
+    ):
         self._eval_fn = eval_fn
         self._reference, single = self._run(model)
         if not all(map(math.isfinite, self._reference)):
@@ -169,9 +171,14 @@ class _Top1(Metric):
     kind = "top-1"
 
     def __init__(
-        self, inputs: Sequence[Any], call: Call, labels: list[torch.Tensor], right: list[list[float]], finite: list[bool],
+        self,
+        inputs: Sequence[Any],
+        call: Call,
+        labels: list[torch.Tensor],
+        right: list[list[float]],
+        finite: list[bool],
         confidence: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(inputs, sum(map(len, right)), confidence)
         self._call, self._labels, self._right, self._finite = call, labels, right, finite
 

@@ -70,9 +70,9 @@ def rank_layers(
     if unknown := [name for name in int8_layers if name not in layers]:
         raise ValueError(f"the model has no layer {unknown[0]!r}")
     pairs = {name: (layers[name], int8) for name, int8 in int8_layers.items()}
-    samples = [first_samples(batch, _SAMPLES) for batch in batches[:_BATCHES]]
     cuda = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     with torch.random.fork_rng(list(cuda)):
+        samples = [_first(model, batch, call) for batch in batches[:_BATCHES]]
         try:
             scores, note = _effects(model, pairs, samples, call, probes, seed)
             method = EFFECT
@@ -86,22 +86,40 @@ def _harm(score: float) -> float:
     return score if math.isfinite(score) else math.inf
 
 
+def _first(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any]) -> Any:
+    """Return the first samples of a batch, or all where the model cannot be called with fewer."""
+    part = first_samples(batch, _SAMPLES)
+    if part is batch:
+        return batch
+    try:
+        with torch.no_grad():
+            call(model, part)
+    except Exception:  # a fault of the model itself is met again
+        return batch
+    return part
+
+
 class _Watch:
     """A forward hook that keeps a layer's outputs, as places to differentiate at, and what the int8 layer gives."""
 
-    def __init__(self, int8: nn.Module) -> None:
+    def __init__(self, name: str, int8: nn.Module) -> None:
+        self._name = name
         self._int8 = int8
         self.outputs: list[torch.Tensor] = []
         self.quantized: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with torch.no_grad():
-            others = pytree.tree_leaves(self._int8(*args, **kwargs))
+            others = floating_tensors_of(self._int8(*args, **kwargs))
         leaves, structure = pytree.tree_flatten(output)
-        for i, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
-            if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
-                continue
-            if not leaf.requires_grad:  # its weights are frozen, and nothing before it has any
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        if len(places) != len(others):
+            raise ValueError(
+                f"the int8 layer for {self._name!r} gives {len(others)} floating-point tensors, expected {len(places)}"
+            )
+        for i, other in zip(places, others, strict=True):
+            leaf = leaves[i]
+            if torch.is_grad_enabled() and not leaf.requires_grad:  # frozen weights, and none before them
                 leaf = leaf.detach().requires_grad_()
             self.outputs.append(leaf)
             self.quantized.append(other.detach())
@@ -112,7 +130,7 @@ class _Watch:
 
 @contextlib.contextmanager
 def _watching(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[dict[str, _Watch]]:
-    watches = {name: _Watch(int8) for name, (_, int8) in pairs.items()}
+    watches = {name: _Watch(name, int8) for name, (_, int8) in pairs.items()}
     hooks = []
     try:
         for name, (layer, _) in pairs.items():

@@ -22,9 +22,9 @@ class Search:
     """The result of give_back().
 
     quantized: the layers that stay int8. Unless `kept` is False they were evaluated, and `verdict` is theirs.
-    given_back: the others, most harmful first; ranking: all layers in that order, empty where none had to be given back.
-    kept: False where nothing held: then no layer stays int8, `note` says why, and `verdict` is that of the smallest
-    set that was evaluated.
+    given_back: the others, most harmful first. ranking: all layers in that order, empty where none had to be given
+    back. kept: False where nothing held: then no layer stays int8, `note` says why, and `verdict` is that of the
+    smallest set that was evaluated.
     """
 
     quantized: frozenset[str]
@@ -78,9 +78,9 @@ def give_back(
 
     evaluate: the verdict on the model with these layers int8; verdict.kept(threshold) decides. rank: all layers, most
     harmful first; called once, if at all. If all layers together do not hold, the first 1, 2, 4, ... of the ranking are
-    given back, the smallest count that holds is found by bisection, and then each layer given back is tried again, least
-    harmful first. At most `budget` evaluations, default_budget() unless given. ValueError for layers that are named
-    twice, a budget below 1, or a ranking of other layers.
+    given back, the smallest count that holds is found by bisection, and then each layer given back is tried again,
+    least harmful first. At most `budget` evaluations, default_budget() unless given. ValueError for layers that are
+    named twice, a budget below 1, or a ranking of other layers.
     """
     every = frozenset(layers)
     if len(every) != len(layers):
