@@ -102,15 +102,22 @@ def _first(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any]) 
 class _Watch:
     """A forward hook that keeps a layer's outputs, as places to differentiate at, and what the int8 layer gives."""
 
-    def __init__(self, name: str, int8: nn.Module) -> None:
+    def __init__(self, name: str, int8: nn.Module, busy: list[str]) -> None:
         self._name = name
         self._int8 = int8
+        self._busy = busy  # the name of the layer whose int8 form runs: it may call layers of the model
         self.outputs: list[torch.Tensor] = []
         self.quantized: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        with torch.no_grad():
-            others = floating_tensors_of(self._int8(*args, **kwargs))
+        if self._busy:
+            return output
+        self._busy.append(self._name)
+        try:
+            with torch.no_grad():
+                others = floating_tensors_of(self._int8(*args, **kwargs))
+        finally:
+            self._busy.clear()
         leaves, structure = pytree.tree_flatten(output)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
         if len(places) != len(others):
@@ -130,7 +137,8 @@ class _Watch:
 
 @contextlib.contextmanager
 def _watching(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[dict[str, _Watch]]:
-    watches = {name: _Watch(name, int8) for name, (_, int8) in pairs.items()}
+    busy: list[str] = []
+    watches = {name: _Watch(name, int8, busy) for name, (_, int8) in pairs.items()}
     hooks = []
     try:
         for name, (layer, _) in pairs.items():
@@ -142,9 +150,13 @@ def _watching(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[dict
 
 
 def _effects(
-    model: nn.Module, pairs: Mapping[str, tuple[nn.Module, nn.Module]], samples: Sequence[Any], call: Any, probes: int,
+    model: nn.Module,
+    pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+    samples: Sequence[Any],
+    call: Callable[[nn.Module, Any], Any],
+    probes: int,
     seed: int,
-) -> tuple[dict[str, float], str]:  # fmt: skip
+) -> tuple[dict[str, float], str]:
     """Return the scores by first-order effect, or raise _NotDifferentiable."""
     generator = torch.Generator().manual_seed(seed)
     totals = dict.fromkeys(pairs, 0.0)
