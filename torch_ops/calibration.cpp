@@ -412,6 +412,9 @@ void define_calibration(torch::Library& library) {
       .def("channel_mean", &channel_mean)
       .def("histogram", &histogram_of)
       .def("reset", [](const Self& self) { self->observer.reset(); })
+      // What it has seen, as plain tensors for a file, and the way back.
+      .def("state", [](const Self& self) { return pickled(self); })
+      .def("restore", [](const Self& self, const Pickled& state) { self->observer = unpickled(state)->observer; })
       .def_pickle([](const Self& self) { return pickled(self); },
                   [](const Pickled& state) { return unpickled(state); });
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfstep.config import MixedPrecisionConfig
     from halfstep.errors import LibraryMismatchError, ScaleCollapsed
     from halfstep.grad_scaler import GradScaler
+    from halfstep.inference import InferencePrecisionOptimizer
     from halfstep.lowering import lower
     from halfstep.manager import MixedPrecisionManager
     from halfstep.operations import count_operations
@@ -37,6 +38,7 @@ _HOME_OF = {
     "AutocastContext": "halfstep.autocast",
     "CustomPrecisionPolicy": "halfstep.policies",
     "GradScaler": "halfstep.grad_scaler",
+    "InferencePrecisionOptimizer": "halfstep.inference",
     "LibraryMismatchError": "halfstep.errors",
     "MixedPrecisionAnalyzer": "halfstep.analyzer",
     "MixedPrecisionConfig": "halfstep.config",
@@ -62,6 +64,7 @@ __all__ = [
     "AutocastContext",
     "CustomPrecisionPolicy",
     "GradScaler",
+    "InferencePrecisionOptimizer",
     "LibraryMismatchError",
     "MixedPrecisionAnalyzer",
     "MixedPrecisionConfig",

@@ -27,10 +27,14 @@ class Batch:
 
     def __call__(self, model: nn.Module) -> Any:
         """Call the model on this batch, moved where it was said to be."""
-        args, kwargs = self.args, self.kwargs
-        if self.device is not None or self.dtype is not None:
-            args, kwargs = pytree.tree_map(self._moved, (args, kwargs))
+        args, kwargs = self.arguments()
         return model(*args, **kwargs)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return positional and keyword arguments, moved where the batch was said to be."""
+        if self.device is None and self.dtype is None:
+            return self.args, self.kwargs
+        return pytree.tree_map(self._moved, (self.args, self.kwargs))
 
     def _moved(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -15,8 +15,9 @@ from halfstep.calibration_data import collect, split
 from halfstep.config import check_bool, check_choice, check_count
 from halfstep.half_model import float_dtype, half_model
 from halfstep.int8_calibration import METHODS
+from halfstep.int8_metric import choose_metric
 from halfstep.int8_model import check_globs
-from halfstep.int8_optimize import Int8Run, Options, name_of, weight_bytes
+from halfstep.int8_optimize import Int8Run, Options, call, name_of, weight_bytes
 from halfstep.int8_report import Report
 from halfstep.shadow import unwrapped
 
@@ -160,13 +161,11 @@ class InferencePrecisionOptimizer:
         return self._report
 
     def _half(self, reference: nn.Module, guard: Any, device: torch.device, report: Report) -> nn.Module:
-        from halfstep.int8_guard import choose_metric
-
         dtype = _HALVES[self.target_precision]
         model = half_model(reference, dtype)
-        metric = choose_metric(self._options.eval_fn, [batch.on(device) for batch in guard], reference)
-        verdict = metric.verdict(model)
-        report.metric, report.proxy, report.evaluations, report.budget = metric.name, metric.proxy, 1, 1
+        metric = choose_metric(self._options.eval_fn, [batch.on(device) for batch in guard], call, reference)
+        verdict = metric.judge(model)
+        report.metric, report.proxy, report.evaluations, report.budget = metric.kind, metric.proxy, 1, 1
         report.drop, report.bound = verdict.drop, verdict.bound
         report.kept = verdict.kept(self.accuracy_threshold)
         own = name_of(float_dtype(reference))
@@ -174,9 +173,10 @@ class InferencePrecisionOptimizer:
             report.result = report.carrier = self.target_precision
         else:
             report.result = report.carrier = own
+            said = metric.shortage(self.accuracy_threshold) or f"drop {verdict.drop:.3g}, bound {verdict.bound:.3g}"
             report.notes.append(
-                f"{self.target_precision} does not keep the drop at or below {self.accuracy_threshold:g} for certain "
-                f"({verdict}); the float model came back"
+                f"{self.target_precision} does not keep the drop at {self.accuracy_threshold:g} or less for certain "
+                f"({said}); the float model came back"
             )
             model = reference
         report.bytes = {own: weight_bytes(reference), report.result: weight_bytes(model)}

@@ -1,4 +1,4 @@
-"""The float model in the form in which its layers become int8: traced and folded where that can be proven."""
+"""The float model in the form in which its layers become int8: attention taken apart, traced and folded if proven."""
 
 from __future__ import annotations
 
@@ -9,52 +9,147 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from halfstep.calibration_data import Batch
-from halfstep.half_model import half_model
+from halfstep.int8_attention import replace_attention
+from halfstep.int8_chains import fuse
+from halfstep.int8_folding import fold_batch_norms
+from halfstep.int8_graph import subgraph, trace
+from halfstep.int8_layers import Int8Embedding
 from halfstep.int8_model import replace_layers
 from halfstep.int8_report import Report
+from halfstep.int8_runs import Shapes, capture, disagreement, given_arguments, shapes_of
 from halfstep.int8_speed import Timing, time_in_turns
+
+_PROVEN_ON = 3  # batches on which the traced model must give the model's bits
+_PROBED = 32  # samples that shapes are taken from
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
 class Region:
-    """Layers between which values stay int8, in the order in which they run."""
+    """Layers between which values stay int8, in the order in which they run, and the graph's nodes that they are."""
 
     layers: list[str]
     fused: list[str] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+
+
+def call_with(model: nn.Module, arguments: Arguments) -> Any:
+    """Call the model with (args, kwargs)."""
+    return model(*arguments[0], **arguments[1])
 
 
 class Form:
-    """`model` is the float model whose layers are replaced."""
+    """`model` is the float model whose layers are replaced; the reference is not changed.
 
-    def __init__(self, reference: nn.Module, batches: list[Batch], options: Any, report: Report) -> None:
-        self.model = copy.deepcopy(reference)
+    If torch.fx can trace the model, and the traced one gives the same bits on batches of two sizes, it is a GraphModule
+    in which batch norms are folded; else it keeps the class of the reference, and no layer takes over its neighbours.
+    """
+
+    def __init__(self, reference: nn.Module, batches: list[Batch], fold: bool, report: Report) -> None:
+        self.model, replaced, left = replace_attention(copy.deepcopy(reference))
+        report.left.update(left)
+        if replaced:
+            report.notes.append(f"attention taken apart: {', '.join(replaced)}")
+        self._norms: list[tuple[str, str]] = []
+        self._example = batches[0].part(0, _PROBED).arguments()
+        self._shapes: dict[torch.dtype, Shapes] = {}
+        graph, why = self._traced(batches)
+        if graph is None:
+            report.graph = f"not traced ({why}): layers are taken one by one"
+            return
+        report.graph = "traced" + (f"; {why}" if why else "")
+        self.model = graph
+        if fold:
+            self._norms, kept = fold_batch_norms(graph)
+            report.folded = [f"{norm} into {conv}" for conv, norm in self._norms]
+            report.notes.extend(f"batch norm {name} is not folded: {reason}" for name, reason in kept.items())
+
+    def _traced(self, batches: list[Batch]) -> tuple[GraphModule | None, str]:
+        try:
+            given = given_arguments(self.model, self._example, call_with)
+        except TypeError as error:
+            return None, str(error)
+        graph, why = trace(self.model, given=given)
+        if graph is None:
+            return None, why
+        arguments = [batch.arguments() for batch in batches[:_PROVEN_ON]]
+        different = disagreement(graph, self.model, arguments, call_with)
+        return (None, f"the traced model differs {different}") if different else (graph, why)
 
     def build(self, inner: nn.Module, layers: dict[str, nn.Module], dtype: torch.dtype) -> nn.Module:
-        return replace_layers(inner, layers)
+        """Return a copy of `inner`, which is `model` in `dtype`, with these layers in place."""
+        return self._build(inner, layers, dtype)[0]
 
     def regions(self, inner: nn.Module, layers: dict[str, nn.Module], dtype: torch.dtype) -> list[Region]:
-        return [Region([name]) for name in layers]
+        """Return the regions that these layers make."""
+        return self._build(inner, layers, dtype)[1]
+
+    def _build(
+        self, inner: nn.Module, layers: dict[str, nn.Module], dtype: torch.dtype
+    ) -> tuple[nn.Module, list[Region]]:
+        built = replace_layers(inner, layers)
+        if not isinstance(built, GraphModule):
+            return built, [Region([name]) for name in layers]
+        if dtype not in self._shapes:
+            self._shapes[dtype] = shapes_of(inner, _in_dtype(self._example, dtype), call_with)
+        found = fuse(built, self._shapes[dtype], dtype, self._norms)
+        return built, [Region(region.layers, region.fused, region.nodes) for region in found]
 
     def time_region(
         self, region: Region, inner: nn.Module, layers: dict[str, nn.Module], batch: Batch, dtype: torch.dtype
     ) -> dict[str, Timing]:
-        (name,) = region.layers
-        layer = inner.get_submodule(name)
-        own = self.model.get_submodule(name)
-        captured: list[torch.Tensor] = []
-        handle = own.register_forward_hook(lambda _m, args, _o: captured.append(args[0]))
-        try:
-            with torch.no_grad():
-                batch(self.model)
-        finally:
-            handle.remove()
-        value = captured[0]
-        if not value.is_floating_point():
-            return {"int8": Timing(0.0, 0.0, 0.0, 0)}
-        half = value.to(dtype)
-        calls = {str(value.dtype).removeprefix("torch."): partial(own, value)}
-        calls[str(dtype).removeprefix("torch.")] = partial(layer, half)
-        calls["int8"] = partial(layers[name], half)
-        return dict(zip(calls, time_in_turns(list(calls.values()), value.device), strict=True))
+        """Time a region alone on what the batch gives it: in the model's own type, in `dtype`, and in int8.
+
+        Empty for embeddings, which take next to no time in any type.
+        """
+        if all(isinstance(layers[name], Int8Embedding) for name in region.layers):
+            return {}
+        arguments = batch.arguments()
+        if isinstance(inner, GraphModule):
+            built, _ = self._build(inner, layers, dtype)
+            calls, values = {}, {}
+            for key, graph, source, kind in (
+                ("own", self.model, self.model, None),
+                ("carrier", inner, inner, dtype),
+                ("int8", built, inner, dtype),
+            ):
+                part, names = subgraph(graph, region.nodes)
+                if key != "int8" or not set(names) <= set(values):
+                    values = capture(source, _in_dtype(arguments, kind), call_with, names)
+                calls[key] = partial(part, *[values[name] for name in names])
+                own = next((v for v in values.values() if isinstance(v, torch.Tensor)), None)
+        else:
+            (name,) = region.layers
+            taken: list[tuple[Any, ...]] = []
+            handle = inner.get_submodule(name).register_forward_pre_hook(lambda _m, args: taken.append(args))
+            try:
+                with torch.no_grad():
+                    call_with(inner, _in_dtype(arguments, dtype))
+            finally:
+                handle.remove()
+            args = taken[0]
+            own = args[0]
+            calls = {
+                "own": partial(self.model.get_submodule(name), *_in_dtype((args, {}), _dtype_of(self.model))[0]),
+                "carrier": partial(inner.get_submodule(name), *args),
+                "int8": partial(layers[name], *args),
+            }
+        device = own.device if own is not None else torch.device("cpu")
+        names = {"own": _dtype_of(self.model), "carrier": dtype}
+        timed = dict(zip(calls, time_in_turns(list(calls.values()), device), strict=True))
+        return {str(names.get(key, key)).removeprefix("torch."): timing for key, timing in timed.items()}
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return arguments if dtype is None else torch.utils._pytree.tree_map(cast, arguments)

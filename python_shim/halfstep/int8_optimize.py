@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from halfstep.calibration_data import Batch
 from halfstep.half_model import CastModel, float_dtype, half_model
+from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_calibration import METHODS, Calibration
 from halfstep.int8_form import Form
-from halfstep.int8_guard import Verdict, budget_for, choose_metric, give_back, rank_layers
+from halfstep.int8_guard import guard
 from halfstep.int8_layers import pack
 from halfstep.int8_model import Candidate, Int8Settings, find_candidates
+from halfstep.int8_metric import Metric, Verdict, choose_metric
+from halfstep.int8_ranking import Ranking, rank_layers
 from halfstep.int8_report import RegionReport, Report
+from halfstep.int8_search import default_budget
 from halfstep.int8_speed import Timing, loses, time_in_turns
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -86,13 +89,14 @@ class Int8Run:
         self.batches = [batch.on(device) for batch in calibration]
         self.guard = [batch.on(device) for batch in guard]
         self.probe = self.batches[0].part(0, _PROBED)
-        self.form = Form(reference, self.batches, options, report)
+        self.form = Form(reference, self.batches, options.fold_batch_norm, report)
         self.candidates, left = find_candidates(self.form.model, options.include, options.exclude)
         report.left.update(left)
         self.settings: dict[str, Int8Settings] = {}
         self.carrier = self.own
         self._floating: dict[torch.dtype, nn.Module] = {self.own: reference}
         self.inner = self.form.model  # the float model in the carrier's type
+        self.shortage = ""
         self.region_times: dict[tuple[str, ...], dict[str, float]] = {}
         self.float_times: dict[torch.dtype, Timing] = {}
 
@@ -108,37 +112,46 @@ class Int8Run:
         if options.speed_guard:
             self.choose_carrier()
         report.carrier = name_of(self.carrier)
-        metric = choose_metric(options.eval_fn, self.guard, self.reference)
-        report.metric, report.proxy = metric.name, metric.proxy
+        self.metric = choose_metric(options.eval_fn, self.guard, call, self.reference)
+        report.metric, report.proxy = self.metric.kind, self.metric.proxy
         names = frozenset(self.candidates)
         self.use(calibration, self.methods[0])
         if options.speed_guard:
             names = self.faster(names)
-        self.judge = Judge(self, metric)
+        self.judge = Judge(self, self.metric)
         chosen = self.search(calibration, names)
         return self.finish(chosen)
 
     def search(self, calibration: Calibration, names: frozenset[str]) -> frozenset[str]:
         """Return the layers with which the accuracy guard is content; all estimators are tried before any is lost."""
-        report, judge = self.report, self.judge
-        report.budget = budget_for(len(names))
+        report, threshold = self.report, self.options.threshold
+        report.budget = default_budget(len(names))
         if not names:
             return names
         tried: dict[str, Verdict] = {}
         for method in self.methods:
             self.use(calibration, method)
-            tried[method] = judge(names)
-            if tried[method].kept(self.options.threshold):
+            tried[method] = self.judge(names)
+            if tried[method].kept(threshold):
                 return names
-        best = min(tried, key=lambda method: tried[method].bound)
-        self.use(calibration, best)
-        judge.known[names] = tried[best]
-        result = give_back(
-            sorted(names), judge, lambda: self.rank(names), self.options.threshold, report.budget - len(tried) + 1
+            if self.metric.shortage(threshold):
+                break
+        self.use(calibration, min(tried, key=lambda method: tried[method].bound))
+        found = guard(
+            _Remembering(self.metric, self.judge),
+            [name for name in self.candidates if name in names],
+            lambda quantized: quantized,
+            lambda: self.rank(names),
+            threshold,
+            report.budget - len(tried) + 1,
         )
-        for name in names - result.kept:
-            report.given_back[name] = f"given back for accuracy, {_place(result.ranking, name)} most harmful layer"
-        return result.kept
+        search = found.search
+        if found.ranking is not None and found.ranking.note:
+            report.notes.append(found.ranking.note)
+        for place, name in enumerate(search.given_back):
+            report.given_back[name] = f"given back for accuracy, number {place + 1} of the most harmful"
+        self.shortage = search.note
+        return search.quantized
 
     def finish(self, chosen: frozenset[str]) -> nn.Module:
         """Correct biases, compare the whole model's times, fill the report, and return the model."""
@@ -150,8 +163,9 @@ class Int8Run:
         result = "int8" if chosen else name_of(self.carrier)
         if not verdict.kept(options.threshold):
             report.notes.append(
-                f"no set of int8 layers keeps the drop at or below {options.threshold:g} for certain ({verdict}); the "
-                "float model came back"
+                f"no int8 layers keep the drop at {options.threshold:g} or less for certain"
+                + (f" ({self.shortage})" if self.shortage else "")
+                + "; the float model came back"
             )
             model, verdict, result = self.reference, None, name_of(self.own)
         elif options.speed_guard:
@@ -231,13 +245,15 @@ class Int8Run:
         models = {self.own: self.reference}
         if self.own == torch.float32:
             with torch.no_grad():
-                wanted = floating_tensors(self.probe(self.reference))
+                wanted = floating_tensors_of(self.probe(self.reference))
             for dtype in _HALVES:
                 model = self.floating(dtype)
                 try:
                     with torch.no_grad():
-                        outputs = floating_tensors(self.probe(model))
-                        noise = [_mean(torch.ops.halfstep.output_noise(*pair)) for pair in zip(wanted, outputs, strict=True)]
+                        outputs = floating_tensors_of(self.probe(model))
+                        noise = [
+                            _mean(torch.ops.halfstep.output_noise(*pair)) for pair in zip(wanted, outputs, strict=True)
+                        ]
                 except RuntimeError as error:
                     self.report.notes.append(f"{name_of(dtype)} fails: {str(error).splitlines()[0]}")
                     continue
@@ -263,13 +279,10 @@ class Int8Run:
                     self.report.given_back[name] = f"slower: int8 {timed['int8']}, float {rival}"
         return frozenset(kept)
 
-    def rank(self, names: frozenset[str]) -> list[str]:
+    def rank(self, names: frozenset[str]) -> Ranking:
         """Return the layers, the most harmful first."""
-        return rank_layers(
-            self.form.model,
-            {name: self.settings[name].layer(self.candidates[name], self.own) for name in names},
-            [batch.part(0, _PROBED) for batch in self.batches[:1]],
-        )
+        layers = {name: self.settings[name].layer(self.candidates[name], self.own) for name in names}
+        return rank_layers(self.form.model, layers, self.batches, call)
 
     def correct_biases(self, chosen: frozenset[str], model: nn.Module, verdict: Verdict) -> tuple[nn.Module, Verdict]:
         """Move the biases by the mean error of each layer, unless the guard likes the model better as it is."""
@@ -453,20 +466,24 @@ class Judge:
     def fresh(self, model: nn.Module) -> Verdict:
         """Return the verdict on a model."""
         self.evaluations += 1
-        return self._metric.verdict(model)
+        return self._metric.judge(model)
 
 
-def floating_tensors(value: Any) -> list[torch.Tensor]:
-    """Return the floating-point tensors in a model's result."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+class _Remembering:
+    """The metric for the search, which hands over sets of layers in place of models."""
+
+    def __init__(self, metric: Metric, judge: Judge) -> None:
+        self.shortage = metric.shortage
+        self.judge = judge
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Call the model on a batch."""
+    return batch(model)
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
     return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-
-
-def _place(ranking: list[str], name: str) -> str:
-    return f"number {ranking.index(name) + 1} of the" if name in ranking else "a"
 
 
 def _mean(shares: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from halfstep import (
         AdaptivePrecisionManager,
         CustomPrecisionPolicy,
+        InferencePrecisionOptimizer,
         MixedPrecisionAnalyzer,
         MixedPrecisionConfig,
         MixedPrecisionManager,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptivePrecisionManager",
     "CustomPrecisionPolicy",
+    "InferencePrecisionOptimizer",
     "MixedPrecisionAnalyzer",
     "MixedPrecisionConfig",
     "MixedPrecisionManager",
