@@ -72,11 +72,12 @@ void check_observed(const at::Tensor& tensor) {
       tensor.scalar_type() == at::kDouble ? " (int8 models compute in those: convert it first)" : "");
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, "Observer.observe: tensor has layout ", tensor.layout(),
                     ", expected a strided tensor");
+  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu() || tensor.is_cuda(), "Observer.observe: tensor is on ", tensor.device(),
+                              ", expected a CPU or CUDA tensor");
+  // After the device: meta tensors count as such, too.
   TORCH_CHECK_TYPE(!at::isTensorSubclassLike(tensor) && !tensor._is_zerotensor(),
                    "Observer.observe: tensor is a fake or wrapped tensor without values of its own (traced or exported "
                    "code, functorch), expected a plain one: calibrate the model before it is traced");
-  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu() || tensor.is_cuda(), "Observer.observe: tensor is on ", tensor.device(),
-                              ", expected a CPU or CUDA tensor");
 #ifndef HALFSTEP_CUDA
   TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(),
                               "Observer.observe: got a CUDA tensor, but this halfstep was built without CUDA");
