@@ -49,11 +49,12 @@ void check_out_dtype(at::ScalarType dtype, std::string_view op) {
 
 struct Cpu {
   static void quantize(const at::Tensor& input, const Int8Parameters& parameters, const at::Tensor& out) {
-    cpu::quantize(view_of(input), parameters, out.data_ptr<std::int8_t>(), TorchExecutor());
+    cpu::quantize(view_of(input), {}, parameters, out.data_ptr<std::int8_t>(), TorchExecutor());
   }
   static void quantize_rows(const at::Tensor& input, std::int64_t rows, const at::Tensor& out,
                             const at::Tensor& scales) {
-    cpu::quantize_rows(view_of(input), rows, out.data_ptr<std::int8_t>(), scales.data_ptr<float>(), TorchExecutor());
+    cpu::quantize_rows(view_of(input), {}, rows, out.data_ptr<std::int8_t>(), scales.data_ptr<float>(),
+                       TorchExecutor());
   }
   static void dequantize(const at::Tensor& input, const Int8Parameters& parameters, const at::Tensor& out) {
     cpu::dequantize(input.const_data_ptr<std::int8_t>(), parameters, view_of(out), TorchExecutor());
@@ -69,12 +70,12 @@ struct Cuda {
 
   static void quantize(const at::Tensor& input, const Int8Parameters& parameters, const at::Tensor& out) {
     const c10::cuda::CUDAGuard guard(input.device());
-    cuda::quantize(view_of(input), parameters, out.data_ptr<std::int8_t>(), stream());
+    cuda::quantize(view_of(input), {}, parameters, out.data_ptr<std::int8_t>(), stream());
   }
   static void quantize_rows(const at::Tensor& input, std::int64_t rows, const at::Tensor& out,
                             const at::Tensor& scales) {
     const c10::cuda::CUDAGuard guard(input.device());
-    cuda::quantize_rows(view_of(input), rows, out.data_ptr<std::int8_t>(), scales.data_ptr<float>(), stream());
+    cuda::quantize_rows(view_of(input), {}, rows, out.data_ptr<std::int8_t>(), scales.data_ptr<float>(), stream());
   }
   static void dequantize(const at::Tensor& input, const Int8Parameters& parameters, const at::Tensor& out) {
     const c10::cuda::CUDAGuard guard(input.device());

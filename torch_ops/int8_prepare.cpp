@@ -11,6 +11,8 @@
 //   mean_difference      [channels]: mean of reference - output over everything else (bias correction: Nagel et al.,
 //   2019)
 #include <ATen/core/Tensor.h>
+#include <algorithm>
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -57,7 +59,8 @@ std::tuple<at::Tensor, at::Tensor> fold_batch_norm(const at::Tensor& weight, con
   return {(wide(weight) * factor.view(column)).to(weight.scalar_type()), shift.to(weight.scalar_type())};
 }
 
-at::Tensor smoothing_factors(const at::Tensor& input_max, const at::Tensor& weight, double alpha) {
+std::tuple<at::Tensor, at::Tensor> smoothing_factors(const at::Tensor& input_max, const at::Tensor& weight,
+                                                     double alpha) {
   TORCH_CHECK_VALUE(alpha >= 0.0 && alpha <= 1.0, "smoothing_factors: alpha is ", alpha, ", expected 0 to 1");
   TORCH_CHECK_VALUE(weight.dim() >= 2 && input_max.dim() == 1 && input_max.size(0) == weight.size(1),
                     "smoothing_factors: input_max has shape ", input_max.sizes(), ", expected [", weight.size(1),
@@ -67,7 +70,15 @@ at::Tensor smoothing_factors(const at::Tensor& input_max, const at::Tensor& weig
   const at::Tensor factors = inputs.pow(alpha) / weights.pow(1.0 - alpha);
   // A channel without inputs or weights needs none.
   const at::Tensor usable = inputs.gt(0).logical_and(weights.gt(0)).logical_and(factors.isfinite());
-  return at::where(usable, factors, at::scalar_tensor(1.0, factors.options())).to(at::kFloat);
+  const at::Tensor chosen = at::where(usable, factors, at::scalar_tensor(1.0, factors.options()));
+  return {chosen.to(at::kFloat), chosen.reciprocal().to(at::kFloat)};
+}
+
+double smoothed_scale(const at::Tensor& input_max, const at::Tensor& input_factors, std::int64_t bits) {
+  TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "smoothed_scale: bits is ", bits, ", expected 2 to 8");
+  check_alike(input_max, input_factors, "smoothed_scale");
+  const double largest = (wide(input_max) * wide(input_factors)).max().item<double>();
+  return std::max(largest / ((1 << (bits - 1)) - 1), 0x1p-126);
 }
 
 at::Tensor scale_columns(const at::Tensor& weight, const at::Tensor& factors) {
@@ -113,7 +124,9 @@ void define_int8_prepare(torch::Library& library) {
       "fold_batch_norm(Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var, Tensor? norm_weight, "
       "Tensor? norm_bias, float eps) -> (Tensor, Tensor)",
       &fold_batch_norm);
-  library.def("smoothing_factors(Tensor input_max, Tensor weight, float alpha=0.5) -> Tensor", &smoothing_factors);
+  library.def("smoothing_factors(Tensor input_max, Tensor weight, float alpha=0.5) -> (Tensor, Tensor)",
+              &smoothing_factors);
+  library.def("smoothed_scale(Tensor input_max, Tensor input_factors, int bits=8) -> float", &smoothed_scale);
   library.def("scale_columns(Tensor weight, Tensor factors) -> Tensor", &scale_columns);
   library.def("output_noise(Tensor reference, Tensor output) -> Tensor", &output_noise);
   library.def("top1_correct(Tensor output, Tensor labels) -> Tensor", &top1_correct);

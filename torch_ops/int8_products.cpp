@@ -74,11 +74,13 @@ void check_residual(const OptionalTensor& residual, const at::Tensor& input, c10
 
 struct Cpu {
   using Executor = TorchExecutor;
-  static void quantize(const at::Tensor& input, const Int8Parameters& parameters, std::int8_t* out) {
-    cpu::quantize(view_of(input), parameters, out, TorchExecutor());
+  static void quantize(const at::Tensor& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+                       std::int8_t* out) {
+    cpu::quantize(view_of(input), factors, parameters, out, TorchExecutor());
   }
-  static void quantize_rows(const at::Tensor& input, std::int64_t rows, std::int8_t* out, float* scales) {
-    cpu::quantize_rows(view_of(input), rows, out, scales, TorchExecutor());
+  static void quantize_rows(const at::Tensor& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                            float* scales) {
+    cpu::quantize_rows(view_of(input), factors, rows, out, scales, TorchExecutor());
   }
   template <class Shape>
   static void run(const Shape& shape, const std::int8_t* input, const PackedInt8::Form& form,
@@ -96,11 +98,13 @@ struct Cpu {
 struct Cuda {
   static CudaStream stream() { return {c10::cuda::getCurrentCUDAStream().stream()}; }
 
-  static void quantize(const at::Tensor& input, const Int8Parameters& parameters, std::int8_t* out) {
-    cuda::quantize(view_of(input), parameters, out, stream());
+  static void quantize(const at::Tensor& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+                       std::int8_t* out) {
+    cuda::quantize(view_of(input), factors, parameters, out, stream());
   }
-  static void quantize_rows(const at::Tensor& input, std::int64_t rows, std::int8_t* out, float* scales) {
-    cuda::quantize_rows(view_of(input), rows, out, scales, stream());
+  static void quantize_rows(const at::Tensor& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                            float* scales) {
+    cuda::quantize_rows(view_of(input), factors, rows, out, scales, stream());
   }
   template <class Shape>
   static void run(const Shape& shape, const std::int8_t* input, const PackedInt8::Form& form,
@@ -149,11 +153,14 @@ void multiply(const Shape& shape, std::int64_t rows, const at::Tensor& input, co
   if (input.scalar_type() != at::kChar) {
     quantized = at::empty({input.numel()}, input.options().dtype(at::kChar));
     auto* const q = quantized.template data_ptr<std::int8_t>();
+    ChannelFactors factors;
+    if (form->input_factors)
+      factors = {form->input_factors->template const_data_ptr<float>(), form->input_factors->numel()};
     if (input_scale) {
-      Backend::quantize(input, epilogue.input, q);
+      Backend::quantize(input, factors, epilogue.input, q);
     } else {
       row_scales = at::empty({rows}, input.options().dtype(at::kFloat));
-      Backend::quantize_rows(input, rows, q, row_scales.template data_ptr<float>());
+      Backend::quantize_rows(input, factors, rows, q, row_scales.template data_ptr<float>());
       epilogue.row_scales = row_scales.template const_data_ptr<float>();
     }
   }
@@ -253,6 +260,22 @@ at::Tensor cuda_conv2d(const at::Tensor& input, const Weight& weight, std::optio
 }
 #endif
 
+// The name of the kernels that the products run on a device, for reports.
+std::string int8_kernel(const at::Device& device) {
+  if (device.is_cuda()) return "halfstep mma.sync";
+  switch (cpu::best_int8_isa()) {
+    case Int8Isa::kPortable:
+      return "halfstep portable";
+    case Int8Isa::kAvx2:
+      return "halfstep AVX2";
+    case Int8Isa::kAvxVnni:
+      return "halfstep AVX-VNNI";
+    case Int8Isa::kAvx512Vnni:
+      return "halfstep AVX512-VNNI";
+  }
+  return "halfstep";
+}
+
 at::Tensor call_op(const char* name, const at::Tensor& input, const Weight& weight, const Int8Call& call) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<decltype(linear<Cpu>)>();
   return op.call(input, weight, call.input_scale, call.input_zero_point, call.residual, call.activation, call.out_dtype,
@@ -262,6 +285,7 @@ at::Tensor call_op(const char* name, const at::Tensor& input, const Weight& weig
 }  // namespace
 
 void define_int8_products(torch::Library& library) {
+  library.def("int8_kernel(Device device) -> str", &int8_kernel);
   library.def(
       "int8_linear(Tensor input, __torch__.torch.classes.halfstep.PackedInt8 weight, float? input_scale=None, "
       "int input_zero_point=0, Tensor? residual=None, str activation=\"none\", ScalarType? out_dtype=None, "

@@ -45,9 +45,7 @@ class FakePackedInt8:
         return self._fields["groups"]
 
 
-def _out_dtype(
-    input: torch.Tensor, out_dtype: torch.dtype | None, out_scale: float | None
-) -> torch.dtype:
+def _out_dtype(input: torch.Tensor, out_dtype: torch.dtype | None, out_scale: float | None) -> torch.dtype:
     if out_scale is not None:
         return torch.int8
     if out_dtype is not None:
@@ -67,7 +65,9 @@ def _int8_linear(
     out_zero_point: int = 0,
 ) -> torch.Tensor:
     channels, terms = weight.weight().shape
-    torch._check(input.shape[-1] == terms, lambda: f"int8_linear: input has shape {input.shape}, expected [..., {terms}]")
+    torch._check(
+        input.shape[-1] == terms, lambda: f"int8_linear: input has shape {input.shape}, expected [..., {terms}]"
+    )
     return input.new_empty((*input.shape[:-1], channels), dtype=_out_dtype(input, out_dtype, out_scale))
 
 

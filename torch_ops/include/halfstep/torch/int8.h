@@ -49,6 +49,9 @@ class HALFSTEP_API PackedInt8 : public torch::CustomClassHolder {
   // The same weights on another device.
   c10::intrusive_ptr<PackedInt8> to(at::Device device) const;
 
+  // The same weights with the mean of `shifts`, each float32 [out], added to the bias.
+  c10::intrusive_ptr<PackedInt8> corrected(at::TensorList shifts) const;
+
   // What the kernels of a device read. Waits for the device when it is made.
   struct Form {
     void take(const PackedInt8& plain, at::Device device);

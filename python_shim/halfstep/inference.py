@@ -1,0 +1,194 @@
+"""Models for inference: int8 where it is faster and accurate enough, half precision or float32 where it is not."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep.calibration_data import collect, split
+from halfstep.config import check_bool, check_choice, check_count
+from halfstep.half_model import float_dtype, half_model
+from halfstep.int8_calibration import METHODS
+from halfstep.int8_model import check_globs
+from halfstep.int8_optimize import Int8Run, Options, name_of, weight_bytes
+from halfstep.int8_report import Report
+from halfstep.shadow import unwrapped
+
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class InferencePrecisionOptimizer:
+    """Makes a copy of a trained model that runs in int8, float16 or bfloat16, and keeps a promise about its accuracy.
+
+    target_precision: "int8", "float16" or "bfloat16".
+    calibration_samples: how many samples of the calibration data are used at most; a third of them is kept to judge by.
+    accuracy_threshold: the largest accepted drop, 0.02 for 2 %. It holds for the drop's 95 % bound, not for the drop
+        alone; layers that cost too much stay float, and where nothing helps the float model comes back with a warning.
+    eval_fn: eval_fn(model) -> a number, the larger the better, or one number for each sample. Without it: top-1
+        accuracy where batches end in integer labels [batch] and outputs are [batch, classes]; else, as a proxy, the
+        share of noise in the power of the outputs.
+    include, exclude: names or globs of layers, such as "encoder.*"; what they name includes everything inside.
+    calibrator: how the range of a layer's input is estimated: "min_max", "moving_average", "percentile", "entropy",
+        "mse", or "auto", which takes the first, in the order of cost, with which the guard is content.
+    activations: "static" (one scale for a layer's input, from calibration) or "dynamic" (one for each row of a linear
+        layer and each image of a convolution, taken as it comes).
+    smooth_quant: move large input channels into the weights (SmoothQuant): True, False, or "auto", where it makes a
+        layer's own error smaller.
+    bias_correction: shift biases by the mean error of their layer, where the guard likes that better.
+    fold_batch_norm: fold batch norms into the convolutions before them, where the traced graph proves that it may.
+    speed_guard: give back what is slower in int8 than in the fastest float type, at last the whole model. False keeps
+        every layer that is accurate enough, for its size.
+    strict: raise ValueError if a layer that has weights stays float.
+    bits: levels of weights and inputs, 8 or fewer; they are stored as int8 all the same.
+    progress: a bar over the calibration: None shows it on a terminal if tqdm is installed.
+    calibration_file: where the state of a calibration is kept, so that one that was stopped goes on.
+    """
+
+    def __init__(
+        self,
+        target_precision: str = "int8",
+        calibration_samples: int = 1000,
+        accuracy_threshold: float = 0.02,
+        *,
+        eval_fn: Callable[[nn.Module], Any] | None = None,
+        include: Iterable[str] | str | None = None,
+        exclude: Iterable[str] | str | None = None,
+        calibrator: str = "auto",
+        activations: str = "static",
+        smooth_quant: bool | str = "auto",
+        bias_correction: bool = True,
+        fold_batch_norm: bool = True,
+        speed_guard: bool = True,
+        strict: bool = False,
+        bits: int = 8,
+        progress: bool | None = None,
+        calibration_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        check_choice("int8", *_HALVES)("target_precision", target_precision)
+        check_count("calibration_samples", calibration_samples)
+        if not isinstance(accuracy_threshold, (int, float)) or not 0.0 <= accuracy_threshold <= 1.0:
+            raise ValueError(f"accuracy_threshold is {accuracy_threshold!r}, expected 0 to 1, such as 0.02 for 2 %")
+        if eval_fn is not None and not callable(eval_fn):
+            raise TypeError(f"eval_fn is {type(eval_fn).__name__}, expected a function of the model")
+        check_choice("auto", *METHODS)("calibrator", calibrator)
+        check_choice("static", "dynamic")("activations", activations)
+        if smooth_quant not in (True, False, "auto"):
+            raise ValueError(f"smooth_quant is {smooth_quant!r}, expected True, False or 'auto'")
+        for name, value in (
+            ("bias_correction", bias_correction),
+            ("fold_batch_norm", fold_batch_norm),
+            ("speed_guard", speed_guard),
+            ("strict", strict),
+        ):
+            check_bool(name, value)
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise ValueError(f"bits is {bits!r}, expected 2 to 8")
+        if progress is not None:
+            check_bool("progress", progress)
+        self.target_precision = target_precision
+        self.calibration_samples = calibration_samples
+        self.accuracy_threshold = float(accuracy_threshold)
+        self._options = Options(
+            threshold=self.accuracy_threshold,
+            eval_fn=eval_fn,
+            include=check_globs(include, "include"),
+            exclude=check_globs(exclude, "exclude"),
+            calibrator=calibrator,
+            activations=activations,
+            smooth_quant=smooth_quant,
+            bias_correction=bias_correction,
+            fold_batch_norm=fold_batch_norm,
+            speed_guard=speed_guard,
+            strict=strict,
+            bits=bits,
+            progress=progress,
+            calibration_file=calibration_file,
+        )
+        self._report: Report | None = None
+
+    def optimize_for_inference(
+        self, model: nn.Module, calibration_data: Any, target_device: str | torch.device = "cuda"
+    ) -> nn.Module:
+        """Return an optimized copy of the model on `target_device`, in eval mode; the model itself is not changed.
+
+        calibration_data: an iterable of batches, read once: tensors, tuples or lists (positional arguments, perhaps
+        with labels at the end), or dicts (keyword arguments). The copy is called as the model is, with the model's
+        dtypes. `report()` and `explain()` then say what was done and why.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("model is a TorchScript module, expected the torch.nn.Module that it was made of")
+        device = _checked_device(target_device)
+        model = unwrapped(model)[1]
+        reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+        float_dtype(reference)  # raises where the types differ
+        batches = collect(reference, calibration_data, self.calibration_samples)
+        calibration, guard = split(batches)
+        report = Report(self.target_precision, str(device), threshold=self.accuracy_threshold)
+        report.samples = {
+            "calibration": sum(batch.size for batch in calibration),
+            "guard": sum(batch.size for batch in guard),
+        }
+        self._report = report
+        if self.target_precision == "int8":
+            result = Int8Run(reference, calibration, guard, device, self._options, report).run()
+        else:
+            result = self._half(reference, guard, device, report)
+        for note in report.notes:
+            if "came back" in note:
+                warnings.warn(note, UserWarning, stacklevel=2)
+        return result
+
+    def report(self) -> dict[str, Any]:
+        """Return what the last optimization did, as plain values."""
+        return self._last().as_dict()
+
+    def explain(self) -> str:
+        """Return what the last optimization did, as text: a line for each region of layers, with the reason."""
+        return str(self._last())
+
+    def _last(self) -> Report:
+        if self._report is None:
+            raise RuntimeError("nothing has been optimized yet: call optimize_for_inference() first")
+        return self._report
+
+    def _half(self, reference: nn.Module, guard: Any, device: torch.device, report: Report) -> nn.Module:
+        from halfstep.int8_guard import choose_metric
+
+        dtype = _HALVES[self.target_precision]
+        model = half_model(reference, dtype)
+        metric = choose_metric(self._options.eval_fn, [batch.on(device) for batch in guard], reference)
+        verdict = metric.verdict(model)
+        report.metric, report.proxy, report.evaluations, report.budget = metric.name, metric.proxy, 1, 1
+        report.drop, report.bound = verdict.drop, verdict.bound
+        report.kept = verdict.kept(self.accuracy_threshold)
+        own = name_of(float_dtype(reference))
+        if report.kept:
+            report.result = report.carrier = self.target_precision
+        else:
+            report.result = report.carrier = own
+            report.notes.append(
+                f"{self.target_precision} does not keep the drop at or below {self.accuracy_threshold:g} for certain "
+                f"({verdict}); the float model came back"
+            )
+            model = reference
+        report.bytes = {own: weight_bytes(reference), report.result: weight_bytes(model)}
+        return model
+
+
+def _checked_device(target_device: str | torch.device) -> torch.device:
+    device = torch.device(target_device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"target_device is {device}, expected cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"target_device is {device}, but torch sees no GPU here; pass target_device='cpu' to optimize for the CPU"
+        )
+    return device

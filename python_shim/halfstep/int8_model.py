@@ -1,0 +1,218 @@
+"""Which layers of a model can be int8 and why others cannot, and copies of the model in which some are."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from halfstep.calls import HOOKS
+from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
+
+MOST_TERMS = 65793  # whose sum fits int32 with any zero point: halfstep/int8.h
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+# What is worth a word when it stays float; norms and other small things always do.
+_PRODUCTS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    *_RECURRENT,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that can be int8."""
+
+    name: str
+    kind: str  # "linear", "conv1d", "conv2d", "embedding"
+    module: nn.Module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as [out, in] or [out, in / groups, height, width]."""
+        weight = self.module.weight.detach()
+        if self.kind == "conv1d":
+            return weight.unsqueeze(2)
+        return weight.t() if _is_transformers_conv1d(self.module) else weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias [out], if the layer has one."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """stride, padding, dilation (height and width) and groups, as `pack` takes them."""
+        if self.kind in ("linear", "embedding"):
+            return {}
+        layer = self.module
+        padding = _symmetric_padding(layer)
+        pairs = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
+        if self.kind == "conv1d":
+            pairs = {name: (0 if name == "padding" else 1, *pair) for name, pair in pairs.items()}
+        return {**pairs, "groups": layer.groups}
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the output that has the output channels."""
+        return 1 if self.kind in ("conv1d", "conv2d") else -1
+
+
+@dataclass(frozen=True)
+class Int8Settings:
+    """What makes a candidate an int8 layer."""
+
+    packed: torch.ScriptObject
+    input_scale: float | None = None  # None: per row
+    input_zero_point: int = 0
+
+    def layer(self, candidate: Candidate, dtype: torch.dtype) -> nn.Module:
+        """Make the layer that stands for the candidate in a model of `dtype`."""
+        if candidate.kind == "embedding":
+            return Int8Embedding(self.packed, dtype)
+        kind = {"linear": Int8Linear, "conv1d": Int8Conv1d, "conv2d": Int8Conv2d}[candidate.kind]
+        return kind(self.packed, input_scale=self.input_scale, input_zero_point=self.input_zero_point)
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _symmetric_padding(layer: nn.Module) -> tuple[int, ...] | None:
+    """Return the padding of each side, None if the sides differ."""
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
+    return tuple(layer.padding)
+
+
+def _kind(module: nn.Module) -> str:
+    kinds = {
+        nn.Linear: "linear",
+        nn.modules.linear.NonDynamicallyQuantizableLinear: "linear",
+        nn.Conv1d: "conv1d",
+        nn.Conv2d: "conv2d",
+        nn.Embedding: "embedding",
+    }
+    if _is_transformers_conv1d(module):
+        return "linear"
+    return kinds.get(type(module), "")
+
+
+def _obstacle(module: nn.Module, kind: str) -> str:
+    """Return "" or why this layer cannot be int8."""
+    if not kind:
+        if isinstance(module, _RECURRENT):
+            return "a recurrent layer: half precision is faster than int8 there"
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)):
+            return f"its class {type(module).__name__} may compute something else than its base does"
+        return f"no int8 kernel for {type(module).__name__}"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized"
+    if any(getattr(module, hooks, None) for hooks in HOOKS):
+        return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    weight = module.weight
+    if not weight.is_floating_point() or weight.dtype == torch.float64 or weight.layout != torch.strided:
+        return f"its weight is {weight.dtype} and {weight.layout}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if kind in ("conv1d", "conv2d"):
+        if module.padding_mode != "zeros":
+            return f"its padding_mode is {module.padding_mode}"
+        if _symmetric_padding(module) is None:
+            return "its padding differs from side to side"
+    if kind == "embedding" and module.max_norm is not None:
+        return "it renormalizes its entries (max_norm)"
+    terms = weight.shape[0] if _is_transformers_conv1d(module) else weight[0].numel()
+    if kind != "embedding" and terms > MOST_TERMS:
+        return f"{terms} products in a sum, more than the {MOST_TERMS} whose sum is sure to fit 32 bits"
+    return ""
+
+
+def check_globs(globs: Iterable[str] | str | None, argument: str) -> tuple[str, ...]:
+    """Return the globs as a tuple; TypeError for anything but strings."""
+    globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise TypeError(f"{argument} has {glob!r}, expected names or globs of layers")
+    return globs
+
+
+def find_candidates(
+    model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Return the layers that can be int8, by name in the order of the modules, and why others with weights cannot.
+
+    include, exclude: globs of qualified names; without `include` every layer is. ValueError for a glob that names no
+    layer of the model.
+    """
+    found: dict[str, Candidate] = {}
+    left: dict[str, str] = {}
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for argument, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not fnmatch.filter(names, glob):
+                raise ValueError(f"{argument} has {glob!r}, which names no layer of the model")
+
+    def matches(name: str, globs: tuple[str, ...]) -> bool:
+        parts = name.split(".")
+        above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        return any(fnmatch.fnmatchcase(part, glob) for part in above for glob in globs)
+
+    for name, module in model.named_modules():
+        kind = _kind(module)
+        if not kind and not isinstance(module, _PRODUCTS):
+            continue
+        reason = _obstacle(module, kind)
+        if not reason and include and not matches(name, include):
+            reason = "not in include"
+        if not reason and matches(name, exclude):
+            reason = "in exclude"
+        if reason:
+            left[name] = reason
+        else:
+            found[name] = Candidate(name, kind, module)
+    return found, left
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Return a copy of the model's modules that shares all tensors and packed weights with it."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            memo[id(tensor)] = tensor
+        for value in vars(module).values():
+            if isinstance(value, torch.ScriptObject):
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a copy that shares all tensors, with `layers` in place of the modules of these names, wherever they are."""
+    by_module = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    places = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    result = share(model)
+    for name, identity in places:
+        if identity not in by_module:
+            continue
+        if not name:
+            return by_module[identity]
+        parent, _, attribute = name.rpartition(".")
+        setattr(result.get_submodule(parent), attribute, by_module[identity])
+    return result

@@ -1,0 +1,473 @@
+"""From a float model and calibration batches to an int8 model: the steps, in their order.
+
+calibrate; choose the type of what is not int8; give back layers that are slower in int8; let the accuracy guard give
+back layers that cost too much; correct biases; compare the whole model's time with the fastest float model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from halfstep.calibration_data import Batch
+from halfstep.half_model import CastModel, float_dtype, half_model
+from halfstep.int8_calibration import METHODS, Calibration
+from halfstep.int8_form import Form
+from halfstep.int8_guard import Verdict, budget_for, choose_metric, give_back, rank_layers
+from halfstep.int8_layers import pack
+from halfstep.int8_model import Candidate, Int8Settings, find_candidates
+from halfstep.int8_report import RegionReport, Report
+from halfstep.int8_speed import Timing, loses, time_in_turns
+
+_HALVES = (torch.bfloat16, torch.float16)
+_PROBED = 32  # samples by which layers are compared
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose; see InferencePrecisionOptimizer."""
+
+    threshold: float
+    eval_fn: Callable[[nn.Module], Any] | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    calibrator: str
+    activations: str
+    smooth_quant: bool | str
+    bias_correction: bool
+    fold_batch_norm: bool
+    speed_guard: bool
+    strict: bool
+    bits: int
+    progress: bool | None
+    calibration_file: Any
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters, buffers and packed weights, each counted once."""
+    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        packed = getattr(module, "packed", None)
+        if isinstance(packed, torch.ScriptObject):
+            parts = [packed.weight(), packed.scales(), packed.bias(), packed.input_factors()]
+            tensors[id(packed)] = sum(t.numel() * t.element_size() for t in parts if t is not None)
+    return sum(tensors.values())
+
+
+class Int8Run:
+    """One optimization. `reference` is the float model, in eval mode on the device; nothing of it is changed."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        calibration: list[Batch],
+        guard: list[Batch],
+        device: torch.device,
+        options: Options,
+        report: Report,
+    ) -> None:
+        self.reference = reference
+        self.own = float_dtype(reference)
+        self.device = device
+        self.options = options
+        self.report = report
+        self.batches = [batch.on(device) for batch in calibration]
+        self.guard = [batch.on(device) for batch in guard]
+        self.probe = self.batches[0].part(0, _PROBED)
+        self.form = Form(reference, self.batches, options, report)
+        self.candidates, left = find_candidates(self.form.model, options.include, options.exclude)
+        report.left.update(left)
+        self.settings: dict[str, Int8Settings] = {}
+        self.carrier = self.own
+        self._floating: dict[torch.dtype, nn.Module] = {self.own: reference}
+        self.inner = self.form.model  # the float model in the carrier's type
+        self.region_times: dict[tuple[str, ...], dict[str, float]] = {}
+        self.float_times: dict[torch.dtype, Timing] = {}
+
+    # ------------------------------------------------------------------------------------------------------- the whole
+
+    def run(self) -> nn.Module:
+        """Return the model that keeps the promise: int8 where it pays and holds, else a float one."""
+        options, report = self.options, self.report
+        calibration = self.calibrate()
+        self.quantize(calibration)
+        if options.strict and report.left:
+            raise ValueError("strict=True, but layers stay float:\n" + _listed(report.left))
+        if options.speed_guard:
+            self.choose_carrier()
+        report.carrier = name_of(self.carrier)
+        metric = choose_metric(options.eval_fn, self.guard, self.reference)
+        report.metric, report.proxy = metric.name, metric.proxy
+        names = frozenset(self.candidates)
+        self.use(calibration, self.methods[0])
+        if options.speed_guard:
+            names = self.faster(names)
+        self.judge = Judge(self, metric)
+        chosen = self.search(calibration, names)
+        return self.finish(chosen)
+
+    def search(self, calibration: Calibration, names: frozenset[str]) -> frozenset[str]:
+        """Return the layers with which the accuracy guard is content; all estimators are tried before any is lost."""
+        report, judge = self.report, self.judge
+        report.budget = budget_for(len(names))
+        if not names:
+            return names
+        tried: dict[str, Verdict] = {}
+        for method in self.methods:
+            self.use(calibration, method)
+            tried[method] = judge(names)
+            if tried[method].kept(self.options.threshold):
+                return names
+        best = min(tried, key=lambda method: tried[method].bound)
+        self.use(calibration, best)
+        judge.known[names] = tried[best]
+        result = give_back(
+            sorted(names), judge, lambda: self.rank(names), self.options.threshold, report.budget - len(tried) + 1
+        )
+        for name in names - result.kept:
+            report.given_back[name] = f"given back for accuracy, {_place(result.ranking, name)} most harmful layer"
+        return result.kept
+
+    def finish(self, chosen: frozenset[str]) -> nn.Module:
+        """Correct biases, compare the whole model's times, fill the report, and return the model."""
+        report, options = self.report, self.options
+        model = self.build(chosen)
+        verdict = self.judge(chosen)
+        if chosen and verdict.kept(options.threshold) and options.bias_correction:
+            model, verdict = self.correct_biases(chosen, model, verdict)
+        result = "int8" if chosen else name_of(self.carrier)
+        if not verdict.kept(options.threshold):
+            report.notes.append(
+                f"no set of int8 layers keeps the drop at or below {options.threshold:g} for certain ({verdict}); the "
+                "float model came back"
+            )
+            model, verdict, result = self.reference, None, name_of(self.own)
+        elif options.speed_guard:
+            model, verdict, result = self.fastest(model, verdict, chosen)
+        if result != "int8":
+            for name in chosen:
+                report.given_back.setdefault(name, "the whole model is not faster with int8 layers")
+            chosen = frozenset()
+        self.describe(chosen, verdict, result)
+        report.bytes = {name_of(self.own): weight_bytes(self.reference), result: weight_bytes(model)}
+        if options.strict and (names := sorted(frozenset(self.candidates) - chosen)):
+            reasons = {name: report.given_back.get(name, "") for name in names}
+            raise ValueError("strict=True, but layers stay float:\n" + _listed(reasons))
+        return model
+
+    # ------------------------------------------------------------------------------------------------------- the steps
+
+    def calibrate(self) -> Calibration:
+        """Observe the inputs of all candidates; those that are never called stay float."""
+        calibration = Calibration(self.candidates, self.batches, self.options.calibration_file)
+        calibration.run(self.form.model, self.options.progress)
+        for name in [n for n in calibration.observers if not calibration.seen(n)]:
+            self.report.left[name] = "it got no finite values during calibration"
+            del self.candidates[name]
+        return calibration
+
+    def quantize(self, calibration: Calibration) -> None:
+        """Quantize the weights of all candidates, smoothed where that helps."""
+        self.packed: dict[str, torch.ScriptObject] = {}
+        smoothed: dict[str, torch.ScriptObject] = {}
+        for name, candidate in list(self.candidates.items()):
+            try:
+                self.packed[name] = self._pack(candidate)
+            except ValueError as error:
+                self.report.left[name] = str(error)
+                del self.candidates[name]
+                continue
+            if self.options.smooth_quant and candidate.kind == "linear" and self.options.activations == "static":
+                smoothed[name] = self._smooth(candidate, calibration.observers[name])
+        self.ranges = {name: self._smoothed_range(calibration, name, packed) for name, packed in smoothed.items()}
+        if self.options.smooth_quant == "auto" and smoothed:
+            method = self.methods[0]
+            variants = {
+                name: [
+                    Int8Settings(self.packed[name], *calibration.parameters(name, method, self.options.bits)),
+                    Int8Settings(smoothed[name], *self.ranges[name]),
+                ]
+                for name in smoothed
+            }
+            noise = self.layer_noise(variants)
+            smoothed = {
+                name: packed for name, packed in smoothed.items() if name in noise and noise[name][1] < noise[name][0]
+            }
+        self.smoothed = set(smoothed)
+        self.packed.update(smoothed)
+
+    def use(self, calibration: Calibration, method: str) -> None:
+        """Take the ranges of the inputs by this estimator."""
+        self.report.calibrator = method
+        self.settings = {}
+        for name, candidate in self.candidates.items():
+            if candidate.kind == "embedding" or self.options.activations == "dynamic":
+                self.settings[name] = Int8Settings(self.packed[name])
+            elif name in self.smoothed:
+                self.settings[name] = Int8Settings(self.packed[name], *self.ranges[name])
+            else:
+                scale, zero_point = calibration.parameters(name, method, self.options.bits)
+                self.settings[name] = Int8Settings(self.packed[name], scale, zero_point)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The estimators to try, the cheapest first."""
+        return METHODS[:4] if self.options.calibrator == "auto" else (self.options.calibrator,)
+
+    def choose_carrier(self) -> None:
+        """Take the fastest float type for what is not int8, and for the model that int8 has to beat."""
+        models = {self.own: self.reference}
+        if self.own == torch.float32:
+            with torch.no_grad():
+                wanted = floating_tensors(self.probe(self.reference))
+            for dtype in _HALVES:
+                model = self.floating(dtype)
+                try:
+                    with torch.no_grad():
+                        outputs = floating_tensors(self.probe(model))
+                        noise = [_mean(torch.ops.halfstep.output_noise(*pair)) for pair in zip(wanted, outputs, strict=True)]
+                except RuntimeError as error:
+                    self.report.notes.append(f"{name_of(dtype)} fails: {str(error).splitlines()[0]}")
+                    continue
+                if all(math.isfinite(share) for share in noise):
+                    models[dtype] = model
+        times = time_in_turns([partial(self.batches[0], model) for model in models.values()], self.device)
+        self.float_times = dict(zip(models, times, strict=True))
+        self.carrier = min(self.float_times, key=lambda dtype: self.float_times[dtype].median)
+        self.report.milliseconds = {name_of(dtype): timing.median for dtype, timing in self.float_times.items()}
+        if self.carrier != self.own:
+            self.inner = half_model(self.form.model, self.carrier).module
+
+    def faster(self, names: frozenset[str]) -> frozenset[str]:
+        """Return the layers of those regions that are not slower in int8 than in the float types."""
+        kept = set(names)
+        for region in self.regions(names):
+            timed = self.form.time_region(region, self.inner, self._layers(names), self.batches[0], self.carrier)
+            self.region_times[tuple(region.layers)] = {key: timing.median for key, timing in timed.items()}
+            rivals = [timing for key, timing in timed.items() if key != "int8"]
+            if rivals and loses(timed["int8"], rival := min(rivals, key=lambda timing: timing.median)):
+                kept.difference_update(region.layers)
+                for name in region.layers:
+                    self.report.given_back[name] = f"slower: int8 {timed['int8']}, float {rival}"
+        return frozenset(kept)
+
+    def rank(self, names: frozenset[str]) -> list[str]:
+        """Return the layers, the most harmful first."""
+        return rank_layers(
+            self.form.model,
+            {name: self.settings[name].layer(self.candidates[name], self.own) for name in names},
+            [batch.part(0, _PROBED) for batch in self.batches[:1]],
+        )
+
+    def correct_biases(self, chosen: frozenset[str], model: nn.Module, verdict: Verdict) -> tuple[nn.Module, Verdict]:
+        """Move the biases by the mean error of each layer, unless the guard likes the model better as it is."""
+        before = self.settings
+        shifted = self.mean_shifts(chosen)
+        self.settings = {
+            name: replace(old, packed=shifted[name]) if name in shifted else old for name, old in before.items()
+        }
+        corrected = self.build(chosen)
+        judged = self.judge.fresh(corrected)
+        if judged.bound <= verdict.bound:
+            self.report.bias_correction = f"biases corrected in {len(shifted)} layers"
+            return corrected, judged
+        self.settings = before
+        self.report.bias_correction = "no bias correction: it made the drop larger"
+        return model, verdict
+
+    def fastest(
+        self, model: nn.Module, verdict: Verdict, chosen: frozenset[str]
+    ) -> tuple[nn.Module, Verdict | None, str]:
+        """Return the model, or the fastest float model if int8 loses to it in turns on a whole batch."""
+        rival = self.floating(self.carrier)
+        times = time_in_turns([partial(self.batches[0], rival), partial(self.batches[0], model)], self.device)
+        self.report.milliseconds[name_of(self.carrier)] = times[0].median
+        if chosen:
+            self.report.milliseconds["int8"] = times[1].median
+            if not loses(times[1], times[0]):
+                return model, verdict, "int8"
+            self.report.notes.append(f"int8 takes {times[1]}, {name_of(self.carrier)} {times[0]}: int8 is not used")
+        judged = self.judge(frozenset())
+        if judged.kept(self.options.threshold):
+            return rival, judged, name_of(self.carrier)
+        return self.reference, None, name_of(self.own)
+
+    def describe(self, chosen: frozenset[str], verdict: Verdict | None, result: str) -> None:
+        """Fill the report."""
+        report = self.report
+        report.result = result
+        report.evaluations = self.judge.evaluations
+        if verdict is not None:
+            report.drop, report.bound, report.kept = verdict.drop, verdict.bound, verdict.kept(self.options.threshold)
+        else:
+            report.drop, report.bound, report.kept = 0.0, 0.0, True
+        products = {n: [s] for n, s in self.settings.items() if n in self.candidates}
+        noise = self.layer_noise(products)
+        kernel = torch.ops.halfstep.int8_kernel(self.device)
+        regions = self.regions(chosen) if chosen else []
+        for region in regions:
+            shares = [noise[name][0] for name in region.layers if name in noise]
+            report.regions.append(
+                RegionReport(
+                    region.layers,
+                    "int8",
+                    kernel=kernel,
+                    error=max(shares, default=None),
+                    milliseconds=self.region_times.get(tuple(region.layers), {}),
+                    fused=region.fused,
+                    calibrator=report.calibrator,
+                    smoothed=any(name in self.smoothed for name in region.layers),
+                )
+            )
+        for name in self.candidates:
+            if name not in chosen:
+                why = report.given_back.get(name, "")
+                error = noise[name][0] if name in noise else None
+                times = next((t for layers, t in self.region_times.items() if name in layers), {})
+                report.regions.append(RegionReport([name], "float", why=why, error=error, milliseconds=times))
+
+    def build(self, names: frozenset[str]) -> nn.Module:
+        """Return a model in which these layers are int8, called as the reference is."""
+        if not names:
+            return self.floating(self.carrier)
+        return self._outside(self.form.build(self.inner, self._layers(names), self.carrier))
+
+    def regions(self, names: frozenset[str]) -> list[Any]:
+        """Return the regions of build(names)."""
+        return self.form.regions(self.inner, self._layers(names), self.carrier)
+
+    def floating(self, dtype: torch.dtype) -> nn.Module:
+        """Return the float model in this type."""
+        if dtype not in self._floating:
+            self._floating[dtype] = half_model(self.reference, dtype)
+        return self._floating[dtype]
+
+    # ------------------------------------------------------------------------------------------------ what they use
+
+    def layer_noise(self, variants: Mapping[str, list[Int8Settings]]) -> dict[str, list[float]]:
+        """Return, for layers that the probe calls, the share of noise in the output of each of their int8 variants."""
+        noise: dict[str, list[float]] = {}
+
+        def visit(name: str, value: torch.Tensor, output: torch.Tensor) -> None:
+            layers = [settings.layer(self.candidates[name], self.own) for settings in variants[name]]
+            shares = [_mean(torch.ops.halfstep.output_noise(output, layer(value))) for layer in layers]
+            noise.setdefault(name, shares)
+
+        self._visit_layers(variants, [self.probe], visit)
+        return noise
+
+    def mean_shifts(self, names: frozenset[str]) -> dict[str, torch.ScriptObject]:
+        """Return packed weights whose bias makes up for the mean of the quantization error of each layer's output."""
+        shifts: dict[str, list[torch.Tensor]] = {}
+
+        def visit(name: str, value: torch.Tensor, output: torch.Tensor) -> None:
+            candidate = self.candidates[name]
+            dim = candidate.channel_dim % output.dim()
+            int8 = self.settings[name].layer(candidate, self.own)(value)
+            shifts.setdefault(name, []).append(torch.ops.halfstep.mean_difference(output, int8, dim))
+
+        products = {name: None for name in names if self.candidates[name].kind != "embedding"}
+        self._visit_layers(products, self.batches[:8], visit)
+        return {name: self.settings[name].packed.corrected(found) for name, found in shifts.items()}
+
+    def _visit_layers(self, names: Mapping[str, Any], batches: list[Batch], visit: Callable[..., None]) -> None:
+        """Call visit(name, input, output) at every call of these layers in the float form."""
+        handles = []
+
+        def hook_for(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+                visit(name, args[0], output)
+
+            return hook
+
+        try:
+            handles = [self.form.model.get_submodule(n).register_forward_hook(hook_for(n)) for n in names]
+            with torch.no_grad():
+                for batch in batches:
+                    batch(self.form.model)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layers(self, names: frozenset[str]) -> dict[str, nn.Module]:
+        return {
+            name: self.settings[name].layer(candidate, self.carrier)
+            for name, candidate in self.candidates.items()
+            if name in names
+        }
+
+    def _outside(self, inner: nn.Module) -> nn.Module:
+        return inner if self.carrier == self.own else CastModel(inner, self.carrier, self.own)
+
+    def _pack(self, candidate: Candidate, weight: torch.Tensor | None = None, factors: Any = None) -> Any:
+        return pack(
+            candidate.weight if weight is None else weight,
+            candidate.bias,
+            bits=self.options.bits,
+            input_factors=factors,
+            **candidate.geometry,
+        )
+
+    def _smooth(self, candidate: Candidate, observer: Any) -> torch.ScriptObject:
+        largest = observer.channel_max().to(self.device)
+        factors, inverse = torch.ops.halfstep.smoothing_factors(largest, candidate.weight)
+        return self._pack(candidate, torch.ops.halfstep.scale_columns(candidate.weight, factors), inverse)
+
+    def _smoothed_range(self, calibration: Calibration, name: str, packed: Any) -> tuple[float, int]:
+        """Return scale and zero point for the smoothed input, by its largest magnitude."""
+        largest = calibration.observers[name].channel_max().to(self.device)
+        return torch.ops.halfstep.smoothed_scale(largest, packed.input_factors(), self.options.bits), 0
+
+
+class Judge:
+    """The metric on models with these int8 layers. Sets that were judged with the same settings are remembered."""
+
+    def __init__(self, run: Int8Run, metric: Any) -> None:
+        self._run = run
+        self._metric = metric
+        self._method = ""
+        self.known: dict[frozenset[str], Verdict] = {}
+        self.evaluations = 0
+
+    def __call__(self, names: frozenset[str]) -> Verdict:
+        """Return the verdict on build(names)."""
+        if self._method != self._run.report.calibrator:
+            self._method = self._run.report.calibrator
+            self.known = {names: verdict for names, verdict in self.known.items() if not names}
+        if names not in self.known:
+            self.known[names] = self.fresh(self._run.build(names))
+        return self.known[names]
+
+    def fresh(self, model: nn.Module) -> Verdict:
+        """Return the verdict on a model."""
+        self.evaluations += 1
+        return self._metric.verdict(model)
+
+
+def floating_tensors(value: Any) -> list[torch.Tensor]:
+    """Return the floating-point tensors in a model's result."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+
+
+def _place(ranking: list[str], name: str) -> str:
+    return f"number {ranking.index(name) + 1} of the" if name in ranking else "a"
+
+
+def _mean(shares: torch.Tensor) -> float:
+    return math.fsum(shares.tolist()) / max(1, shares.numel())
