@@ -38,13 +38,19 @@ from halfstep.int8_runs import Shapes
 class Region:
     """Int8 layers that int8 connects, in the order of the graph; one without such neighbours is a region of its own.
 
+    layers: their qualified names.
     nodes: the names of what they do in the graph before fuse(), taken over operations included: for subgraph().
-    fused: for each layer what it took over, such as ("batch norm bn1", "relu", "int8 out").
+    parts: for each layer what it took over, such as ["batch norm bn1", "residual", "relu", "int8 out"].
     """
 
-    layers: tuple[str, ...]
-    nodes: tuple[str, ...]
-    fused: dict[str, tuple[str, ...]]
+    layers: list[str]
+    nodes: list[str]
+    parts: dict[str, list[str]]
+
+    @property
+    def fused(self) -> list[str]:
+        """One line for each layer that took over anything, such as "conv1 + batch norm bn1 + relu"."""
+        return [" + ".join((name, *parts)) for name, parts in self.parts.items() if parts]
 
 
 def fuse(
@@ -85,11 +91,6 @@ class _Fuser:
         self._names = {node: [node.name] for node in self._graph.nodes}
         self._parts: dict[str, list[str]] = {}
         self._links: list[tuple[Node, Node]] = []
-        for node in self._graph.nodes:
-            # An int8 convolution answers in channels last, of which not every view can be taken.
-            sizes = not node.kwargs and torch.dtype not in map(type, node.args)
-            if node.op == "call_method" and node.target == "view" and sizes:
-                node.target = "reshape"
 
     def note(self, layer: str, part: str) -> None:
         self._parts.setdefault(layer, []).append(part)
@@ -215,12 +216,12 @@ class _Fuser:
         place = {node: position for position, node in enumerate(self._graph.nodes)}
         regions = []
         for group in {id(group): group for group in groups.values()}.values():
-            names = tuple(dict.fromkeys(name for node in sorted(group, key=place.__getitem__) for name in layers[node]))
-            fused = {name: tuple(self._parts.get(name, ())) for name in names}
-            regions.append(Region(names, self._enclosed(group), fused))
+            names = list(dict.fromkeys(name for node in sorted(group, key=place.__getitem__) for name in layers[node]))
+            parts = {name: self._parts.get(name, []) for name in names}
+            regions.append(Region(names, self._enclosed(group), parts))
         return regions
 
-    def _enclosed(self, group: list[Node]) -> tuple[str, ...]:
+    def _enclosed(self, group: list[Node]) -> list[str]:
         """Return the names that the nodes stand for, and of all that lies on a path between two of them."""
         own = {name for node in group for name in self._names[node]}
         below, above = set(own), set(own)
@@ -230,7 +231,7 @@ class _Fuser:
         for name, readers in reversed(self._readers.items()):
             if not above.isdisjoint(readers):
                 above.add(name)
-        return tuple(name for name in self._readers if name in below and name in above)
+        return [name for name in self._readers if name in below and name in above]
 
 
 def _is_fed(node: Node) -> bool:

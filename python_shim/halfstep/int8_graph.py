@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Proxy, Tracer
+from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 
 from halfstep.calls import HOOKS, copy_of
 from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
@@ -31,7 +31,9 @@ def trace(
     the traced model does not take them. None: those without a default.
 
     Returns (graph module, "" or which modules were left whole and why), or (None, why the model cannot be traced).
-    A trace may have baked in what is not constant: disagreement() is the proof. Identities and dropouts are left out.
+    A trace may have baked in what is not constant: disagreement() is the proof. Assertions on tensors and their shapes
+    count as control flow. Identities and dropouts
+    are left out, and views are reshapes.
     """
     if model.training:
         return None, "the model is in training mode"
@@ -55,6 +57,8 @@ def trace(
             if is_idle(twin, node):
                 node.replace_all_uses_with(input_of(node))
                 graph.erase_node(node)
+            elif node.op == "call_method" and node.target == "view" and not _views_bits(node):
+                node.target = "reshape"  # int8 convolutions answer in channels last, of which few views can be taken
         graph.lint()
         graph_module = GraphModule(twin, graph, type(model).__name__)
     except Exception as error:  # the model's own code, given something that is no tensor, may raise anything
@@ -70,7 +74,6 @@ class _Tracer(Tracer):
 
     def __init__(self, leaves: tuple[type[nn.Module], ...], defaults: dict[str, Any]) -> None:
         super().__init__(param_shapes_constant=True)
-        self.trace_asserts = True
         self.left_whole: dict[str, str] = {}
         self._leaves = (*leaves, *INT8_LAYERS, torch.jit.ScriptModule)
         self._defaults = defaults
@@ -125,15 +128,23 @@ def _defaults(model: nn.Module, given: Collection[str] | None) -> dict[str, Any]
     return defaults
 
 
+def _views_bits(node: Node) -> bool:
+    """Return whether this view is of another dtype."""
+    return bool(node.kwargs) or any(isinstance(each, torch.dtype) for each in node.args)
+
+
 def _finish(graph: Graph, model: nn.Module) -> None:
-    """Give placeholders types that a script can read, and the graph a tracer that pickle can make."""
+    """Give parameters types that a script can read, no defaults, and the graph a tracer that pickle can make."""
     try:
         types = typing.get_type_hints(type(model).forward)
     except Exception:  # names that exist for type checkers only
         types = {}
     for node in graph.nodes:
-        if isinstance(node.type, str):
-            node.type = types.get(node.target) if node.op == "placeholder" else None
+        node.type = None
+        if node.op == "placeholder":
+            node.args = ()  # what is here is passed by every call
+            kinds = set(typing.get_args(types.get(node.target))) - {type(None)}
+            node.type = torch.Tensor if kinds == {torch.Tensor} else types.get(node.target)
     graph._tracer_cls = None
 
 

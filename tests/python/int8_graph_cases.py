@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from halfstep.int8_graph import trace
 from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Linear, pack
+from halfstep.int8_nodes import input_of
 from halfstep.int8_runs import capture
 from torch import nn
 from torch.fx import GraphModule
@@ -186,7 +187,7 @@ def with_int8(graph_module: GraphModule, batch: torch.Tensor, but: tuple[str, ..
     for node in list(twin.graph.nodes):
         layer = twin.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and node.target not in but:
-            source = node.args[0].name
+            source = input_of(node).name
             seen = capture(graph_module, batch, call, [source])[source]
             twin.set_submodule(node.target, int8_layer(layer, seen))
     return twin
