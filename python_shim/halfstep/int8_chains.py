@@ -1,0 +1,247 @@
+"""What int8 layers of a traced model take over from the operations around them, and where int8 passes between them.
+
+    activation   relu, relu6, gelu, silu or hardswish, of which the layer's output is the only input
+    residual     the addition of another tensor of the same shape
+    int8 out     where every reader is an int8 layer that quantizes by the same scale and zero point
+
+In float32 none of them changes a bit, but for gelu, silu and hardswish, which torch rounds at other places. In half
+precision the sums are no longer rounded before the activation or the addition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from halfstep.int8_nodes import (
+    INT8_LAYERS,
+    PRODUCTS,
+    activation_of,
+    call_sites,
+    input_of,
+    is_in_place_addition,
+    is_plain,
+    may_write,
+    module_of,
+    moves_values,
+    reads_shape,
+    summands_of,
+)
+from halfstep.int8_runs import Shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Int8 layers that int8 connects, in the order of the graph; one without such neighbours is a region of its own.
+
+    layers: their qualified names.
+    nodes: the names of what they do in the graph before fuse(), taken over operations included: for subgraph().
+    parts: for each layer what it took over, such as ["batch norm bn1", "residual", "relu", "int8 out"].
+    """
+
+    layers: list[str]
+    nodes: list[str]
+    parts: dict[str, list[str]]
+
+    @property
+    def fused(self) -> list[str]:
+        """One line for each layer that took over anything, such as "conv1 + batch norm bn1 + relu"."""
+        return [" + ".join((name, *parts)) for name, parts in self.parts.items() if parts]
+
+
+def fuse(
+    graph_module: GraphModule,
+    shapes: Shapes,
+    out_dtype: torch.dtype,
+    norms: Iterable[tuple[str, str]] = (),
+) -> list[Region]:
+    """Let the int8 layers in the graph take over what they can, in place, and say what belongs together.
+
+    shapes: shapes_of() the graph, before or after its layers became int8, in the dtypes that it will run in.
+    out_dtype: what the model runs in beside int8. Layers that read int8 would not know it otherwise.
+    norms: the pairs of fold_batch_norms(), which are told with the other parts.
+
+    A layer that is called several times stays as it is. The layer's node takes the name of the last operation that it
+    took over. Int8 max pooling is relied on if torch has it on the layers' device: fuse again for another device.
+    """
+    fuser = _Fuser(graph_module, shapes)
+    for conv, norm in norms:
+        fuser.note(conv, f"batch norm {norm}")
+    fuser.take_activations()
+    fuser.take_residuals()
+    fuser.take_activations()
+    fuser.pass_int8(out_dtype)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return fuser.regions()
+
+
+class _Fuser:
+    def __init__(self, graph_module: GraphModule, shapes: Shapes) -> None:
+        self._root = graph_module
+        self._graph = graph_module.graph
+        self._shapes = shapes
+        self._sites = call_sites(graph_module)
+        # The graph as it was, by the names of its nodes.
+        self._readers = {node.name: [user.name for user in node.users] for node in self._graph.nodes}
+        self._names = {node: [node.name] for node in self._graph.nodes}
+        self._parts: dict[str, list[str]] = {}
+        self._links: list[tuple[Node, Node]] = []
+
+    def note(self, layer: str, part: str) -> None:
+        self._parts.setdefault(layer, []).append(part)
+
+    def _product(self, node: Node) -> nn.Module | None:
+        """Return the int8 layer that this node alone calls."""
+        layer = module_of(self._root, node)
+        usable = type(layer) in PRODUCTS and is_plain(layer) and self._sites[layer] == [node]
+        return layer if usable and isinstance(input_of(node), Node) else None
+
+    def _take_over(self, node: Node, gone: Node, part: str) -> None:
+        self.note(str(node.target), part)
+        self._names[node] += self._names.pop(gone)
+        gone.replace_all_uses_with(node)
+        self._graph.erase_node(gone)
+        node.name = gone.name
+
+    def take_activations(self) -> None:
+        for node in list(self._graph.nodes):
+            layer = self._product(node)
+            users = [user for user in node.users if not reads_shape(user)]
+            if layer is None or layer.activation != "none" or len(users) != 1:
+                continue
+            activation = activation_of(self._root, users[0])
+            if activation is not None:
+                layer.activation = activation
+                self._take_over(node, users[0], activation)
+
+    def take_residuals(self) -> None:
+        for add in list(self._graph.nodes):
+            summands = summands_of(add)
+            if summands is None:
+                continue
+            place = {node: position for position, node in enumerate(self._graph.nodes)}
+            for node in sorted(summands, key=place.__getitem__, reverse=True):  # the later one takes the earlier one
+                other = summands[0] if node is summands[1] else summands[1]
+                if self._can_take(node, other, add):
+                    add.prepend(node)  # where `other` is there, and still the same
+                    node.args, node.kwargs = (input_of(node), other), {}
+                    self._take_over(node, add, "residual")
+                    break
+
+    def _can_take(self, node: Node, other: Node, add: Node) -> bool:
+        layer = self._product(node)
+        if layer is None or layer.activation != "none" or list(node.users) != [add] or other is node:
+            return False
+        if len(node.args) + len(node.kwargs) != 1:  # has a residual
+            return False
+        alike = self._shapes.get(add.name)
+        if alike is None or any(self._shapes.get(each.name) != alike for each in (node, other)):
+            return False
+        if not all(dtype.is_floating_point for _, dtype in alike) or not _is_fed(other):
+            return False
+        private = self._product(other) is not None and list(other.users) == [add]
+        if is_in_place_addition(add) and input_of(add) is other and not private:
+            return False  # others may see what the addition writes
+        between = node.next
+        while between is not add:
+            if may_write(self._root, between):
+                return False
+            between = between.next
+        return True
+
+    def pass_int8(self, out_dtype: torch.dtype) -> None:
+        for node in self._graph.nodes:
+            layer = self._product(node)
+            if layer is None or layer.out_scale is not None:
+                continue
+            readers = self._int8_readers(node, layer.packed.scales().device)
+            if readers:
+                self._links += [(node, reader) for reader in readers]
+                reader = self._product(readers[0])
+                layer.out_scale, layer.out_zero_point = reader.input_scale, reader.input_zero_point
+                layer.out_dtype = None
+                self.note(str(node.target), "int8 out")
+        for _, node in self._links:
+            reader = self._product(node)
+            if reader.out_scale is None:
+                reader.out_dtype = out_dtype
+
+    def _int8_readers(self, node: Node, device: torch.device) -> list[Node]:
+        """Return the int8 layers that read the node's output, all by one scale; none if anything else reads it."""
+        readers: list[Node] = []
+        waiting = [node]
+        while waiting:
+            value = waiting.pop()
+            users = [user for user in value.users if not reads_shape(user)]
+            if not users:
+                return []
+            for user in users:
+                if input_of(user) is not value or value in user.args[1:]:
+                    return []
+                if self._product(user) is not None:
+                    readers.append(user)
+                elif moves_values(self._root, user, device):
+                    waiting.append(user)
+                else:
+                    return []
+        layers = [self._product(reader) for reader in readers]
+        static = all(layer.input_scale is not None and layer.packed.input_factors() is None for layer in layers)
+        scales = {(layer.input_scale, layer.input_zero_point) for layer in layers}
+        return readers if static and len(scales) == 1 else []
+
+    def regions(self) -> list[Region]:
+        groups: dict[Node, list[Node]] = {}
+        layers: dict[Node, list[str]] = {}
+        for node in self._graph.nodes:
+            module = module_of(self._root, node)
+            prefix = f"{node.target}."
+            inner = [] if module is None else module.named_modules()
+            found = [(prefix + name).rstrip(".") for name, each in inner if isinstance(each, INT8_LAYERS)]
+            if found:
+                layers[node], groups[node] = found, [node]
+        links = list(self._links)
+        for layer, sites in self._sites.items():
+            if isinstance(layer, INT8_LAYERS):
+                links += [(sites[0], site) for site in sites[1:] if site in layers and sites[0] in layers]
+        for one, other in links:
+            if groups[one] is not groups[other]:
+                groups[one] += groups[other]
+                for node in groups[other]:
+                    groups[node] = groups[one]
+        place = {node: position for position, node in enumerate(self._graph.nodes)}
+        regions = []
+        for group in {id(group): group for group in groups.values()}.values():
+            names = list(dict.fromkeys(name for node in sorted(group, key=place.__getitem__) for name in layers[node]))
+            parts = {name: self._parts.get(name, []) for name in names}
+            regions.append(Region(names, self._enclosed(group), parts))
+        return regions
+
+    def _enclosed(self, group: list[Node]) -> list[str]:
+        """Return the names that the nodes stand for, and of all that lies on a path between two of them."""
+        own = {name for node in group for name in self._names[node]}
+        below, above = set(own), set(own)
+        for name, readers in self._readers.items():
+            if name in below:
+                below.update(readers)
+        for name, readers in reversed(self._readers.items()):
+            if not above.isdisjoint(readers):
+                above.add(name)
+        return [name for name in self._readers if name in below and name in above]
+
+
+def _is_fed(node: Node) -> bool:
+    """Return whether the value comes from an input of the model: a constant's shape says nothing of the next batch."""
+    waiting, seen = [node], {node}
+    while waiting:
+        each = waiting.pop()
+        if each.op == "placeholder":
+            return True
+        new = [source for source in each.all_input_nodes if source not in seen]
+        seen.update(new)
+        waiting += new
+    return False

@@ -1,0 +1,226 @@
+"""What the nodes of a traced model do: which layer they call, what they compute, and whether they write to memory."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import inspect
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import GraphModule, Node
+
+from halfstep.calls import HOOKS
+from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
+
+PRODUCTS = (Int8Linear, Int8Conv1d, Int8Conv2d)
+INT8_LAYERS = (*PRODUCTS, Int8Embedding)
+
+_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+_ACTIVATION_FUNCTIONS = {
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu: "relu",
+    F.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+_IDLE_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+
+# These move values and change none, so that they commute with quantization.
+_MOVING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
+_MOVING_FUNCTIONS = (
+    torch.flatten,
+    torch.reshape,
+    torch.permute,
+    torch.transpose,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.movedim,
+)
+_MOVING_METHODS = (
+    "flatten",
+    "reshape",
+    "view",
+    "permute",
+    "transpose",
+    "squeeze",
+    "unsqueeze",
+    "movedim",
+    "contiguous",
+)
+_POOLS = (F.max_pool2d, torch.max_pool2d)
+
+_SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension")
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_IN_PLACE = (
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.imatmul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+    operator.ilshift,
+    operator.irshift,
+    operator.iconcat,
+    operator.setitem,
+    operator.delitem,
+)
+
+
+def module_of(root: nn.Module, node: Node) -> nn.Module | None:
+    """Return the module that the node calls."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a call of the module is its class's forward and nothing else."""
+    return not any(getattr(module, hooks) for hooks in HOOKS) and "forward" not in vars(module)
+
+
+def call_sites(graph_module: GraphModule) -> dict[nn.Module, list[Node]]:
+    """Return the nodes that use each module: its calls, also inside of one called whole, and reads of its tensors."""
+    sites: dict[nn.Module, list[Node]] = collections.defaultdict(list)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            for module in graph_module.get_submodule(str(node.target)).modules():
+                sites[module].append(node)
+        elif node.op == "get_attr":
+            sites[graph_module.get_submodule(str(node.target).rpartition(".")[0])].append(node)
+    return sites
+
+
+def input_of(node: Node) -> Any:
+    """Return the first argument of a call."""
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def activation_of(root: nn.Module, node: Node) -> str | None:
+    """Return which activation of the int8 layers the node applies to its one input."""
+    if len(node.all_input_nodes) != 1 or input_of(node) is not node.all_input_nodes[0]:
+        return None
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if not is_plain(module):
+            return None
+        if type(module) is nn.GELU:
+            return _GELUS.get(module.approximate)
+        return _ACTIVATION_MODULES.get(type(module))
+    if node.op == "call_method":
+        return "relu" if node.target in ("relu", "relu_") else None
+    if node.target is F.gelu:
+        return _GELUS.get(_argument(node, 1, "approximate", "none"))
+    return _ACTIVATION_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+def summands_of(node: Node) -> tuple[Node, Node] | None:
+    """Return the two nodes that the node adds, the one that it may write to first."""
+    addition = node.op == "call_function" and node.target in _ADDITIONS
+    if not addition and not (node.op == "call_method" and node.target in ("add", "add_")):
+        return None
+    if set(node.kwargs) - {"input", "other", "alpha"} or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        return None
+    left, right = input_of(node), _argument(node, 1, "other", None)
+    return (left, right) if isinstance(left, Node) and isinstance(right, Node) else None
+
+
+def is_in_place_addition(node: Node) -> bool:
+    """Return whether a node of summands_of() writes to its first summand."""
+    return node.target in (operator.iadd, "add_")
+
+
+def is_idle(root: nn.Module, node: Node) -> bool:
+    """Return whether the node returns its input as it is: Identity, or a dropout outside of training."""
+    if len(node.all_input_nodes) != 1 or input_of(node) is not node.all_input_nodes[0]:
+        return False
+    module = module_of(root, node)
+    if module is not None:
+        return (
+            type(module) in _IDLE_MODULES
+            and is_plain(module)
+            and (isinstance(module, nn.Identity) or not module.training)
+        )
+    if node.op != "call_function":
+        return False
+    if node.target is torch.dropout:
+        return _argument(node, 2, "train", True) is False
+    return node.target in _DROPOUTS and _argument(node, 2, "training", True) is False
+
+
+def reads_shape(node: Node) -> bool:
+    """Return whether the node asks its input for sizes alone."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    return node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
+def moves_values(root: nn.Module, node: Node, device: torch.device) -> bool:
+    """Return whether the node computes the same of int8 as of the numbers that they stand for: views and maxima.
+
+    torch's maximum pooling takes int8 on some devices only.
+    """
+    module = module_of(root, node)
+    if type(module) is nn.MaxPool2d:
+        return is_plain(module) and not module.return_indices and pools_int8(device.type)
+    if module is not None:
+        return type(module) in _MOVING_MODULES and is_plain(module)
+    if node.op == "call_method":
+        return node.target in _MOVING_METHODS and not any(isinstance(each, torch.dtype) for each in _constants(node))
+    if node.op == "call_function" and node.target in _POOLS:
+        return not _argument(node, 6, "return_indices", False) and pools_int8(device.type)
+    return node.op == "call_function" and node.target in _MOVING_FUNCTIONS
+
+
+@functools.cache
+def pools_int8(device_type: str) -> bool:
+    """Return whether torch's max_pool2d takes int8 there, and pads with what is smaller than every value."""
+    x = torch.full((1, 1, 2, 2), -128, dtype=torch.int8, device=device_type)
+    try:
+        out = F.max_pool2d(x, 3, 1, 1)
+    except RuntimeError:  # "not implemented for 'Char'"
+        return False
+    return out.dtype is torch.int8 and torch.equal(out, x)
+
+
+def _constants(node: Node) -> list[Any]:
+    return [each for each in (*node.args, *node.kwargs.values()) if not isinstance(each, Node)]
+
+
+def may_write(root: nn.Module, node: Node) -> bool:
+    """Return whether the node may write to memory that others see. A module or function that is not torch's may."""
+    if node.op == "call_module":
+        return any(map(_module_may_write, root.get_submodule(str(node.target)).modules()))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    function, room = node.target, getattr(node.target, "__module__", "") or ""
+    if function in _IN_PLACE or "out" in node.kwargs or isinstance(function, (OpOverload, OpOverloadPacket)):
+        return True
+    if room == F.__name__ and any(each is True for each in _constants(node)):
+        return True  # `inplace`, or another flag that is taken for it
+    if not inspect.isbuiltin(function) and room.partition(".")[0] not in ("torch", "math", "operator", "builtins"):
+        return True
+    return getattr(function, "__name__", "_").endswith("_")
+
+
+def _module_may_write(module: nn.Module) -> bool:
+    ours = type(module).__module__.partition(".")[0] in ("torch", "halfstep")
+    return not ours or bool(getattr(module, "inplace", False)) or not is_plain(module)
