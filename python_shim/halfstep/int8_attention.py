@@ -37,7 +37,7 @@ def zero_padding(output: torch.Tensor, padding: torch.Tensor, check: bool) -> to
         return output
     hidden = torch.isneginf(padding)
     if check:
-        hidden = hidden & ~(hidden[:, :-1] & ~hidden[:, 1:]).any()
+        hidden = hidden & (hidden.cummax(1)[0] == hidden).all()
     return output.masked_fill(hidden.unsqueeze(-1), 0.0)
 
 
