@@ -74,11 +74,13 @@ void check_residual(const OptionalTensor& residual, const at::Tensor& input, c10
 
 struct Cpu {
   using Executor = TorchExecutor;
-  static void quantize(const at::Tensor& input, const Int8Parameters& parameters, std::int8_t* out) {
-    cpu::quantize(view_of(input), parameters, out, TorchExecutor());
+  static void quantize(const at::Tensor& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+                       std::int8_t* out) {
+    cpu::quantize(view_of(input), factors, parameters, out, TorchExecutor());
   }
-  static void quantize_rows(const at::Tensor& input, std::int64_t rows, std::int8_t* out, float* scales) {
-    cpu::quantize_rows(view_of(input), rows, out, scales, TorchExecutor());
+  static void quantize_rows(const at::Tensor& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                            float* scales) {
+    cpu::quantize_rows(view_of(input), factors, rows, out, scales, TorchExecutor());
   }
   template <class Shape>
   static void run(const Shape& shape, const std::int8_t* input, const PackedInt8::Form& form,
@@ -96,11 +98,13 @@ struct Cpu {
 struct Cuda {
   static CudaStream stream() { return {c10::cuda::getCurrentCUDAStream().stream()}; }
 
-  static void quantize(const at::Tensor& input, const Int8Parameters& parameters, std::int8_t* out) {
-    cuda::quantize(view_of(input), parameters, out, stream());
+  static void quantize(const at::Tensor& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+                       std::int8_t* out) {
+    cuda::quantize(view_of(input), factors, parameters, out, stream());
   }
-  static void quantize_rows(const at::Tensor& input, std::int64_t rows, std::int8_t* out, float* scales) {
-    cuda::quantize_rows(view_of(input), rows, out, scales, stream());
+  static void quantize_rows(const at::Tensor& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                            float* scales) {
+    cuda::quantize_rows(view_of(input), factors, rows, out, scales, stream());
   }
   template <class Shape>
   static void run(const Shape& shape, const std::int8_t* input, const PackedInt8::Form& form,
@@ -115,8 +119,6 @@ struct Cuda {
   }
 };
 #endif
-
-struct Meta {};
 
 // Quantizes a dense input of `rows` rows (of a convolution: images) if it is not int8 yet, and multiplies.
 template <class Backend, class Shape>
@@ -149,11 +151,14 @@ void multiply(const Shape& shape, std::int64_t rows, const at::Tensor& input, co
   if (input.scalar_type() != at::kChar) {
     quantized = at::empty({input.numel()}, input.options().dtype(at::kChar));
     auto* const q = quantized.template data_ptr<std::int8_t>();
+    ChannelFactors factors;
+    if (form->input_factors)
+      factors = {form->input_factors->template const_data_ptr<float>(), form->input_factors->numel()};
     if (input_scale) {
-      Backend::quantize(input, epilogue.input, q);
+      Backend::quantize(input, factors, epilogue.input, q);
     } else {
       row_scales = at::empty({rows}, input.options().dtype(at::kFloat));
-      Backend::quantize_rows(input, rows, q, row_scales.template data_ptr<float>());
+      Backend::quantize_rows(input, factors, rows, q, row_scales.template data_ptr<float>());
       epilogue.row_scales = row_scales.template const_data_ptr<float>();
     }
   }
@@ -179,13 +184,11 @@ at::Tensor linear(const at::Tensor& input, const Weight& weight, std::optional<d
   const at::ScalarType dtype = checked_out_dtype(input, out_dtype, out_scale, op);
   const Int8Parameters out_parameters = checked_parameters(out_scale.value_or(1.0), out_zero_point, op, "out_scale");
   at::Tensor out = at::empty_symint(sizes, input.options().dtype(dtype));
-  if constexpr (!std::is_same_v<Backend, Meta>) {
-    if (out.numel() == 0) return out;
-    const std::int64_t rows = out.numel() / channels;
-    multiply<Backend>(Int8LinearShape{rows, terms, channels}, rows, input.contiguous(), weight, input_scale,
-                      input_zero_point, residual ? OptionalTensor(residual->contiguous()) : std::nullopt, activation,
-                      out, out_parameters, op);
-  }
+  if (out.numel() == 0) return out;
+  const std::int64_t rows = out.numel() / channels;
+  multiply<Backend>(Int8LinearShape{rows, terms, channels}, rows, input.contiguous(), weight, input_scale,
+                    input_zero_point, residual ? OptionalTensor(residual->contiguous()) : std::nullopt, activation, out,
+                    out_parameters, op);
   return out;
 }
 
@@ -218,15 +221,13 @@ at::Tensor conv2d(const at::Tensor& input, const Weight& weight, std::optional<d
   const Int8Parameters out_parameters = checked_parameters(out_scale.value_or(1.0), out_zero_point, op, "out_scale");
   constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
   at::Tensor out = at::empty_symint(sizes, input.options().dtype(dtype).memory_format(channels_last), std::nullopt);
-  if constexpr (!std::is_same_v<Backend, Meta>) {
-    if (out.numel() == 0) return out;
-    const Int8ConvShape shape{input.size(0), input.size(2), input.size(3), in_channels, out.size(2), out.size(3),
-                              out.size(1),   w.size(2),     w.size(3),     g.stride[0], g.stride[1], g.padding[0],
-                              g.padding[1],  g.dilation[0], g.dilation[1], g.groups};
-    multiply<Backend>(shape, shape.batch, input.contiguous(channels_last), weight, input_scale, input_zero_point,
-                      residual ? OptionalTensor(residual->contiguous(channels_last)) : std::nullopt, activation, out,
-                      out_parameters, op);
-  }
+  if (out.numel() == 0) return out;
+  const Int8ConvShape shape{input.size(0), input.size(2), input.size(3), in_channels, out.size(2), out.size(3),
+                            out.size(1),   w.size(2),     w.size(3),     g.stride[0], g.stride[1], g.padding[0],
+                            g.padding[1],  g.dilation[0], g.dilation[1], g.groups};
+  multiply<Backend>(shape, shape.batch, input.contiguous(channels_last), weight, input_scale, input_zero_point,
+                    residual ? OptionalTensor(residual->contiguous(channels_last)) : std::nullopt, activation, out,
+                    out_parameters, op);
   return out;
 }
 
@@ -292,10 +293,6 @@ void define_int8_products(torch::Library& library) {
 void implement_int8_products_cpu(torch::Library& library) {
   library.impl("int8_linear", &linear<Cpu>);
   library.impl("int8_conv2d", &conv2d<Cpu>);
-}
-void implement_int8_products_meta(torch::Library& library) {
-  library.impl("int8_linear", &linear<Meta>);
-  library.impl("int8_conv2d", &conv2d<Meta>);
 }
 void implement_int8_products_cuda(torch::Library& library) {
 #ifdef HALFSTEP_CUDA

@@ -140,7 +140,8 @@ namespace {
 using Self = c10::intrusive_ptr<PackedInt8>;
 using Sizes = std::vector<std::int64_t>;
 using OptionalTensor = std::optional<at::Tensor>;
-using Pickled = std::tuple<at::Tensor, at::Tensor, OptionalTensor, Sizes, Sizes, Sizes, std::int64_t, OptionalTensor>;
+// weight, scales, bias, input_factors; and stride, padding, dilation, [groups].
+using Pickled = std::tuple<std::vector<OptionalTensor>, std::vector<Sizes>>;
 
 std::array<std::int64_t, 2> pair_of(const Sizes& sizes, const char* argument) {
   TORCH_CHECK_VALUE(sizes.size() == 2, "PackedInt8: ", argument, " has ", sizes.size(), " elements, expected 2");
@@ -162,8 +163,16 @@ Sizes list_of(const std::array<std::int64_t, 2>& pair) {
 
 Pickled pickled(const Self& self) {
   const auto& g = self->geometry();
-  return {self->weight(),     self->scales(),      self->bias(), list_of(g.stride),
-          list_of(g.padding), list_of(g.dilation), g.groups,     self->input_factors()};
+  return {{self->weight(), self->scales(), self->bias(), self->input_factors()},
+          {list_of(g.stride), list_of(g.padding), list_of(g.dilation), {g.groups}}};
+}
+
+Self unpickled(const Pickled& state) {
+  const auto& [tensors, lists] = state;
+  TORCH_CHECK_VALUE(tensors.size() == 4 && tensors[0] && tensors[1] && lists.size() == 4 && lists[3].size() == 1,
+                    "PackedInt8: the pickle has ", tensors.size(), " tensors and ", lists.size(),
+                    " lists, expected 4 of each");
+  return make(*tensors[0], *tensors[1], tensors[2], lists[0], lists[1], lists[2], lists[3][0], tensors[3]);
 }
 
 template <class T>
@@ -192,17 +201,15 @@ void define_packed_int8(torch::Library& library) {
       // What torch.export shows to the fake class of halfstep/int8_fake.py.
       .def("__obj_flatten__",
            [](const Self& self) {
-             auto [weight, scales, bias, stride, padding, dilation, groups, factors] = pickled(self);
-             return std::tuple(Named<at::Tensor>("weight", weight), Named<at::Tensor>("scales", scales),
-                               Named<std::optional<at::Tensor>>("bias", bias), Named<Sizes>("stride", stride),
-                               Named<Sizes>("padding", padding), Named<Sizes>("dilation", dilation),
-                               Named<std::int64_t>("groups", groups), Named<OptionalTensor>("input_factors", factors));
+             const auto& g = self->geometry();
+             return std::tuple(Named<at::Tensor>("weight", self->weight()), Named<at::Tensor>("scales", self->scales()),
+                               Named<OptionalTensor>("bias", self->bias()), Named<Sizes>("stride", list_of(g.stride)),
+                               Named<Sizes>("padding", list_of(g.padding)),
+                               Named<Sizes>("dilation", list_of(g.dilation)), Named<std::int64_t>("groups", g.groups),
+                               Named<OptionalTensor>("input_factors", self->input_factors()));
            })
       .def_pickle([](const Self& self) { return pickled(self); },
-                  [](const Pickled& state) {
-                    const auto& [weight, scales, bias, stride, padding, dilation, groups, factors] = state;
-                    return make(weight, scales, bias, stride, padding, dilation, groups, factors);
-                  });
+                  [](const Pickled& state) { return unpickled(state); });
 }
 
 }  // namespace torch_ops

@@ -29,6 +29,7 @@ struct Registration {
   Registration() {
     definitions.def("version() -> str", [] { return std::string(HALFSTEP_VERSION); });
     define_autocast_ops(definitions);
+    define_calibration(definitions);
     define_cross_entropy(definitions);
     define_gradients(definitions);
     define_packed_int8(definitions);  // whose type the schemas name
@@ -66,7 +67,6 @@ struct Registration {
     implement_cross_entropy_meta(meta);
     implement_gradients_meta(meta);
     implement_int8_meta(meta);
-    implement_int8_products_meta(meta);
     implement_norms_meta(meta);
     implement_optimizer_meta(meta);
     implement_scaling_meta(meta);

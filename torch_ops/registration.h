@@ -7,6 +7,7 @@ namespace halfstep::torch_ops {
 
 // Schemas and classes.
 void define_autocast_ops(torch::Library& library);
+void define_calibration(torch::Library& library);
 void define_cross_entropy(torch::Library& library);
 void define_gradients(torch::Library& library);
 void define_int8(torch::Library& library);
@@ -35,7 +36,6 @@ void implement_scaling_cpu(torch::Library& library);
 void implement_cross_entropy_meta(torch::Library& library);
 void implement_gradients_meta(torch::Library& library);
 void implement_int8_meta(torch::Library& library);
-void implement_int8_products_meta(torch::Library& library);
 void implement_norms_meta(torch::Library& library);
 void implement_optimizer_meta(torch::Library& library);
 void implement_scaling_meta(torch::Library& library);

@@ -23,7 +23,9 @@ template <std::size_t kBytes>
 struct Move {
   using Type = std::conditional_t<
       kBytes % 16 == 0, uint4,
-      std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, std::uint32_t, std::uint16_t>>>;
+      std::conditional_t<kBytes == 8, uint2,
+                         std::conditional_t<kBytes == 4, std::uint32_t,
+                                            std::conditional_t<kBytes % 2 == 0, std::uint16_t, std::uint8_t>>>>;
   static constexpr int kCount = kBytes / sizeof(Type);
   static_assert(kCount * sizeof(Type) == kBytes);
 };

@@ -117,6 +117,13 @@ struct Int8ConvShape {
   HALFSTEP_HOST_DEVICE std::int64_t out_pixels() const { return batch * out_height * out_width; }
 };
 
+// Element i of an input is multiplied by values[i % channels], rounded to float32, before it is quantized (SmoothQuant;
+// null: it is not). `channels` is the innermost dimension.
+struct ChannelFactors {
+  const float* values = nullptr;
+  std::int64_t channels = 1;
+};
+
 struct Int8WeightShape {
   std::int64_t channels;    // of all groups
   std::int64_t terms;       // of one channel
@@ -158,10 +165,11 @@ HALFSTEP_API Int8Isa best_int8_isa();
 HALFSTEP_API bool has_int8_isa(Int8Isa isa);
 
 // input: float32, float16 or bfloat16. out: input.numel int8.
-void quantize(const TensorView& input, const Int8Parameters& parameters, std::int8_t* out, const Executor& executor);
+void quantize(const TensorView& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+              std::int8_t* out, const Executor& executor);
 // Each of `rows` rows by its own scale, row_scale(), which goes to scales[row]; zero point 0.
-void quantize_rows(const TensorView& input, std::int64_t rows, std::int8_t* out, float* scales,
-                   const Executor& executor);
+void quantize_rows(const TensorView& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                   float* scales, const Executor& executor);
 // out = (q - zero_point) * scale, in out.dtype; out.numel elements.
 void dequantize(const std::int8_t* input, const Int8Parameters& parameters, const TensorView& out,
                 const Executor& executor);
@@ -188,8 +196,10 @@ void int8_embedding(const Int8Embedding& call, const Executor& executor);
 // The same on device memory. Enqueues on `stream` only: no synchronisation, no host read, capturable in a CUDA graph.
 // Weights are plain, [channels, terms], at 16-byte boundaries where rows allow it (any alignment is correct).
 namespace cuda {
-void quantize(const TensorView& input, const Int8Parameters& parameters, std::int8_t* out, CudaStream stream);
-void quantize_rows(const TensorView& input, std::int64_t rows, std::int8_t* out, float* scales, CudaStream stream);
+void quantize(const TensorView& input, const ChannelFactors& factors, const Int8Parameters& parameters,
+              std::int8_t* out, CudaStream stream);
+void quantize_rows(const TensorView& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
+                   float* scales, CudaStream stream);
 void dequantize(const std::int8_t* input, const Int8Parameters& parameters, const TensorView& out, CudaStream stream);
 // `weight_sums`: [channels] sums of each channel's weights, read where the zero point is not 0.
 void int8_weight_sums(const Int8WeightShape& shape, const std::int8_t* weight, std::int32_t* weight_sums,

@@ -1,0 +1,114 @@
+// The portable kernel, and the choice among all. Contract: int8_kernels.h.
+#include "int8_kernels.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "clones.h"
+#include "halfstep/status.h"
+
+#if defined(HS_INT8_X86)
+#include <cpuid.h>
+#endif
+
+namespace halfstep::cpu {
+namespace {
+
+void prepare_portable(const std::int8_t* terms, std::int64_t count, void* prepared) {
+  std::memcpy(prepared, terms, static_cast<std::size_t>(count));
+  const std::int64_t filled = int8_quads(count) * kInt8Quad;
+  std::memset(static_cast<std::int8_t*>(prepared) + count, 0, static_cast<std::size_t>(filled - count));
+}
+
+HS_CLONES void add_products(const std::int8_t* __restrict row, const std::int8_t* __restrict weights,
+                            std::int64_t quads, std::uint32_t* __restrict sums) {
+  for (std::int64_t quad = 0; quad < quads; ++quad) {
+    const std::int8_t* const x = row + quad * kInt8Quad;
+    const std::int8_t* const w = weights + quad * kInt8Block * kInt8Quad;
+    for (int channel = 0; channel < kInt8Block; ++channel) {
+      const std::int8_t* const of_channel = w + channel * kInt8Quad;
+      sums[channel] += static_cast<std::uint32_t>(x[0] * of_channel[0] + x[1] * of_channel[1] + x[2] * of_channel[2] +
+                                                  x[3] * of_channel[3]);
+    }
+  }
+}
+
+void multiply_portable(const Int8Tile& tile) {
+  const std::int64_t pitch = tile.blocks * kInt8Block;
+  for (std::int64_t block = 0; block < tile.blocks; ++block) {
+    for (std::int64_t row = 0; row < tile.rows; ++row) {
+      std::int32_t* const sums = tile.sums + row * pitch + block * kInt8Block;
+      std::uint32_t total[kInt8Block] = {};
+      add_products(static_cast<const std::int8_t*>(tile.prepared) + row * kInt8Chunk,
+                   tile.weights + block * tile.block_bytes, tile.quads, total);
+      for (int i = 0; i < kInt8Block; ++i)
+        sums[i] = static_cast<std::int32_t>(total[i] + (tile.add ? static_cast<std::uint32_t>(sums[i]) : 0U));
+    }
+  }
+}
+
+constexpr Int8Kernel kPortableKernel{1, 0, prepare_portable, multiply_portable};
+
+#if defined(HS_INT8_X86)
+// Compilers of this age know the name of the feature, but not all of them ask the processor for it.
+bool has_avx_vnni() {
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 0x10U) != 0;
+}
+#endif
+
+const char* name_of(Int8Isa isa) {
+  switch (isa) {
+    case Int8Isa::kPortable:
+      return "portable";
+    case Int8Isa::kAvx2:
+      return "AVX2";
+    case Int8Isa::kAvxVnni:
+      return "AVX-VNNI";
+    case Int8Isa::kAvx512Vnni:
+      return "AVX-512 VNNI";
+  }
+  return "unknown";
+}
+
+}  // namespace
+
+bool has_int8_isa(Int8Isa isa) {
+  switch (isa) {
+    case Int8Isa::kPortable:
+      return true;
+#if defined(HS_INT8_X86)
+    case Int8Isa::kAvx2:
+      return __builtin_cpu_supports("avx2");
+    case Int8Isa::kAvxVnni: {
+      static const bool has = has_avx_vnni();
+      return has;
+    }
+    case Int8Isa::kAvx512Vnni:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni");
+#endif
+    default:
+      return false;
+  }
+}
+
+Int8Isa best_int8_isa() {
+  for (const Int8Isa isa : {Int8Isa::kAvx512Vnni, Int8Isa::kAvxVnni, Int8Isa::kAvx2})
+    if (has_int8_isa(isa)) return isa;
+  return Int8Isa::kPortable;
+}
+
+const Int8Kernel& int8_kernel(Int8Isa isa) {
+  HS_CHECK(has_int8_isa(isa), "int8: isa is ", name_of(isa), ", which this processor has not got");
+#if defined(HS_INT8_X86)
+  if (isa == Int8Isa::kAvx2) return kInt8Avx2;
+  if (isa == Int8Isa::kAvxVnni) return kInt8AvxVnni;
+  if (isa == Int8Isa::kAvx512Vnni) return kInt8Avx512Vnni;
+#endif
+  return kPortableKernel;
+}
+
+}  // namespace halfstep::cpu
