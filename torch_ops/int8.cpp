@@ -171,8 +171,7 @@ at::Tensor int8_embedding(const at::Tensor& indices, const c10::intrusive_ptr<Pa
                     form->weight.size(0), width, dense_indices.const_data_ptr(), indices.scalar_type() == at::kLong,
                     dense_indices.numel(), view_of(out)},
                    indices);
-}
-return out;
+  return out;
 }
 
 template <class Backend>

@@ -1,8 +1,11 @@
 """How much worse a model has become, and what a sample proves of that: the measures of the accuracy guard.
 
-A drop is what the float model has and the other lacks; its bound holds for all data like the samples with 95 %
-confidence (one-sided), for the one model that is judged: a set of layers that was searched for on the same samples had
-several chances, see `confidence` of choose_metric.
+A drop is what the float model has and the other lacks; its bound is one-sided, of 95 % confidence unless another is
+asked for. That of top-1, and of scores that say right or wrong, is exact. That of other scores and of agreement is by
+Student's t, which promises it for normal values alone: of skewed ones it holds less often (see mean_at_most).
+
+Both are for the one model that is judged. A set of layers that was searched for on the same samples had several
+chances, see `confidence` of choose_metric.
 """
 
 from __future__ import annotations
