@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,15 @@ from halfstep.int8_metric import choose_metric
 from halfstep.int8_ranking import EFFECT, NOISE, Ranking, rank_layers
 from halfstep.int8_search import give_back
 from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Of products as small as these, threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -241,9 +250,9 @@ class Convolutional(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.activation(self.stem(x))
-        out = self.activation(self.twice(x))
+        out = self.twice(x)
         out += x
-        out = self.twice(out)
+        out = self.twice(self.activation(out))
         out += 1.0
         return self.head(out.relu_().mean((2, 3)))
 
