@@ -74,11 +74,11 @@ std::tuple<at::Tensor, at::Tensor> smoothing_factors(const at::Tensor& input_max
   return {chosen.to(at::kFloat), chosen.reciprocal().to(at::kFloat)};
 }
 
-double smoothed_scale(const at::Tensor& input_max, const at::Tensor& input_factors, std::int64_t bits) {
-  TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, "smoothed_scale: bits is ", bits, ", expected 2 to 8");
+double smoothed_scale(const at::Tensor& input_max, const at::Tensor& input_factors, std::int64_t levels) {
+  TORCH_CHECK_VALUE(levels >= 1 && levels <= 255, "smoothed_scale: levels is ", levels, ", expected 1 to 255");
   check_alike(input_max, input_factors, "smoothed_scale");
   const double largest = (wide(input_max) * wide(input_factors)).max().item<double>();
-  return std::max(largest / ((1 << (bits - 1)) - 1), 0x1p-126);
+  return std::max(largest / static_cast<double>(levels), 0x1p-126);
 }
 
 at::Tensor scale_columns(const at::Tensor& weight, const at::Tensor& factors) {
@@ -126,7 +126,7 @@ void define_int8_prepare(torch::Library& library) {
       &fold_batch_norm);
   library.def("smoothing_factors(Tensor input_max, Tensor weight, float alpha=0.5) -> (Tensor, Tensor)",
               &smoothing_factors);
-  library.def("smoothed_scale(Tensor input_max, Tensor input_factors, int bits=8) -> float", &smoothed_scale);
+  library.def("smoothed_scale(Tensor input_max, Tensor input_factors, int levels) -> float", &smoothed_scale);
   library.def("scale_columns(Tensor weight, Tensor factors) -> Tensor", &scale_columns);
   library.def("output_noise(Tensor reference, Tensor output) -> Tensor", &output_noise);
   library.def("top1_correct(Tensor output, Tensor labels) -> Tensor", &top1_correct);

@@ -440,8 +440,14 @@ class Int8Run:
 
     def _smoothed_range(self, calibration: Calibration, name: str, packed: Any) -> tuple[float, int]:
         """Return scale and zero point for the smoothed input, by its largest magnitude."""
-        largest = calibration.observers[name].channel_max().to(self.device)
-        return torch.ops.halfstep.smoothed_scale(largest, packed.input_factors(), self.options.bits), 0
+        observer = calibration.observers[name]
+        # The histogram is of the input as it came; what is known of the smoothed one is its largest magnitude and sign.
+        positive = observer.min() >= 0
+        levels = (1 << self.options.bits) - 1 if positive else (1 << (self.options.bits - 1)) - 1
+        largest = observer.channel_max().to(self.device)
+        scale = torch.ops.halfstep.smoothed_scale(largest, packed.input_factors(), levels)
+        return scale, -(1 << (self.options.bits - 1)) if positive else 0
+
 
 
 class Judge:
