@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from halfstep.int8_chains import Region, fuse
 from halfstep.int8_folding import fold_batch_norms
-from halfstep.int8_graph import subgraph, trace
+from halfstep.int8_graph import subgraph
+from halfstep.int8_layers import Int8Linear, pack
 from halfstep.int8_model import share
 from halfstep.int8_runs import capture, shapes_of
 from int8_graph_cases import MODELS, call, made, run, traced, with_int8
@@ -379,8 +380,6 @@ def test_all_readers_must_quantize_alike(given: dict[str, Any], passes: bool) ->
 
 
 def test_readers_that_scale_their_input_by_channel_get_no_int8() -> None:
-    from halfstep.int8_layers import Int8Linear, pack
-
     x = torch.randn(5, 8)
     _, unfused = prepared(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), x)
     layer = unfused.get_submodule("1")
@@ -557,7 +556,3 @@ def test_half_precision_carries_what_is_not_int8() -> None:
     out = run(result, batch)
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out, run(half, batch), rtol=0.05, atol=0.05)
-
-
-def test_a_model_that_cannot_be_traced_has_nothing_to_fuse() -> None:
-    assert trace(nn.Linear(8, 8).eval())[0] is None
