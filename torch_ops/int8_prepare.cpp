@@ -94,8 +94,8 @@ at::Tensor output_noise(const at::Tensor& reference, const at::Tensor& output) {
   const at::Tensor expected = by_sample(reference);
   const at::Tensor noise = (by_sample(output).to(expected.device()) - expected).square().sum(1);
   const at::Tensor power = expected.square().sum(1);
-  // Nothing of nothing is no noise; something of nothing is all noise.
-  return at::where(power.gt(0), noise / power, noise.gt(0).to(at::kDouble)).cpu();
+  // Nothing of nothing is no noise; something of nothing is all noise; a NaN stays one.
+  return at::where(power.ne(0), noise / power, noise.gt(0).to(at::kDouble) + noise * 0).cpu();
 }
 
 at::Tensor top1_correct(const at::Tensor& output, const at::Tensor& labels) {

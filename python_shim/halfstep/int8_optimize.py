@@ -31,6 +31,7 @@ from halfstep.int8_speed import Timing, loses, time_in_turns
 
 _HALVES = (torch.bfloat16, torch.float16)
 _PROBED = 32  # samples by which layers are compared
+_NOISY = 1e-3  # the share of noise, 30 dB, up to which a layer needs no smoothing
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,7 @@ class Int8Run:
                 for name in smoothed
             }
             noise = self.layer_noise(variants)
-            smoothed = {
-                name: packed for name, packed in smoothed.items() if name in noise and noise[name][1] < noise[name][0]
-            }
+            smoothed = {name: packed for name, packed in smoothed.items() if name in noise and _is_worth(*noise[name])}
         self.smoothed = set(smoothed)
         self.packed.update(smoothed)
 
@@ -449,7 +448,6 @@ class Int8Run:
         return scale, -(1 << (self.options.bits - 1)) if positive else 0
 
 
-
 class Judge:
     """The metric on models with these int8 layers. Sets that were judged with the same settings are remembered."""
 
@@ -486,6 +484,11 @@ class _Remembering:
 def call(model: nn.Module, batch: Batch) -> Any:
     """Call the model on a batch."""
     return batch(model)
+
+
+def _is_worth(plain: float, smoothed: float) -> bool:
+    """Return whether smoothing pays: it costs a product for each element of the input, and no int8 can come in."""
+    return plain > _NOISY and smoothed < 0.5 * plain
 
 
 def _listed(reasons: Mapping[str, str]) -> str:

@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 
-ROUNDS = 9
+ROUNDS = 15
 _SHORTEST = 1e-3  # seconds that one round lasts at least: shorter calls are repeated within it
 _LONGEST = 20.0  # seconds that all rounds together may take; at least three are run
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median of the rounds, and the quartiles."""
+    """Milliseconds of one call, in each round."""
 
-    median: float
-    lower: float
-    upper: float
-    rounds: int
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.rounds)
 
     def __str__(self) -> str:
         return f"{self.median:.3g} ms"
@@ -60,13 +62,12 @@ def time_in_turns(calls: Sequence[Callable[[], Any]], device: torch.device, roun
                 times.append(_run(call, count, device))
             if done >= 2 and time.perf_counter() - begin > _LONGEST:
                 break
-    result = []
-    for times in taken:
-        lower, median, upper = statistics.quantiles([1e3 * t for t in times], n=4) if len(times) > 1 else [times[0]] * 3
-        result.append(Timing(median, lower, upper, len(times)))
-    return result
+    return [Timing(tuple(1e3 * seconds for seconds in times)) for times in taken]
 
 
-def loses(mine: Timing, rival: Timing, margin: float = 0.0) -> bool:
-    """Return whether `mine` is slower than its rival by more than the margin, and not by noise alone."""
-    return mine.median > rival.median * (1.0 + margin) and mine.median > rival.upper
+def loses(mine: Timing, rival: Timing) -> bool:
+    """Return whether `mine` took longer than its rival in the median of the rounds, each compared with its neighbour.
+
+    What slows the machine down for a while slows both down, so this is steadier than a comparison of two medians.
+    """
+    return statistics.median(a / b for a, b in zip(mine.rounds, rival.rounds, strict=True)) > 1.0
