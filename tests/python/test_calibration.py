@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from calibration_cases import CASES, METHODS, observer_of, outliers
+from calibration_cases import CASES, METHODS, normal, observer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
