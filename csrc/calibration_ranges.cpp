@@ -168,20 +168,24 @@ class MseSearch {
 
   Range run() {
     constexpr double kWhole = 11.0;  // 2^-11: about a bin
-    sweep({true, true}, 0.0, kWhole, 0.125);
     if (options_.symmetric || one_sided(seen_)) {
-      sweep({true, true}, best_.high - 0.125, best_.high + 0.125, 0x1p-6);
+      // Few levels make many local minima, so all of it in small steps.
+      sweep({true, true}, 0.0, kWhole, kFine);
       return range(best_);
     }
-    in_turns([&](Ends moved) { sweep(moved, 0.0, kWhole, 0.125); });
+    sweep({true, true}, 0.0, kWhole, kCoarse);
+    in_turns([&](Ends moved) { sweep(moved, 0.0, kWhole, kCoarse); });
     in_turns([&](Ends moved) {
       const double middle = moved.low ? best_.low : best_.high;
-      sweep(moved, middle - 0.125, middle + 0.125, 0x1p-6);
+      sweep(moved, middle - kCoarse, middle + kCoarse, kFine);
     });
     return range(best_);
   }
 
  private:
+  static constexpr double kCoarse = 0x1p-3;
+  static constexpr double kFine = 0x1p-6;
+
   // How often each end is halved.
   struct Point {
     double low = 0.0, high = 0.0;

@@ -55,7 +55,7 @@ TEST_F(CalibrationCuda, CountsAsTheCpuDoes) {
     const DeviceArray<char> buffer = copy(tensors);
     const RangeHistogram found = observe(view_in(buffer, tensors));
     EXPECT_EQ(found.state_numbers(), expected.state_numbers());
-    if (!c.values.empty()) EXPECT_EQ(found.state_counts(), expected.state_counts());
+    EXPECT_EQ(found.state_counts(), expected.state_counts());
   }
 }
 

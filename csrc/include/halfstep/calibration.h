@@ -46,7 +46,8 @@ inline constexpr int kRangeBins = 2 * kRangeBinsPerSide;
 //                   only that has 2^bits levels. T is a whole number of bins, at least as many as levels.
 //   kMse            the least mean squared error of rounding and clipping together, integrated over each bin as if its
 //                   values were spread evenly. Ends are tried from what was seen down to 2^-11 of it, in steps of
-//                   2^(1/8) and then 2^(1/64); an affine range with two sides is searched end by end, in turns.
+//                   2^(1/64). Of an affine range with two sides, first both in steps of 2^(1/8), then each in turns,
+//                   and so again in small steps around the best.
 enum class RangeMethod : std::uint8_t { kMinMax, kMovingAverage, kPercentile, kEntropy, kMse };
 
 // Of "min_max", "moving_average", "percentile", "entropy", "mse"; InvalidArgument for another name.
