@@ -1,31 +1,39 @@
-"""Attention in parts computes what torch's whole attention does, and its parts become int8."""
+"""Attention in parts computes what torch's whole attention does."""
 
 from __future__ import annotations
 
 import copy
-import io
 import itertools
-import pickle
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from halfstep.int8_attention import SplitAttention, SplitEncoder, SplitEncoderLayer, replace_attention
-from halfstep.int8_layers import Int8Linear, pack
+from int8_attention_cases import (
+    BATCH,
+    HEADS,
+    KEYS,
+    LEFT_ALIGNED,
+    QUERIES,
+    WIDTH,
+    attention,
+    calls_of_products,
+    close,
+    encoder,
+    hidden,
+    inference,
+    inputs,
+    randomized,
+    replaced,
+)
 from torch import nn
 from torch.nn.utils import parametrizations
-
-WIDTH, HEADS, BATCH, QUERIES, KEYS = 24, 4, 3, 5, 7
 
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*enable_nested_tensor is True.*")
-        warnings.filterwarnings("ignore", message=".*prototype stage.*")
-        warnings.filterwarnings("ignore", message=".*mismatched.*is deprecated.*")
+    with inference():
         yield
 
 
@@ -36,49 +44,6 @@ def no_fast_path() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     yield
     torch.backends.mha.set_fastpath_enabled(before)
-
-
-def close(result: torch.Tensor, expected: torch.Tensor, relative: float = 1e-6) -> bool:
-    """Whether the norm of the difference is within `relative` of the expected norm."""
-    assert result.shape == expected.shape
-    assert result.dtype == expected.dtype
-    return bool((result.double() - expected.double()).norm() <= relative * expected.double().norm())
-
-
-def attention(**options: object) -> nn.MultiheadAttention:
-    """An attention whose biases are not torch's zeros."""
-    module = nn.MultiheadAttention(WIDTH, HEADS, **options).eval()
-    return randomized(module)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
-
-
-def replaced(model: nn.Module) -> nn.Module:
-    result, names, left = replace_attention(copy.deepcopy(model))
-    assert names
-    assert left == {}
-    return result
-
-
-def inputs(batch_first: bool, keys: int = KEYS, key_width: int = WIDTH, value_width: int = WIDTH) -> list[torch.Tensor]:
-    query, key, value = (
-        torch.randn(BATCH, QUERIES, WIDTH),
-        torch.randn(BATCH, keys, key_width),
-        torch.randn(BATCH, keys, value_width),
-    )
-    return [query, key, value] if batch_first else [x.transpose(0, 1).contiguous() for x in (query, key, value)]
-
-
-def hidden(*shape: int) -> torch.Tensor:
-    """A bool mask that leaves every query its first key."""
-    mask = torch.rand(shape) < 0.4
-    mask[..., 0] = False
-    return mask
 
 
 ATTN_MASKS: dict[str, Callable[[], torch.Tensor | None]] = {
@@ -168,6 +133,13 @@ def test_the_causal_hint(needed: bool, key_mask: str | None, no_fast_path: None)
     assert close(output, module(x, x, x, is_causal=True, **asked)[0])
     assert close(output, split(x, x, x, **asked)[0])
     assert not close(output, split(x, x, x)[0], 1e-2)
+
+
+def test_with_the_hint_alone_the_mask_is_not_read(no_fast_path: None) -> None:
+    module = attention(batch_first=True)
+    x = torch.randn(BATCH, KEYS, WIDTH)
+    asked = {"attn_mask": hidden(KEYS, KEYS), "is_causal": True, "need_weights": False}
+    assert close(replaced(module)(x, x, x, **asked)[0], module(x, x, x, **asked)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -300,12 +272,6 @@ def test_encoder_layers_where_the_fast_path_is_wrong(options: dict, no_fast_path
     assert close(split(x, src_mask=mask), layer(x, src_mask=mask))
 
 
-def encoder(layers: int = 3, **options: object) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, **{"batch_first": True, **options})
-    return randomized(nn.TransformerEncoder(layer, layers, nn.LayerNorm(WIDTH))).eval()
-
-
-LEFT_ALIGNED = torch.arange(KEYS).expand(BATCH, KEYS) >= torch.tensor([[KEYS], [4], [1]])
 GAPS = torch.tensor([[0, 0, 1, 0, 1, 1, 1], [0] * 7, [0, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
 ONE_EMPTY = torch.arange(KEYS).expand(BATCH, KEYS) >= torch.tensor([[KEYS], [4], [0]])
 
@@ -376,176 +342,6 @@ def test_decoders_and_whole_transformers(norm_first: bool) -> None:
     calls = calls_of_products(split, source, target)
     assert len(calls) == 2 * 6 + 2 * 10
     assert set(calls.values()) == {1}
-
-
-def calls_of_products(model: nn.Module, *args: torch.Tensor) -> dict[str, int]:
-    """How often a call of the model calls each of its nn.Linear."""
-    calls = {name: 0 for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            calls[name] += 1
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(count(name)) for name in calls]
-    model(*args)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-class Vit(nn.Module):
-    """A small vision transformer: [batch, 3, 32, 32] -> [batch, 10]."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 8, stride=8)
-        self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.positions = nn.Parameter(torch.randn(1, 17, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, activation="gelu", batch_first=True, norm_first=True, dropout=0.0
-        )
-        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.size(0), -1, -1), x], 1) + self.positions
-        return self.head(self.norm(self.encoder(x))[:, 0])
-
-
-def vit() -> Vit:
-    return randomized(Vit()).eval()
-
-
-def test_a_vision_transformer_and_the_calls_of_its_products() -> None:
-    model = vit()
-    split = replaced(model)
-    images = torch.randn(4, 3, 32, 32)
-    assert close(split(images), model(images), 2e-6)
-    whole = calls_of_products(model, images)  # why all this is there
-    assert {count for name, count in whole.items() if name.endswith("out_proj")} == {0}
-    calls = calls_of_products(split, images)
-    assert len(calls) == 4 * 6 + 1
-    assert set(calls.values()) == {1}
-    assert "encoder.layers.3.self_attn.out_proj" in calls
-    assert "encoder.layers.0.linear2" in calls
-
-
-def with_int8(model: nn.Module) -> nn.Module:
-    """Put an int8 layer in the place of every nn.Linear."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, Int8Linear(pack(layer.weight, layer.bias)))
-    return model
-
-
-def test_int8_products_change_little() -> None:
-    model = vit()
-    int8 = with_int8(replaced(model))
-    assert sum(isinstance(layer, Int8Linear) for layer in int8.modules()) == 4 * 6 + 1
-    images = torch.randn(8, 3, 32, 32)
-    expected, output = model(images), int8(images)
-    assert close(output, expected, 0.03)
-    assert not close(output, expected, 1e-4)
-
-
-@pytest.mark.parametrize("sequence", ["batch", "none", "first"])
-def test_attention_in_int8(sequence: str) -> None:
-    module = attention(batch_first=sequence != "first")
-    int8 = with_int8(replaced(module))
-    given = inputs(sequence != "first")
-    if sequence == "none":
-        given = [x[0] for x in given]
-    for needed in (True, False):
-        output, weights = int8(*given, need_weights=needed)
-        expected, expected_weights = module(*given, need_weights=needed)
-        assert close(output, expected, 0.03)
-        assert weights is None or close(weights, expected_weights, 0.03)
-
-
-def script(model: nn.Module, *args: torch.Tensor) -> nn.Module:
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(model), file)
-    file.seek(0)
-    return torch.jit.load(file)
-
-
-def fx(model: nn.Module, *args: torch.Tensor) -> nn.Module:
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            return isinstance(module, SplitAttention) or super().is_leaf_module(module, name)
-
-    graph = Tracer().trace(model)
-    for node in graph.nodes:
-        node.type = None  # annotations that are strings, as here, cannot be scripted after a trace
-    traced = torch.fx.GraphModule(model, graph)
-    assert "encoder.layers.0.linear1" in {node.target for node in traced.graph.nodes if node.op == "call_module"}
-    return traced
-
-
-WAYS = {
-    "script": script,
-    "script-fx": lambda model, *args: script(fx(model, *args)),
-    "trace": lambda model, *args: torch.jit.trace(model, args),
-    "export": lambda model, *args: torch.export.export(model, args, strict=False).module(),
-    "export-strict": lambda model, *args: torch.export.export(model, args, strict=True).module(),
-    "compile": lambda model, *args: torch.compile(model, backend="eager", fullgraph=True),
-    "deepcopy": lambda model, *args: copy.deepcopy(model),
-    "pickle": lambda model, *args: pickle.loads(pickle.dumps(model)),
-    "fx": fx,
-}
-
-
-class Pooled(nn.Module):
-    """A text classifier that averages over the padding too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = encoder(activation="gelu")
-        self.attention = attention(batch_first=True)
-
-    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-        x = self.encoder(x, src_key_padding_mask=padding)
-        attended, weights = self.attention(x, x, x, key_padding_mask=padding)
-        if weights is not None:
-            x = x + attended * weights.mean()
-        return x.mean(1)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_run_an_int8_model(way: str) -> None:
-    images = torch.randn(4, 3, 32, 32)
-    model = with_int8(replaced(vit()))
-    expected = model(images)
-    assert close(WAYS[way](model, images)(images), expected)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_run_a_model(way: str) -> None:
-    images = torch.randn(4, 3, 32, 32)
-    model = vit()
-    result = WAYS[way](replaced(model), images)
-    assert close(result(images), model(images), 2e-6)
-    text = Pooled().eval()
-    arguments = (torch.randn(BATCH, KEYS, WIDTH), LEFT_ALIGNED.contiguous())
-    result = WAYS[way](replaced(text), *arguments)
-    assert close(result(*arguments), text(*arguments), 2e-6)
-    other = (arguments[0], LEFT_ALIGNED.flip(0).contiguous())
-    assert close(result(*other), text(*other), 2e-6)
-
-
-def test_dynamic_shapes_are_exported() -> None:
-    text = Pooled().eval()
-    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
-    dims = {0: batch, 1: length}
-    arguments = (torch.randn(BATCH, KEYS, WIDTH), LEFT_ALIGNED.contiguous())
-    program = torch.export.export(replaced(text), arguments, dynamic_shapes=(dims, dims), strict=False)
-    x, padding = torch.randn(4, 9, WIDTH), torch.arange(9).expand(4, 9) >= torch.tensor([[9], [2], [5], [7]])
-    assert close(program.module()(x, padding), text(x, padding), 2e-6)
 
 
 def test_only_torchs_own_classes_are_replaced() -> None:
