@@ -265,7 +265,7 @@ class Int8Packed {
 
 inline std::vector<Int8Isa> int8_isas() {
   std::vector<Int8Isa> isas;
-  for (const Int8Isa isa : {Int8Isa::kPortable, Int8Isa::kAvx2, Int8Isa::kAvxVnni, Int8Isa::kAvx512Vnni})
+  for (const Int8Isa isa : {Int8Isa::kPortable, Int8Isa::kAvx2, Int8Isa::kAvxVnni, Int8Isa::kAvx512Vnni, Int8Isa::kAmx})
     if (cpu::has_int8_isa(isa)) isas.push_back(isa);
   return isas;
 }
