@@ -2,7 +2,6 @@
 #include "int8_kernels.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "clones.h"
 #include "halfstep/status.h"
@@ -15,9 +14,9 @@ namespace halfstep::cpu {
 namespace {
 
 void prepare_portable(const std::int8_t* terms, std::int64_t count, void* prepared) {
-  std::memcpy(prepared, terms, static_cast<std::size_t>(count));
-  const std::int64_t filled = int8_quads(count) * kInt8Quad;
-  std::memset(static_cast<std::int8_t*>(prepared) + count, 0, static_cast<std::size_t>(filled - count));
+  auto* const out = static_cast<std::int8_t*>(prepared);
+  std::copy(terms, terms + count, out);
+  std::fill(out + count, out + int8_quads(count) * kInt8Quad, std::int8_t{0});
 }
 
 HS_CLONES void add_products(const std::int8_t* __restrict row, const std::int8_t* __restrict weights,
