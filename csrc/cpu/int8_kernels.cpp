@@ -2,7 +2,6 @@
 #include "int8_kernels.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "clones.h"
 #include "halfstep/status.h"
@@ -73,9 +72,9 @@ const char* name_of(Int8Isa isa) {
 }  // namespace
 
 void int8_prepare_plain(const std::int8_t* terms, std::int64_t count, void* prepared) {
-  std::memcpy(prepared, terms, static_cast<std::size_t>(count));
-  const std::int64_t filled = int8_quads(count) * kInt8Quad;
-  std::memset(static_cast<std::int8_t*>(prepared) + count, 0, static_cast<std::size_t>(filled - count));
+  auto* const out = static_cast<std::int8_t*>(prepared);
+  std::copy(terms, terms + count, out);
+  std::fill(out + count, out + int8_quads(count) * kInt8Quad, std::int8_t{0});
 }
 
 bool has_int8_isa(Int8Isa isa) {
