@@ -204,7 +204,7 @@ def share(model: nn.Module) -> nn.Module:
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy that shares all tensors, with `layers` in place of the modules of these names, wherever they are."""
+    """Return a copy that shares all tensors, with `layers` in place of the modules of these names at all their places."""
     by_module = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     places = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
     result = share(model)
