@@ -1,10 +1,11 @@
-// quantize_int8, quantize_int8_rows, dequantize_int8, quantize_int8_weight and int8_embedding: schemas, checks and the
-// way to the core. Contract: halfstep/torch/int8.h.
+// quantize_int8, quantize_int8_rows, dequantize_int8, quantize_int8_weight, dequantize_weight and int8_embedding:
+// schemas, checks and the way to the core. Contract: halfstep/torch/int8.h.
 #include "halfstep/torch/int8.h"
 
 #include <cmath>
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -174,6 +175,38 @@ at::Tensor int8_embedding(const at::Tensor& indices, const c10::intrusive_ptr<Pa
   return out;
 }
 
+// Where the weight is: there is no other tensor to go by. It reads the plain weight, not a form(), which would keep a
+// second copy of what is stored for its size.
+at::Tensor dequantize_weight(const c10::intrusive_ptr<PackedInt8>& weight, at::ScalarType out_dtype) {
+  constexpr std::string_view op = "dequantize_weight";
+  const at::Tensor& plain = weight->weight();
+  TORCH_CHECK_VALUE(plain.dim() == 2, op, ": weight has shape ", plain.sizes(), ", expected rows and columns");
+  check_out_dtype(out_dtype, op);
+  at::Tensor out = at::empty(plain.sizes(), plain.options().dtype(out_dtype));
+  if (out.numel() == 0 || plain.is_meta()) return out;
+  const at::Tensor rows = at::arange(plain.size(0), plain.options().dtype(at::kInt));
+  const Int8Embedding call{plain.const_data_ptr<std::int8_t>(),
+                           weight->scales().const_data_ptr<float>(),
+                           plain.size(0),
+                           plain.size(1),
+                           rows.const_data_ptr(),
+                           false,
+                           plain.size(0),
+                           view_of(out)};
+  if (plain.is_cpu()) {
+    Cpu::embed(call, rows);
+    return out;
+  }
+#ifdef HALFSTEP_CUDA
+  if (plain.is_cuda()) {
+    Cuda::embed(call, rows);
+    return out;
+  }
+#endif
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": the weight is on ", plain.device(), ", expected cpu or cuda",
+                              plain.is_cuda() ? "; this halfstep was built without CUDA" : "");
+}
+
 template <class Backend>
 void implement(torch::Library& library) {
   library.impl("quantize_int8", &quantize_int8<Backend>);
@@ -195,6 +228,9 @@ void define_int8(torch::Library& library) {
   library.def(
       "int8_embedding(Tensor indices, __torch__.torch.classes.halfstep.PackedInt8 weight, "
       "ScalarType out_dtype=float) -> Tensor");
+  library.def("dequantize_weight(__torch__.torch.classes.halfstep.PackedInt8 weight, ScalarType out_dtype) -> Tensor");
+  library.impl("dequantize_weight",
+               torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(dequantize_weight)));
 }
 
 void implement_int8_cpu(torch::Library& library) {
@@ -220,6 +256,13 @@ at::Tensor int8_embedding(const at::Tensor& indices, const c10::intrusive_ptr<Pa
                              .findSchemaOrThrow("halfstep::int8_embedding", "")
                              .typed<decltype(torch_ops::int8_embedding<torch_ops::Cpu>)>();
   return op.call(indices, weight, out_dtype);
+}
+
+at::Tensor dequantize_weight(const c10::intrusive_ptr<PackedInt8>& weight, at::ScalarType out_dtype) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::dequantize_weight", "")
+                             .typed<decltype(torch_ops::dequantize_weight)>();
+  return op.call(weight, out_dtype);
 }
 
 at::Tensor quantize_int8(const at::Tensor& input, double scale, std::int64_t zero_point) {

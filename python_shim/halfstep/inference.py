@@ -47,6 +47,8 @@ class InferencePrecisionOptimizer:
         every layer that is accurate enough, for its size.
     strict: raise ValueError if a layer that has weights stays float.
     bits: levels of weights and inputs, 8 or fewer; they are stored as int8 all the same.
+    recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
+        model smaller and, unlike half precision, slower, so the speed guard is not asked.
     progress: a bar over the calibration: None shows it on a terminal if tqdm is installed.
     calibration_file: where the state of a calibration is kept, so that one that was stopped goes on.
     """
@@ -68,6 +70,7 @@ class InferencePrecisionOptimizer:
         speed_guard: bool = True,
         strict: bool = False,
         bits: int = 8,
+        recurrent_weights: bool = False,
         progress: bool | None = None,
         calibration_file: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -86,6 +89,7 @@ class InferencePrecisionOptimizer:
             ("fold_batch_norm", fold_batch_norm),
             ("speed_guard", speed_guard),
             ("strict", strict),
+            ("recurrent_weights", recurrent_weights),
         ):
             check_bool(name, value)
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
@@ -108,6 +112,7 @@ class InferencePrecisionOptimizer:
             speed_guard=speed_guard,
             strict=strict,
             bits=bits,
+            recurrent_weights=recurrent_weights,
             progress=progress,
             calibration_file=calibration_file,
         )

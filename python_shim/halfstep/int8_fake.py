@@ -105,6 +105,10 @@ def _int8_embedding(indices: torch.Tensor, weight: Any, out_dtype: torch.dtype =
     return indices.new_empty((*indices.shape, weight.weight().shape[1]), dtype=out_dtype)
 
 
+def _dequantize_weight(weight: Any, out_dtype: torch.dtype) -> torch.Tensor:
+    return weight.weight().new_empty(weight.weight().shape, dtype=out_dtype)
+
+
 @functools.cache
 def register_fakes() -> None:
     """Make the int8 ops known to torch.export and torch.compile. Loads the library; a second call does nothing."""
@@ -114,6 +118,7 @@ def register_fakes() -> None:
         ("int8_linear", _int8_linear),
         ("int8_conv2d", _int8_conv2d),
         ("int8_embedding", _int8_embedding),
+        ("dequantize_weight", _dequantize_weight),
     ):
         torch.library.register_fake(f"halfstep::{name}", function)
         # Ops with an object among their arguments count as ones with side effects; these have none.

@@ -117,7 +117,7 @@ def _obstacle(module: nn.Module, kind: str) -> str:
     """Return "" or why this layer cannot be int8."""
     if not kind:
         if isinstance(module, _RECURRENT):
-            return "a recurrent layer: half precision is faster than int8 there"
+            return "a recurrent layer: half precision is faster than int8 there (recurrent_weights=True is for size)"
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)):
             return f"its class {type(module).__name__} may compute something else than its base does"
         return f"no int8 kernel for {type(module).__name__}"
@@ -154,6 +154,19 @@ def check_globs(globs: Iterable[str] | str | None, argument: str) -> tuple[str, 
     return globs
 
 
+def not_selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:
+    """Return "" or why the user's globs leave this layer out; they name what is inside of a module with it."""
+    parts = name.split(".")
+    above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+    def matches(globs: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(part, glob) for part in above for glob in globs)
+
+    if include and not matches(include):
+        return "not in include"
+    return "in exclude" if matches(exclude) else ""
+
+
 def find_candidates(
     model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
@@ -170,21 +183,11 @@ def find_candidates(
             if not fnmatch.filter(names, glob):
                 raise ValueError(f"{argument} has {glob!r}, which names no layer of the model")
 
-    def matches(name: str, globs: tuple[str, ...]) -> bool:
-        parts = name.split(".")
-        above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        return any(fnmatch.fnmatchcase(part, glob) for part in above for glob in globs)
-
     for name, module in model.named_modules():
         kind = _kind(module)
         if not kind and not isinstance(module, _PRODUCTS):
             continue
-        reason = _obstacle(module, kind)
-        if not reason and include and not matches(name, include):
-            reason = "not in include"
-        if not reason and matches(name, exclude):
-            reason = "in exclude"
-        if reason:
+        if reason := _obstacle(module, kind) or not_selected(name, include, exclude):
             left[name] = reason
         else:
             found[name] = Candidate(name, kind, module)

@@ -25,6 +25,8 @@ from halfstep.int8_layers import pack
 from halfstep.int8_metric import Metric, Verdict, choose_metric
 from halfstep.int8_model import Candidate, Int8Settings, find_candidates
 from halfstep.int8_ranking import Ranking, rank_layers
+from halfstep.int8_recurrent import take_recurrent
+from halfstep.int8_recurrent_weights import RecurrentWeights
 from halfstep.int8_report import RegionReport, Report
 from halfstep.int8_search import default_budget
 from halfstep.int8_speed import Timing, loses, time_in_turns
@@ -50,6 +52,7 @@ class Options:
     speed_guard: bool
     strict: bool
     bits: int
+    recurrent_weights: bool
     progress: bool | None
     calibration_file: Any
 
@@ -92,6 +95,9 @@ class Int8Run:
         self.probe = self.batches[0].part(0, _PROBED)
         self.form = Form(reference, self.batches, options.fold_batch_norm, report)
         self.candidates, left = find_candidates(self.form.model, options.include, options.exclude)
+        self.recurrent: dict[str, nn.RNNBase] = {}
+        if options.recurrent_weights:
+            self.recurrent = take_recurrent(self.form.model, left, options.include, options.exclude)
         report.left.update(left)
         self.settings: dict[str, Int8Settings] = {}
         self.carrier = self.own
@@ -176,9 +182,13 @@ class Int8Run:
                 report.given_back.setdefault(name, "the whole model is not faster with int8 layers")
             chosen = frozenset()
         self.describe(chosen, verdict, result)
+        if self.recurrent:
+            model = RecurrentWeights(self).store(model)
+            result = report.result
         report.bytes = {name_of(self.own): weight_bytes(self.reference), result: weight_bytes(model)}
-        if options.strict and (names := sorted(frozenset(self.candidates) - chosen)):
-            reasons = {name: report.given_back.get(name, "") for name in names}
+        names = sorted((frozenset(self.candidates) - chosen) | (frozenset(self.recurrent) & frozenset(report.left)))
+        if options.strict and names:
+            reasons = {name: report.given_back.get(name) or report.left.get(name, "") for name in names}
             raise ValueError("strict=True, but layers stay float:\n" + _listed(reasons))
         return model
 

@@ -104,6 +104,10 @@ HALFSTEP_API at::Tensor int8_conv2d(const at::Tensor& input, const c10::intrusiv
 HALFSTEP_API at::Tensor int8_embedding(const at::Tensor& indices, const c10::intrusive_ptr<PackedInt8>& weight,
                                        at::ScalarType out_dtype = at::kFloat);
 
+// The weight of two dimensions as floating-point, on its own device: each element times the scale of its row, rounded
+// once to out_dtype (Float, Half or BFloat16).
+HALFSTEP_API at::Tensor dequantize_weight(const c10::intrusive_ptr<PackedInt8>& weight, at::ScalarType out_dtype);
+
 // int8 of a float32, float16 or bfloat16 tensor, with its strides where it is dense.
 HALFSTEP_API at::Tensor quantize_int8(const at::Tensor& input, double scale, std::int64_t zero_point = 0);
 
