@@ -232,9 +232,13 @@ def calibration(size: int, count: int = 1000, batch: int = 50) -> list[Batch]:
     return list(zip(images[:count].split(batch), labels[:count].split(batch), strict=True))
 
 
+def classes(model: nn.Module, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the class that the model gives each image: int64 [images]."""
+    with torch.no_grad():
+        return torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(100)])
+
+
 def right(model: nn.Module, size: int, device: torch.device) -> torch.Tensor:
     """Return for each digit that was not trained on whether it is classified as it should: bool [597]."""
     images, labels = digits(size)
-    with torch.no_grad():
-        found = [model(part.to(device)).argmax(1).cpu() for part in images[TRAINED_ON:].split(100)]
-    return torch.cat(found) == labels[TRAINED_ON:]
+    return classes(model, images[TRAINED_ON:], device) == labels[TRAINED_ON:]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from halfstep.int8_optimize import weight_bytes
 from torch import nn
 
 Inputs = tuple[torch.Tensor, ...]
@@ -105,14 +106,45 @@ def onnx_models(model: nn.Module, batches: Sequence[Inputs], folder: Path) -> di
     }
 
 
-def torchao_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+class InType(nn.Module):
+    """A model called with float32 that computes in another type."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the model's output in float32."""
+        given = [each.to(self.dtype) if each.is_floating_point() else each for each in inputs]
+        return self.model(*given).float()
+
+
+def torchao_model(model: nn.Module, dtype: torch.dtype, example: Inputs) -> nn.Module:
     """Return torchao's model: linear layers in int8 with dynamic inputs, the rest in `dtype`."""
     with quiet():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
         quantized = copy.deepcopy(model).to(dtype)
         quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
-    return quantized
+        result = InType(quantized, dtype)
+        with torch.inference_mode():
+            result(*example)
+    return result
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Return the bytes of a model's weights, those of torchao's tensors by the tensors they are made of."""
+
+    def parts(tensor: torch.Tensor) -> int:
+        if not hasattr(tensor, "__tensor_flatten__"):
+            return tensor.numel() * tensor.element_size()
+        return sum(parts(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+    if isinstance(model, OnnxModel):
+        return model.bytes
+    # What weight_bytes() takes for a tensor of the outer type is corrected.
+    outer = [t for t in (*model.parameters(), *model.buffers()) if hasattr(t, "__tensor_flatten__")]
+    return weight_bytes(model) + sum(parts(t) - t.numel() * t.element_size() for t in outer)
 
 
 def onnx_linear(weight: torch.Tensor, bias: torch.Tensor, example: torch.Tensor) -> Call:

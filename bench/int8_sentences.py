@@ -59,7 +59,11 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, inside: int) -> None:
         super().__init__()
         self.attention, self.norm1 = Attention(width, heads), nn.LayerNorm(width, eps=1e-12)
-        self.wide, self.narrow, self.norm2 = nn.Linear(width, inside), nn.Linear(inside, width), nn.LayerNorm(width, 1e-12)
+        self.wide, self.narrow, self.norm2 = (
+            nn.Linear(width, inside),
+            nn.Linear(inside, width),
+            nn.LayerNorm(width, 1e-12),
+        )
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return [batch, length, width] of x alike."""
