@@ -39,6 +39,11 @@ class Region:
     nodes: list[str] = field(default_factory=list)
 
 
+def example_of(batches: list[Batch], device: torch.device) -> Arguments:
+    """Return the arguments that shapes are taken from: the first batch, or the beginning of it."""
+    return batches[0].on(device).part(0, _PROBED).arguments()
+
+
 def call_with(model: nn.Module, arguments: Arguments) -> Any:
     """Call the model with (args, kwargs)."""
     return model(*arguments[0], **arguments[1])
@@ -52,8 +57,9 @@ class Form:
     """
 
     def __init__(self, reference: nn.Module, batches: list[Batch], fold: bool, report: Report) -> None:
+        self.attention: list[str] = []
+        self.norms: list[tuple[str, str]] = []
         self.model = self._with_split_attention(reference, batches[0].part(0, _PROBED), report)
-        self._norms: list[tuple[str, str]] = []
         self._example = batches[0].part(0, _PROBED).arguments()
         self._shapes: dict[torch.dtype, Shapes] = {}
         graph, why = self._traced(batches)
@@ -63,8 +69,8 @@ class Form:
         report.graph = "traced" + (f"; {why}" if why else "")
         self.model = graph
         if fold:
-            self._norms, kept = fold_batch_norms(graph)
-            report.folded = [f"{norm} into {conv}" for conv, norm in self._norms]
+            self.norms, kept = fold_batch_norms(graph)
+            report.folded = [f"{norm} into {conv}" for conv, norm in self.norms]
             report.notes.extend(f"batch norm {name} is not folded: {reason}" for name, reason in kept.items())
 
     def _with_split_attention(self, reference: nn.Module, batch: Batch, report: Report) -> nn.Module:
@@ -86,6 +92,7 @@ class Form:
             report.left.update(dict.fromkeys(replaced, f"attention cannot be taken apart ({why})"))
             return copy.deepcopy(reference)
         report.notes.append(f"attention taken apart: {', '.join(replaced)}")
+        self.attention = replaced
         return model
 
     def _traced(self, batches: list[Batch]) -> tuple[GraphModule | None, str]:
@@ -116,7 +123,7 @@ class Form:
             return built, [Region([name]) for name in layers]
         if dtype not in self._shapes:
             self._shapes[dtype] = shapes_of(inner, _in_dtype(self._example, dtype), call_with)
-        found = fuse(built, self._shapes[dtype], dtype, self._norms)
+        found = fuse(built, self._shapes[dtype], dtype, self.norms)
         return built, [Region(region.layers, region.fused, region.nodes) for region in found]
 
     def time_region(
