@@ -153,7 +153,7 @@ class InferencePrecisionOptimizer:
             result, form = run.run(), run.form
         else:
             result = self._half(reference, guard, device, report)
-        self._saved = SavedResult.of(result, reference, report, example_of(calibration, device), form)
+        self._saved = SavedResult.of(result.eval(), reference, report, example_of(calibration, device), form)
         for note in report.notes:
             if "came back" in note:
                 warnings.warn(note, UserWarning, stacklevel=2)

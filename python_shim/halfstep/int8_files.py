@@ -152,6 +152,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a directory, expected the name of a file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no directory, expected the one that the file goes to")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
@@ -226,10 +228,10 @@ def load_int8(
         layers = {layer.name: _layer(file, layer, candidates[layer.name], plan, device) for layer in plan.layers}
         result = _fused(inner, layers, plan, device)
     if plan.carrier != plan.outside:
-        result = CastModel(result, getattr(torch, plan.carrier), getattr(torch, plan.outside)).eval()
+        result = CastModel(result, getattr(torch, plan.carrier), getattr(torch, plan.outside))
     if plan.layers:
         _compare_devices(path, plan, model, result, device, retime)
-    return result
+    return result.eval()
 
 
 @contextlib.contextmanager
