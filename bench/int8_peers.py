@@ -91,7 +91,11 @@ def onnx_models(model: nn.Module, batches: Sequence[Inputs], folder: Path) -> di
         # Without VNNI its kernels add two products in 16 bits, which overflow unless weights have 7 bits.
         narrow = "vnni" not in Path("/proc/cpuinfo").read_text()
         quantize_dynamic(
-            str(paths["prepared"]), str(paths["dynamic"]), weight_type=QuantType.QInt8, reduce_range=narrow
+            str(paths["prepared"]),
+            str(paths["dynamic"]),
+            per_channel=True,
+            reduce_range=narrow,
+            weight_type=QuantType.QInt8,
         )
         # Products alone, as its documentation advises for transformers; with all operators MiniLM's hidden keys, which
         # are minus infinity in the mask, spoil every range. Convolutions with a channel each need per_channel.
