@@ -97,8 +97,7 @@ def onnx_models(model: nn.Module, batches: Sequence[Inputs], folder: Path) -> di
             reduce_range=narrow,
             weight_type=QuantType.QInt8,
         )
-        # Products alone, as its documentation advises for transformers; with all operators MiniLM's hidden keys, which
-        # are minus infinity in the mask, spoil every range. Convolutions with a channel each need per_channel.
+        # Products alone: with all operators static int8 gave MiniLM's vectors a cosine of 0.37 to float32's.
         quantize_static(
             str(paths["prepared"]),
             str(paths["static"]),
