@@ -51,7 +51,8 @@ def test_a_model_has_its_size_and_gives_ten_logits(zoo: ModuleType, name: str, m
 
 def test_digits_are_scaled_up_and_split(zoo: ModuleType) -> None:
     images, labels = zoo.digits(32)
-    assert images.shape == (1797, 1, 32, 32) and labels.shape == (1797,)
+    assert images.shape == (1797, 1, 32, 32)
+    assert labels.shape == (1797,)
     assert sum(len(labels) for _, labels in zoo.calibration(32)) <= zoo.TRAINED_ON
     assert zoo.right(Always(3), 32, CPU).float().mean() == (labels[zoo.TRAINED_ON :] == 3).float().mean()
 
@@ -89,7 +90,8 @@ def test_a_small_model_keeps_the_promise_on_digits_it_never_saw(zoo: ModuleType,
     optimizer = InferencePrecisionOptimizer(accuracy_threshold=THRESHOLD, speed_guard=False, progress=False)
     int8 = optimizer.optimize_for_inference(model, zoo.calibration(16), "cpu")
     report = optimizer.report()
-    assert report["kept"] and report["bound"] <= THRESHOLD
+    assert report["kept"]
+    assert report["bound"] <= THRESHOLD
     assert report["result"] == "int8", optimizer.explain()
     lost = before.float() - zoo.right(int8, 16, CPU).float()
     noise = 2 * lost.std().item() / math.sqrt(len(lost))
