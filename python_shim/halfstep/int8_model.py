@@ -64,6 +64,11 @@ class Candidate:
         return {**pairs, "groups": layer.groups}
 
     @property
+    def can_be_smoothed(self) -> bool:
+        """Whether each input channel has weights of its own in every output channel, as SmoothQuant's factors need."""
+        return self.kind == "linear" or (self.kind in ("conv1d", "conv2d") and self.module.groups == 1)
+
+    @property
     def channel_dim(self) -> int:
         """The dimension of the output that has the output channels."""
         return 1 if self.kind in ("conv1d", "conv2d") else -1

@@ -118,9 +118,7 @@ class Int8Recurrent(nn.Module):
 class Int8LSTM(Int8Recurrent):
     """nn.LSTM with int8 weights."""
 
-    def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if not torch.jit.is_scripting():
             if isinstance(input, PackedSequence):
                 return self._packed(input, hx)

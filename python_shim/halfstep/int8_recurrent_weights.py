@@ -84,9 +84,7 @@ class RecurrentWeights:
             f"a recurrent layer: with int8 weights the drop is {verdict.drop:.3g}, its bound {verdict.bound:.3g}"
         )
 
-    def _told(
-        self, before: nn.Module, after: nn.Module, stored: dict[str, nn.Module], verdict: Verdict
-    ) -> nn.Module:
+    def _told(self, before: nn.Module, after: nn.Module, stored: dict[str, nn.Module], verdict: Verdict) -> nn.Module:
         """Fill the report for the model after the change, and return it."""
         run, report = self._run, self._report
         report.result = "int8"
@@ -96,9 +94,7 @@ class RecurrentWeights:
             module = self._inside(before).get_submodule(name)
             sizes = f"{bytes_of(module)} bytes in {report.carrier}, {bytes_of(layer)} in int8"
             times = self._times(before, module, layer)
-            report.regions.append(
-                RegionReport([name], "int8", kernel=_KERNEL, why=sizes, milliseconds=times)
-            )
+            report.regions.append(RegionReport([name], "int8", kernel=_KERNEL, why=sizes, milliseconds=times))
         if report.milliseconds:  # of the model that comes back
             (timing,) = time_in_turns([partial(run.batches[0], after)], run.device, _ROUNDS)
             report.milliseconds["int8"] = timing.median

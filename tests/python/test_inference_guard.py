@@ -287,10 +287,14 @@ def test_what_is_said_to_be_kept_is_kept(seed: int) -> None:
     )
     report = guarded.report
     drop, bound = guarded.measured(guarded.result)
-    assert (report["drop"], report["bound"]) == pytest.approx((drop, bound), rel=1e-3, abs=1e-9)
     assert report["kept"]
-    assert drop <= threshold
-    assert (bound <= threshold) or report["result"] == "float32"
+    if report["result"] == "float32":  # the model itself: its drop is 0 however few samples there are
+        images, _ = digits()
+        assert torch.equal(guarded.result(images), guarded.reference(images))
+        assert (report["drop"], report["bound"]) == (0.0, 0.0)
+    else:
+        assert (report["drop"], report["bound"]) == pytest.approx((drop, bound), rel=1e-3, abs=1e-9)
+        assert drop <= bound <= threshold
     assert report["evaluations"] <= report["budget"] + 2
     assert not guarded.result.training
 
