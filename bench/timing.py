@@ -32,6 +32,20 @@ def measure(run: Callable[[], object], device: torch.device, repeats: int = 25, 
     return statistics.median(times)
 
 
+def measure_in_turns(
+    runs: dict[str, Callable[[], object]], device: torch.device, rounds: int = 25, warmup: int = 5
+) -> dict[str, float]:
+    """Return the median time of each run in milliseconds; every round has each of them once, in the same order."""
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(measure(run, device, repeats=1, warmup=0))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
 def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Return `run` as the replay of a CUDA graph, which leaves the time of the launches out; itself on a CPU."""
     if device.type != "cuda":

@@ -266,6 +266,8 @@ std::string int8_kernel(const at::Device& device) {
       return "halfstep AVX-VNNI";
     case Int8Isa::kAvx512Vnni:
       return "halfstep AVX512-VNNI";
+    case Int8Isa::kAmx:
+      return "halfstep AMX";
   }
   return "halfstep";
 }

@@ -19,6 +19,15 @@ void check(const Int8ConvShape& s) {
            " x ", s.dilation_width, "; expected at least 1");
 }
 
+// A call of memcpy takes as long as a dozen of these steps, and groups often have a few channels only.
+void copy_terms(const std::int8_t* terms, std::int64_t count, std::int8_t* out) {
+  if (count % 4 != 0 || count > 32) {
+    std::memcpy(out, terms, static_cast<std::size_t>(count));
+    return;
+  }
+  for (; count > 0; count -= 4, terms += 4, out += 4) std::memcpy(out, terms, 4);
+}
+
 // Copies the inputs of output pixels to rows of terms, the zero point where the kernel stands over the border.
 class Gather {
  public:
@@ -62,7 +71,7 @@ class Gather {
       if (x < 0 || x >= s_.width) {
         fill(out, channels);
       } else {
-        std::memcpy(out, line + x * s_.channels, static_cast<std::size_t>(channels));
+        copy_terms(line + x * s_.channels, channels, out);
       }
     }
   }

@@ -2,7 +2,6 @@
 #include "int8_kernels.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "clones.h"
 #include "halfstep/status.h"
@@ -13,12 +12,6 @@
 
 namespace halfstep::cpu {
 namespace {
-
-void prepare_portable(const std::int8_t* terms, std::int64_t count, void* prepared) {
-  std::memcpy(prepared, terms, static_cast<std::size_t>(count));
-  const std::int64_t filled = int8_quads(count) * kInt8Quad;
-  std::memset(static_cast<std::int8_t*>(prepared) + count, 0, static_cast<std::size_t>(filled - count));
-}
 
 HS_CLONES void add_products(const std::int8_t* __restrict row, const std::int8_t* __restrict weights,
                             std::int64_t quads, std::uint32_t* __restrict sums) {
@@ -47,7 +40,7 @@ void multiply_portable(const Int8Tile& tile) {
   }
 }
 
-constexpr Int8Kernel kPortableKernel{1, 0, prepare_portable, multiply_portable};
+constexpr Int8Kernel kPortableKernel{1, 0, int8_prepare_plain, multiply_portable};
 
 #if defined(HS_INT8_X86)
 // Compilers of this age know the name of the feature, but not all of them ask the processor for it.
@@ -70,11 +63,19 @@ const char* name_of(Int8Isa isa) {
       return "AVX-VNNI";
     case Int8Isa::kAvx512Vnni:
       return "AVX-512 VNNI";
+    case Int8Isa::kAmx:
+      return "AMX";
   }
   return "unknown";
 }
 
 }  // namespace
+
+void int8_prepare_plain(const std::int8_t* terms, std::int64_t count, void* prepared) {
+  auto* const out = static_cast<std::int8_t*>(prepared);
+  std::copy(terms, terms + count, out);
+  std::fill(out + count, out + int8_quads(count) * kInt8Quad, std::int8_t{0});
+}
 
 bool has_int8_isa(Int8Isa isa) {
   switch (isa) {
@@ -90,13 +91,19 @@ bool has_int8_isa(Int8Isa isa) {
     case Int8Isa::kAvx512Vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni");
 #endif
+#if defined(HS_INT8_AMX)
+    case Int8Isa::kAmx: {
+      static const bool allowed = int8_amx_is_allowed();
+      return allowed;
+    }
+#endif
     default:
       return false;
   }
 }
 
 Int8Isa best_int8_isa() {
-  for (const Int8Isa isa : {Int8Isa::kAvx512Vnni, Int8Isa::kAvxVnni, Int8Isa::kAvx2})
+  for (const Int8Isa isa : {Int8Isa::kAmx, Int8Isa::kAvx512Vnni, Int8Isa::kAvxVnni, Int8Isa::kAvx2})
     if (has_int8_isa(isa)) return isa;
   return Int8Isa::kPortable;
 }
@@ -107,6 +114,9 @@ const Int8Kernel& int8_kernel(Int8Isa isa) {
   if (isa == Int8Isa::kAvx2) return kInt8Avx2;
   if (isa == Int8Isa::kAvxVnni) return kInt8AvxVnni;
   if (isa == Int8Isa::kAvx512Vnni) return kInt8Avx512Vnni;
+#endif
+#if defined(HS_INT8_AMX)
+  if (isa == Int8Isa::kAmx) return kInt8Amx;
 #endif
   return kPortableKernel;
 }

@@ -30,6 +30,7 @@ constexpr std::int64_t int8_block_bytes(std::int64_t terms) {
 // at most a chunk. Sums are modulo 2^32: with a shift they may pass the limits before they are corrected.
 struct Int8Tile {
   const void* prepared;
+  std::int64_t row_bytes;  // from row to row
   std::int64_t rows;
   const std::int8_t* weights;
   std::int64_t block_bytes;  // from block to block
@@ -42,10 +43,14 @@ struct Int8Tile {
 struct Int8Kernel {
   std::int64_t term_bytes;  // of a prepared term
   std::int32_t shift;       // what preparing adds to a term
-  // Brings `count` terms of a row into the kernel's form; the last quad is filled up with anything.
+  // Brings `count` terms of a row into the kernel's form; the last quad is filled up with anything. Null: the kernel
+  // takes int8 rows as they lie, at any distance and of any length, if they are whole quads.
   void (*prepare)(const std::int8_t* terms, std::int64_t count, void* prepared);
   void (*multiply)(const Int8Tile& tile);
 };
+
+// int8 rows with their last quad filled up.
+void int8_prepare_plain(const std::int8_t* terms, std::int64_t count, void* prepared);
 
 // Throws InvalidArgument where the processor has not got the instruction set.
 const Int8Kernel& int8_kernel(Int8Isa isa);
@@ -55,6 +60,11 @@ const Int8Kernel& int8_kernel(Int8Isa isa);
 extern const Int8Kernel kInt8Avx2;
 extern const Int8Kernel kInt8AvxVnni;
 extern const Int8Kernel kInt8Avx512Vnni;
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define HS_INT8_AMX
+extern const Int8Kernel kInt8Amx;
+bool int8_amx_is_allowed();
+#endif
 #endif
 
 }  // namespace halfstep::cpu

@@ -77,6 +77,12 @@ class Task {
     const auto buffer = std::make_unique_for_overwrite<std::int8_t[]>(
         static_cast<std::size_t>(product_.gathers ? rows_ * product_.terms : 0));
     const Int8Rows rows = product_.get_rows(row_, rows_, group_, buffer.get());
+    if (!kernel_.prepare && product_.terms % kInt8Quad == 0) {
+      kernel_.multiply({rows.data, rows.pitch, rows_, weights_, int8_block_bytes(product_.terms), blocks_,
+                        int8_quads(product_.terms), sums, false});
+      return;
+    }
+    const auto prepare = kernel_.prepare ? kernel_.prepare : int8_prepare_plain;
     const std::int64_t prepared_pitch = kInt8Chunk * kernel_.term_bytes;
     const auto prepared =
         std::make_unique_for_overwrite<std::int8_t[]>(static_cast<std::size_t>(rows_ * prepared_pitch));
@@ -84,9 +90,9 @@ class Task {
     do {
       const std::int64_t count = std::min(kInt8Chunk, product_.terms - term);
       for (std::int64_t row = 0; row < rows_; ++row)
-        kernel_.prepare(rows.data + row * rows.pitch + term, count, prepared.get() + row * prepared_pitch);
-      kernel_.multiply({prepared.get(), rows_, weights_ + term * kInt8Block, int8_block_bytes(product_.terms), blocks_,
-                        int8_quads(count), sums, term > 0});
+        prepare(rows.data + row * rows.pitch + term, count, prepared.get() + row * prepared_pitch);
+      kernel_.multiply({prepared.get(), prepared_pitch, rows_, weights_ + term * kInt8Block,
+                        int8_block_bytes(product_.terms), blocks_, int8_quads(count), sums, term > 0});
       term += count;
     } while (term < product_.terms);
   }

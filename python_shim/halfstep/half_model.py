@@ -23,10 +23,12 @@ class CastModel(nn.Module):
         self.out_dtype = out_dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model inside."""
         args, kwargs = _cast((args, kwargs), self.dtype)
         return _cast(self.module(*args, **kwargs), self.out_dtype)
 
     def extra_repr(self) -> str:
+        """Name both types."""
         return f"{self.dtype} inside, {self.out_dtype} outside"
 
 

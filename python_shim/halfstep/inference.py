@@ -15,10 +15,13 @@ from halfstep.calibration_data import collect, split
 from halfstep.config import check_bool, check_choice, check_count
 from halfstep.half_model import float_dtype, half_model
 from halfstep.int8_calibration import METHODS
+from halfstep.int8_files import SavedResult, checked_device, load_int8, save_result
+from halfstep.int8_form import example_of
 from halfstep.int8_metric import choose_metric
 from halfstep.int8_model import check_globs
 from halfstep.int8_optimize import Int8Run, Options, call, name_of, weight_bytes
 from halfstep.int8_report import Report
+from halfstep.int8_script import save_script
 from halfstep.shadow import unwrapped
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -117,6 +120,7 @@ class InferencePrecisionOptimizer:
             calibration_file=calibration_file,
         )
         self._report: Report | None = None
+        self._saved: SavedResult | None = None
 
     def optimize_for_inference(
         self, model: nn.Module, calibration_data: Any, target_device: str | torch.device = "cuda"
@@ -131,7 +135,7 @@ class InferencePrecisionOptimizer:
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("model is a TorchScript module, expected the torch.nn.Module that it was made of")
-        device = _checked_device(target_device)
+        device = checked_device(target_device, "target_device")
         model = unwrapped(model)[1]
         reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
         float_dtype(reference)  # raises where the types differ
@@ -142,11 +146,14 @@ class InferencePrecisionOptimizer:
             "calibration": sum(batch.size for batch in calibration),
             "guard": sum(batch.size for batch in guard),
         }
-        self._report = report
+        self._report, self._saved = report, None
+        form = None
         if self.target_precision == "int8":
-            result = Int8Run(reference, calibration, guard, device, self._options, report).run()
+            run = Int8Run(reference, calibration, guard, device, self._options, report)
+            result, form = run.run(), run.form
         else:
             result = self._half(reference, guard, device, report)
+        self._saved = SavedResult.of(result.eval(), reference, report, example_of(calibration, device), form)
         for note in report.notes:
             if "came back" in note:
                 warnings.warn(note, UserWarning, stacklevel=2)
@@ -159,6 +166,39 @@ class InferencePrecisionOptimizer:
     def explain(self) -> str:
         """Return what the last optimization did, as text: a line for each region of layers, with the reason."""
         return str(self._last())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the last result to a file: its weights as safetensors, and a plan of how the model was optimized.
+
+        load() reads it, given a model of the same code. The file holds no code and no pickle; whatever was at `path` is
+        replaced when all is written.
+        """
+        save_result(path, self._last_result())
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        device: str | torch.device = "cpu",
+        *,
+        retime: bool | None = None,
+    ) -> nn.Module:
+        """Return the model that save() wrote; the same as halfstep.load_int8(), which see."""
+        return load_int8(path, model, device, retime=retime)
+
+    def save_torchscript(self, path: str | os.PathLike[str]) -> None:
+        """Write the last result as a TorchScript file, for C++ and for Python without the model's code.
+
+        A process that runs it loads halfstep's library before. ValueError if the model cannot be scripted or traced so
+        that it gives the same bits on batches of two sizes.
+        """
+        saved = self._last_result()
+        save_script(path, saved.model, saved.example)
+
+    def _last_result(self) -> SavedResult:
+        if self._saved is None:
+            raise RuntimeError("nothing has been optimized yet: call optimize_for_inference() first")
+        return self._saved
 
     def _last(self) -> Report:
         if self._report is None:
@@ -186,14 +226,3 @@ class InferencePrecisionOptimizer:
             model = reference
         report.bytes = {own: weight_bytes(reference), report.result: weight_bytes(model)}
         return model
-
-
-def _checked_device(target_device: str | torch.device) -> torch.device:
-    device = torch.device(target_device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"target_device is {device}, expected cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"target_device is {device}, but torch sees no GPU here; pass target_device='cpu' to optimize for the CPU"
-        )
-    return device

@@ -21,27 +21,35 @@ class FakePackedInt8:
         return cls(**dict(flat))
 
     def weight(self) -> torch.Tensor:
+        """Return the int8 weight."""
         return self._fields["weight"]
 
     def scales(self) -> torch.Tensor:
+        """Return the scales of the output channels."""
         return self._fields["scales"]
 
     def bias(self) -> torch.Tensor | None:
+        """Return the bias, if there is one."""
         return self._fields["bias"]
 
     def input_factors(self) -> torch.Tensor | None:
+        """Return the factors of the input channels, if there are any."""
         return self._fields["input_factors"]
 
     def stride(self) -> list[int]:
+        """Return height and width."""
         return self._fields["stride"]
 
     def padding(self) -> list[int]:
+        """Return height and width."""
         return self._fields["padding"]
 
     def dilation(self) -> list[int]:
+        """Return height and width."""
         return self._fields["dilation"]
 
     def groups(self) -> int:
+        """Return the groups of a convolution."""
         return self._fields["groups"]
 
 

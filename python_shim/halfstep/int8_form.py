@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from halfstep.calibration_data import Batch
 from halfstep.int8_attention import replace_attention
+from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_chains import fuse
 from halfstep.int8_folding import fold_batch_norms
 from halfstep.int8_graph import subgraph, trace
@@ -24,6 +25,7 @@ from halfstep.int8_speed import Timing, time_in_turns
 
 _PROVEN_ON = 3  # batches on which the traced model must give the model's bits
 _PROBED = 32  # samples that shapes are taken from
+_ROUNDING = 1e-6  # the share of its power by which an output may differ when attention is computed in parts
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,6 +37,11 @@ class Region:
     layers: list[str]
     fused: list[str] = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)
+
+
+def example_of(batches: list[Batch], device: torch.device) -> Arguments:
+    """Return the arguments that shapes are taken from: the first batch, or the beginning of it."""
+    return batches[0].on(device).part(0, _PROBED).arguments()
 
 
 def call_with(model: nn.Module, arguments: Arguments) -> Any:
@@ -50,11 +57,9 @@ class Form:
     """
 
     def __init__(self, reference: nn.Module, batches: list[Batch], fold: bool, report: Report) -> None:
-        self.model, replaced, left = replace_attention(copy.deepcopy(reference))
-        report.left.update(left)
-        if replaced:
-            report.notes.append(f"attention taken apart: {', '.join(replaced)}")
-        self._norms: list[tuple[str, str]] = []
+        self.attention: list[str] = []
+        self.norms: list[tuple[str, str]] = []
+        self.model = self._with_split_attention(reference, batches[0].part(0, _PROBED), report)
         self._example = batches[0].part(0, _PROBED).arguments()
         self._shapes: dict[torch.dtype, Shapes] = {}
         graph, why = self._traced(batches)
@@ -64,9 +69,31 @@ class Form:
         report.graph = "traced" + (f"; {why}" if why else "")
         self.model = graph
         if fold:
-            self._norms, kept = fold_batch_norms(graph)
-            report.folded = [f"{norm} into {conv}" for conv, norm in self._norms]
+            self.norms, kept = fold_batch_norms(graph)
+            report.folded = [f"{norm} into {conv}" for conv, norm in self.norms]
             report.notes.extend(f"batch norm {name} is not folded: {reason}" for name, reason in kept.items())
+
+    def _with_split_attention(self, reference: nn.Module, batch: Batch, report: Report) -> nn.Module:
+        """Return a copy with attention taken apart, if that gives the reference's outputs but for rounding."""
+        model, replaced, left = replace_attention(copy.deepcopy(reference))
+        report.left.update(left)
+        if not replaced:
+            return model
+        with torch.no_grad():
+            expected = floating_tensors_of(batch(reference))
+            try:
+                outputs = floating_tensors_of(batch(model))
+                shares = [torch.ops.halfstep.output_noise(*pair) for pair in zip(expected, outputs, strict=True)]
+                different = max((max(share.tolist()) for share in shares), default=0.0)
+                why = "" if different <= _ROUNDING else f"outputs differ by {different:.2g} of their power"
+            except Exception as error:  # code of the model that reads weights of a layer that is gone
+                why = f"{type(error).__name__}: {error}"
+        if why:
+            report.left.update(dict.fromkeys(replaced, f"attention cannot be taken apart ({why})"))
+            return copy.deepcopy(reference)
+        report.notes.append(f"attention taken apart: {', '.join(replaced)}")
+        self.attention = replaced
+        return model
 
     def _traced(self, batches: list[Batch]) -> tuple[GraphModule | None, str]:
         try:
@@ -96,7 +123,7 @@ class Form:
             return built, [Region([name]) for name in layers]
         if dtype not in self._shapes:
             self._shapes[dtype] = shapes_of(inner, _in_dtype(self._example, dtype), call_with)
-        found = fuse(built, self._shapes[dtype], dtype, self._norms)
+        found = fuse(built, self._shapes[dtype], dtype, self.norms)
         return built, [Region(region.layers, region.fused, region.nodes) for region in found]
 
     def time_region(

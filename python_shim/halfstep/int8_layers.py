@@ -124,6 +124,7 @@ class _Int8Product(_Int8Layer):
         self.out_zero_point = out_zero_point
 
     def extra_repr(self) -> str:
+        """Describe the layer in short."""
         out, *rest = self.packed.weight().shape
         parts = [f"{rest[0]} -> {out}"]
         if len(rest) == 3:
@@ -140,6 +141,7 @@ class Int8Linear(_Int8Product):
     """nn.Linear in int8: [..., in] -> [..., out], plus `residual` before the activation."""
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Quantize, multiply, add, activate."""
         return torch.ops.halfstep.int8_linear(
             input,
             self.packed,
@@ -157,6 +159,7 @@ class Int8Conv2d(_Int8Product):
     """nn.Conv2d in int8: [batch, in, height, width] -> [batch, out, height, width], channels last in memory."""
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Quantize, multiply, add, activate."""
         return torch.ops.halfstep.int8_conv2d(
             input,
             self.packed,
@@ -174,6 +177,7 @@ class Int8Conv1d(_Int8Product):
     """nn.Conv1d in int8: [batch, in, length] -> [batch, out, length], a convolution of height 1."""
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Quantize, multiply, add, activate."""
         return torch.ops.halfstep.int8_conv2d(
             input.unsqueeze(2),
             self.packed,
@@ -195,8 +199,10 @@ class Int8Embedding(_Int8Layer):
         self.out_dtype = out_dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Look up and scale."""
         return torch.ops.halfstep.int8_embedding(input, self.packed, self.out_dtype)
 
     def extra_repr(self) -> str:
+        """Describe the layer in short."""
         entries, width = self.packed.weight().shape
         return f"{entries}, {width}"

@@ -85,9 +85,9 @@ class Int8Settings:
     def layer(self, candidate: Candidate, dtype: torch.dtype) -> nn.Module:
         """Make the layer that stands for the candidate in a model of `dtype`."""
         if candidate.kind == "embedding":
-            return Int8Embedding(self.packed, dtype)
+            return Int8Embedding(self.packed, dtype).eval()
         kind = {"linear": Int8Linear, "conv1d": Int8Conv1d, "conv2d": Int8Conv2d}[candidate.kind]
-        return kind(self.packed, input_scale=self.input_scale, input_zero_point=self.input_zero_point)
+        return kind(self.packed, input_scale=self.input_scale, input_zero_point=self.input_zero_point).eval()
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -212,7 +212,7 @@ def share(model: nn.Module) -> nn.Module:
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy that shares all tensors, with `layers` in place of the modules of these names, wherever they are."""
+    """Return a copy that shares all tensors, with `layers` in place of the modules of these names, at all places."""
     by_module = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     places = [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)]
     result = share(model)

@@ -22,8 +22,8 @@ from halfstep.int8_calibration import METHODS, Calibration
 from halfstep.int8_form import Form
 from halfstep.int8_guard import guard
 from halfstep.int8_layers import pack
-from halfstep.int8_model import Candidate, Int8Settings, find_candidates
 from halfstep.int8_metric import Metric, Verdict, choose_metric
+from halfstep.int8_model import Candidate, Int8Settings, find_candidates
 from halfstep.int8_ranking import Ranking, rank_layers
 from halfstep.int8_recurrent import take_recurrent
 from halfstep.int8_recurrent_weights import RecurrentWeights

@@ -174,6 +174,7 @@ struct Int8Data {
   std::vector<std::uint8_t> expected() const {
     std::vector<std::uint8_t> out = empty_out();
     const Int8Epilogue e = epilogue(out.data());
+    if (out.empty()) return out;
     if (e.out.kind == Int8OutKind::kSums) {
       std::memcpy(out.data(), sums.data(), out.size());
       return out;
@@ -265,7 +266,7 @@ class Int8Packed {
 
 inline std::vector<Int8Isa> int8_isas() {
   std::vector<Int8Isa> isas;
-  for (const Int8Isa isa : {Int8Isa::kPortable, Int8Isa::kAvx2, Int8Isa::kAvxVnni, Int8Isa::kAvx512Vnni})
+  for (const Int8Isa isa : {Int8Isa::kPortable, Int8Isa::kAvx2, Int8Isa::kAvxVnni, Int8Isa::kAvx512Vnni, Int8Isa::kAmx})
     if (cpu::has_int8_isa(isa)) isas.push_back(isa);
   return isas;
 }

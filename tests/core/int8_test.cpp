@@ -159,7 +159,7 @@ TEST(Int8Linear, RefusesWhatItCannotCompute) {
   expect_refused(
       shape, [](Int8Epilogue& e) { e.out.kind = Int8OutKind::kInt8, e.out.parameters.zero_point = 200; },
       "zero_point is 200");
-  for (const Int8Isa isa : {Int8Isa::kAvx2, Int8Isa::kAvxVnni, Int8Isa::kAvx512Vnni}) {
+  for (const Int8Isa isa : {Int8Isa::kAvx2, Int8Isa::kAvxVnni, Int8Isa::kAvx512Vnni, Int8Isa::kAmx}) {
     if (cpu::has_int8_isa(isa)) continue;
     EXPECT_THROW(
         cpu::int8_linear(shape, data.input.data(), packed.data(), data.epilogue(out.data()), isa, SerialExecutor()),

@@ -25,6 +25,9 @@ BLOCKS = [
     for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     if 'framework="tensorflow"' not in match[1]
 ]
+# Of this one later blocks go on where earlier ones end.
+_INT8 = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "int8.md").read_text(), re.MULTILINE | re.DOTALL)
+BLOCKS.append(pytest.param("\n".join(_INT8), id="docs/int8.md"))
 
 
 @pytest.mark.parametrize("code", BLOCKS)

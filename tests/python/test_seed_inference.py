@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import re
 import time
@@ -16,9 +17,9 @@ from seed_document import block
 HEADING = "Mixed Precision Inference Optimization"
 
 
-def run(text: str) -> tuple[dict, str]:
-    """Save the model, allow the classes that `torch.load` meets in it, and run the block."""
-    torch.save(trained_mlp(), "pretrained_model.pth")
+def run(text: str, device: str) -> tuple[dict, str]:
+    """Save the model from its device, allow the classes that `torch.load` meets in it, and run the block."""
+    torch.save(copy.deepcopy(trained_mlp()).to(device), "pretrained_model.pth")
     namespace = {
         "__name__": "seed",
         "time": time,
@@ -47,7 +48,7 @@ def check(namespace: dict, printed: str) -> None:
 @pytest.mark.cuda
 def test_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    check(*run(block(HEADING)))
+    check(*run(block(HEADING), "cuda"))
 
 
 def test_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = block(HEADING).replace('"cuda"', '"cpu"').replace("data.cuda()", "data.cpu()")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1 << 20)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    check(*run(text))
+    check(*run(text, "cpu"))
 
 
 def test_a_model_of_unknown_classes_is_not_loaded(tmp_path: Path) -> None:

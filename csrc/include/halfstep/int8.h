@@ -156,7 +156,7 @@ HALFSTEP_API float int8_epilogue(const Int8Epilogue& epilogue, std::int32_t sum,
 }  // namespace reference
 
 // What the kernels of the CPU are written for; all give the same bits.
-enum class Int8Isa : std::uint8_t { kPortable, kAvx2, kAvxVnni, kAvx512Vnni };
+enum class Int8Isa : std::uint8_t { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAmx };
 
 namespace cpu {
 
