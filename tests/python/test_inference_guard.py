@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -310,7 +311,7 @@ def test_a_larger_threshold_keeps_more_layers(labels: bool) -> None:
         drop, _ = guarded.measured(guarded.result)
         assert drop <= threshold
         counts.append(len(int8_layers(guarded.result)))
-    assert all(after >= before - 1 for before, after in zip(counts, counts[1:], strict=False)), counts
+    assert all(after >= before - 1 for before, after in itertools.pairwise(counts)), counts
     assert counts[0] <= 1
     assert counts[-1] == 5
 
