@@ -1,4 +1,4 @@
-"""The last step of an optimization, if it is asked for: int8 weights of recurrent layers, as far as the guard allows."""
+"""The last step of an optimization, if asked for: int8 weights of recurrent layers, as far as the guard allows."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ class RecurrentWeights:
         """Fill the report for the model after the change, and return it."""
         run, report = self._run, self._report
         report.result = "int8"
+        report.carrier = str(self._run.own if not self._is_cast(before) else before.dtype).removeprefix("torch.")
         report.evaluations = run.judge.evaluations
         report.drop, report.bound, report.kept = verdict.drop, verdict.bound, True
         for name, layer in stored.items():

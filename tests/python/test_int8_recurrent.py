@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,6 +274,17 @@ def test_with_the_speed_guard_the_report_is_of_the_model_that_comes_back(reader:
     assert report["drop"] == pytest.approx(drop_of(reader, result), abs=1e-12)
     images, _ = digits()
     assert result(images[:5]).dtype == torch.float32
+
+
+def test_files(reader: nn.Module, tmp_path: Path) -> None:
+    optimizer = InferencePrecisionOptimizer(recurrent_weights=True, speed_guard=False, progress=False)
+    result = optimizer.optimize_for_inference(reader, batches(), "cpu")
+    optimizer.save_torchscript(tmp_path / "reader.pt")
+    images, _ = digits()
+    assert torch.equal(torch.jit.load(tmp_path / "reader.pt")(images), result(images))
+    with pytest.raises(ValueError, match="lstm is a recurrent layer with int8 weights"):
+        optimizer.save(tmp_path / "reader.safetensors")
+    assert not (tmp_path / "reader.safetensors").exists()
 
 
 def test_include_exclude_and_obstacles(reader: nn.Module) -> None:
