@@ -51,7 +51,7 @@ class InferencePrecisionOptimizer:
     strict: raise ValueError if a layer that has weights stays float.
     bits: levels of weights and inputs, 8 or fewer; they are stored as int8 all the same.
     recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
-        model smaller and, unlike half precision, slower, so the speed guard is not asked.
+        model smaller, not faster, so the speed guard is not asked.
     progress: a bar over the calibration: None shows it on a terminal if tqdm is installed.
     calibration_file: where the state of a calibration is kept, so that one that was stopped goes on.
     """

@@ -35,6 +35,7 @@ from halfstep.int8_layers import packed_from, state_of
 from halfstep.int8_model import Candidate, Int8Settings, find_candidates, replace_layers
 from halfstep.int8_nodes import INT8_LAYERS
 from halfstep.int8_plan import DevicePlan, LayerPlan, Plan, RegionPlan, decode, encode, residuals
+from halfstep.int8_recurrent import Int8Recurrent
 from halfstep.int8_report import Report
 from halfstep.int8_runs import Shapes, shapes_of
 from halfstep.int8_speed import loses, time_in_turns
@@ -128,8 +129,13 @@ class SavedResult:
 
 
 def save_result(path: str | os.PathLike[str], saved: SavedResult) -> None:
-    """Write the file. What was there is replaced when all is written. ValueError for tensors that it cannot hold."""
+    """Write the file. What was there is replaced when all is written. ValueError for what it cannot hold."""
     safetensors = _package("safetensors.torch")
+    if recurrent := [name for name, module in saved.inner.named_modules() if isinstance(module, Int8Recurrent)]:
+        raise ValueError(
+            f"{recurrent[0]} is a recurrent layer with int8 weights, of which the plan knows nothing: use "
+            "save_torchscript(), or optimize without recurrent_weights"
+        )
     tensors = _float_tensors(saved.inner, _int8_layers(saved.inner).values())
     orders = {name: order for name, tensor in tensors.items() if (order := _order(tensor))}
     for name, layer in _int8_layers(saved.inner).items():

@@ -64,6 +64,11 @@ class Candidate:
         return {**pairs, "groups": layer.groups}
 
     @property
+    def can_be_smoothed(self) -> bool:
+        """Whether each input channel has weights of its own in every output channel, as SmoothQuant's factors need."""
+        return self.kind == "linear" or (self.kind in ("conv1d", "conv2d") and self.module.groups == 1)
+
+    @property
     def channel_dim(self) -> int:
         """The dimension of the output that has the output channels."""
         return 1 if self.kind in ("conv1d", "conv2d") else -1
@@ -117,7 +122,7 @@ def _obstacle(module: nn.Module, kind: str) -> str:
     """Return "" or why this layer cannot be int8."""
     if not kind:
         if isinstance(module, _RECURRENT):
-            return "a recurrent layer: half precision is faster than int8 there (recurrent_weights=True is for size)"
+            return "a recurrent layer: int8 weights make it smaller, not faster (recurrent_weights=True)"
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)):
             return f"its class {type(module).__name__} may compute something else than its base does"
         return f"no int8 kernel for {type(module).__name__}"

@@ -214,7 +214,7 @@ class Int8Run:
                 self.report.left[name] = str(error)
                 del self.candidates[name]
                 continue
-            if self.options.smooth_quant and candidate.kind == "linear" and self.options.activations == "static":
+            if self.options.smooth_quant and candidate.can_be_smoothed and self.options.activations == "static":
                 smoothed[name] = self._smooth(candidate, calibration.observers[name])
         self.ranges = {name: self._smoothed_range(calibration, name, packed) for name, packed in smoothed.items()}
         if self.options.smooth_quant == "auto" and smoothed:

@@ -6,7 +6,6 @@ than the layer that it stands for. Each row of a weight has its scale; biases st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -119,9 +118,8 @@ class Int8LSTM(Int8Recurrent):
     """nn.LSTM with int8 weights."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if not torch.jit.is_scripting():
-            if isinstance(input, PackedSequence):
-                return self._packed(input, hx)
+        if not torch.jit.is_scripting() and isinstance(input, PackedSequence):
+            return self._packed(input, hx)
         x = self._checked(input)
         batched = input.dim() == 3
         batch = x.size(0) if self.batch_first else x.size(1)
@@ -158,9 +156,8 @@ class _Int8PlainRecurrent(Int8Recurrent):
     """A recurrent layer with one state."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting():
-            if isinstance(input, PackedSequence):
-                return self._packed(input, hx)
+        if not torch.jit.is_scripting() and isinstance(input, PackedSequence):
+            return self._packed(input, hx)
         x = self._checked(input)
         batched = input.dim() == 3
         h = self._state(hx, x, x.size(0) if self.batch_first else x.size(1), batched, self.hidden_size)

@@ -1,4 +1,4 @@
-"""The last step of an optimization where it was asked for: weights of recurrent layers in int8, as far as the guard allows."""
+"""The last step of an optimization, if asked for: int8 weights of recurrent layers, as far as the guard allows."""
 
 from __future__ import annotations
 
@@ -88,19 +88,21 @@ class RecurrentWeights:
         """Fill the report for the model after the change, and return it."""
         run, report = self._run, self._report
         report.result = "int8"
+        report.carrier = str(self._run.own if not self._is_cast(before) else before.dtype).removeprefix("torch.")
         report.evaluations = run.judge.evaluations
         report.drop, report.bound, report.kept = verdict.drop, verdict.bound, True
         for name, layer in stored.items():
             module = self._inside(before).get_submodule(name)
-            sizes = f"{bytes_of(module)} bytes in {report.carrier}, {bytes_of(layer)} in int8"
-            times = self._times(before, module, layer)
+            dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+            sizes = f"{bytes_of(module)} bytes in {dtype}, {bytes_of(layer)} in int8"
+            times = self._times(before, module, layer, dtype)
             report.regions.append(RegionReport([name], "int8", kernel=_KERNEL, why=sizes, milliseconds=times))
         if report.milliseconds:  # of the model that comes back
             (timing,) = time_in_turns([partial(run.batches[0], after)], run.device, _ROUNDS)
             report.milliseconds["int8"] = timing.median
         return after
 
-    def _times(self, model: nn.Module, module: nn.Module, layer: nn.Module) -> dict[str, float]:
+    def _times(self, model: nn.Module, module: nn.Module, layer: nn.Module, dtype: str) -> dict[str, float]:
         """Time both layers on what the first call with a batch gives them; empty for a layer that is not called."""
         taken: list[tuple[Any, Any]] = []
         handle = module.register_forward_pre_hook(
@@ -116,7 +118,7 @@ class RecurrentWeights:
         args, kwargs = taken[0]
         calls = [partial(each, *args, **kwargs) for each in (module, layer)]
         float_time, int8_time = time_in_turns(calls, self._run.device, _ROUNDS)
-        return {self._report.carrier: float_time.median, "int8": int8_time.median}
+        return {dtype: float_time.median, "int8": int8_time.median}
 
 
 def bytes_of(layer: nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -287,10 +288,14 @@ def test_what_is_said_to_be_kept_is_kept(seed: int) -> None:
     )
     report = guarded.report
     drop, bound = guarded.measured(guarded.result)
-    assert (report["drop"], report["bound"]) == pytest.approx((drop, bound), rel=1e-3, abs=1e-9)
     assert report["kept"]
-    assert drop <= threshold
-    assert (bound <= threshold) or report["result"] == "float32"
+    if report["result"] == "float32":  # the model itself: its drop is 0 however few samples there are
+        images, _ = digits()
+        assert torch.equal(guarded.result(images), guarded.reference(images))
+        assert (report["drop"], report["bound"]) == (0.0, 0.0)
+    else:
+        assert (report["drop"], report["bound"]) == pytest.approx((drop, bound), rel=1e-3, abs=1e-9)
+        assert drop <= bound <= threshold
     assert report["evaluations"] <= report["budget"] + 2
     assert not guarded.result.training
 
@@ -306,7 +311,7 @@ def test_a_larger_threshold_keeps_more_layers(labels: bool) -> None:
         drop, _ = guarded.measured(guarded.result)
         assert drop <= threshold
         counts.append(len(int8_layers(guarded.result)))
-    assert all(after >= before - 1 for before, after in zip(counts, counts[1:], strict=False)), counts
+    assert all(after >= before - 1 for before, after in itertools.pairwise(counts)), counts
     assert counts[0] <= 1
     assert counts[-1] == 5
 
