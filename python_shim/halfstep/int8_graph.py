@@ -95,9 +95,11 @@ class _Tracer(Tracer):
         before = [(module, dict(vars(module))) for module in m.modules()]
         count = len(self.graph.nodes)
         whole = dict(self.left_whole)
+        stack = self.module_stack.copy()
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
+            self.module_stack = stack  # torch.fx leaves the failed modules on it
             name = self.path_of_module(m)
             self.left_whole = {**whole, name: _in_short(error)}
             for module, attributes in before:  # a proxy may have been kept in one

@@ -104,6 +104,7 @@ class Int8Run:
         self._floating: dict[torch.dtype, nn.Module] = {self.own: reference}
         self.inner = self.form.model  # the float model in the carrier's type
         self.shortage = ""
+        self.searched = False
         self.region_times: dict[tuple[str, ...], dict[str, float]] = {}
         self.float_times: dict[torch.dtype, Timing] = {}
 
@@ -133,6 +134,7 @@ class Int8Run:
         """Return the layers with which the accuracy guard is content; all estimators are tried before any is lost."""
         report, threshold = self.report, self.options.threshold
         report.budget = default_budget(len(names))
+        self.searched = bool(names)
         if not names:
             return names
         tried: dict[str, Verdict] = {}
@@ -158,6 +160,8 @@ class Int8Run:
         for place, name in enumerate(search.given_back):
             report.given_back[name] = f"given back for accuracy, number {place + 1} of the most harmful"
         self.shortage = search.note
+        if not search.kept:
+            report.given_back.update(dict.fromkeys(names, f"the threshold cannot be kept: {search.note}"))
         return search.quantized
 
     def finish(self, chosen: frozenset[str]) -> nn.Module:
@@ -169,11 +173,16 @@ class Int8Run:
             model, verdict = self.correct_biases(chosen, model, verdict)
         result = "int8" if chosen else name_of(self.carrier)
         if not verdict.kept(options.threshold):
-            report.notes.append(
-                f"no int8 layers keep the drop at {options.threshold:g} or less for certain"
-                + (f" ({self.shortage})" if self.shortage else "")
-                + "; the float model came back"
-            )
+            if self.searched:  # else it was the speed guard that left nothing to judge
+                report.notes.append(
+                    f"no int8 layers keep the drop at {options.threshold:g} or less for certain"
+                    + (f" ({self.shortage})" if self.shortage else "")
+                    + "; the float model came back"
+                )
+            elif self.carrier != self.own:
+                report.notes.append(
+                    f"{name_of(self.carrier)} is faster, but cannot be shown to keep the drop at {options.threshold:g}"
+                )
             model, verdict, result = self.reference, None, name_of(self.own)
         elif options.speed_guard:
             model, verdict, result = self.fastest(model, verdict, chosen)
