@@ -146,13 +146,13 @@ class InferencePrecisionOptimizer:
             "calibration": sum(batch.size for batch in calibration),
             "guard": sum(batch.size for batch in guard),
         }
-        self._report, self._saved = report, None
         form = None
         if self.target_precision == "int8":
             run = Int8Run(reference, calibration, guard, device, self._options, report)
             result, form = run.run(), run.form
         else:
             result = self._half(reference, guard, device, report)
+        self._report = report
         self._saved = SavedResult.of(result.eval(), reference, report, example_of(calibration, device), form)
         for note in report.notes:
             if "came back" in note:

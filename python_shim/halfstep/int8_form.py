@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -127,52 +128,56 @@ class Form:
         return built, [Region(region.layers, region.fused, region.nodes) for region in found]
 
     def time_region(
-        self, region: Region, inner: nn.Module, layers: dict[str, nn.Module], batch: Batch, dtype: torch.dtype
+        self,
+        region: Region,
+        inners: Mapping[torch.dtype, nn.Module],
+        layers: dict[str, nn.Module],
+        batch: Batch,
+        carrier: torch.dtype,
     ) -> dict[str, Timing]:
-        """Time a region alone on what the batch gives it: in the model's own type, in `dtype`, and in int8.
+        """Time a region alone on what the batch gives it: in the float types of `inners`, and in int8 in the carrier.
 
-        Empty for embeddings, which take next to no time in any type.
+        Empty for embeddings, which take next to no time in any type, and for layers that the batch does not reach.
         """
         if all(isinstance(layers[name], Int8Embedding) for name in region.layers):
             return {}
         arguments = batch.arguments()
-        if isinstance(inner, GraphModule):
-            built, _ = self._build(inner, layers, dtype)
-            calls, values = {}, {}
-            for key, graph, source, kind in (
-                ("own", self.model, self.model, None),
-                ("carrier", inner, inner, dtype),
-                ("int8", built, inner, dtype),
-            ):
-                part, names = subgraph(graph, region.nodes)
-                if key != "int8" or not set(names) <= set(values):
-                    values = capture(source, _in_dtype(arguments, kind), call_with, names)
-                calls[key] = partial(part, *[values[name] for name in names])
-                own = next((v for v in values.values() if isinstance(v, torch.Tensor)), None)
-        else:
-            (name,) = region.layers
-            taken: list[tuple[Any, ...]] = []
-            handle = inner.get_submodule(name).register_forward_pre_hook(lambda _m, args: taken.append(args))
-            try:
-                with torch.no_grad():
-                    call_with(inner, _in_dtype(arguments, dtype))
-            finally:
-                handle.remove()
-            args = taken[0]
-            own = args[0]
-            calls = {
-                "own": partial(self.model.get_submodule(name), *_in_dtype((args, {}), _dtype_of(self.model))[0]),
-                "carrier": partial(inner.get_submodule(name), *args),
-                "int8": partial(layers[name], *args),
-            }
-        device = own.device if own is not None else torch.device("cpu")
-        names = {"own": _dtype_of(self.model), "carrier": dtype}
-        timed = dict(zip(calls, time_in_turns(list(calls.values()), device), strict=True))
-        return {str(names.get(key, key)).removeprefix("torch."): timing for key, timing in timed.items()}
+        calls: dict[str, Callable[[], Any]] = {}
+        device = torch.device("cpu")
+        for dtype, inner in inners.items():
+            given = _in_dtype(arguments, dtype)
+            if isinstance(inner, GraphModule) and region.nodes:
+                part, names = subgraph(inner, region.nodes)
+                values = capture(inner, given, call_with, names)
+                args, kwargs = [values[name] for name in names], {}
+                if dtype == carrier:
+                    int8, names = subgraph(self._build(inner, layers, dtype)[0], region.nodes)
+                    if not set(names) <= set(values):
+                        values = capture(inner, given, call_with, names)
+                    calls["int8"] = partial(int8, *[values[name] for name in names])
+            else:
+                part = inner.get_submodule(region.layers[0])
+                taken = _taken(part, inner, given)
+                if taken is None:
+                    return {}
+                args, kwargs = taken
+                if dtype == carrier:
+                    calls["int8"] = partial(layers[region.layers[0]], *args, **kwargs)
+            calls[str(dtype).removeprefix("torch.")] = partial(part, *args, **kwargs)
+            device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), device)
+        return dict(zip(calls, time_in_turns(list(calls.values()), device), strict=True))
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+def _taken(layer: nn.Module, model: nn.Module, arguments: Arguments) -> Arguments | None:
+    """Return what the layer is called with in the first of its calls, None if there is none."""
+    taken: list[Arguments] = []
+    handle = layer.register_forward_pre_hook(lambda _m, *call: taken.append(call), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call_with(model, arguments)
+    finally:
+        handle.remove()
+    return taken[0] if taken else None
 
 
 def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:

@@ -21,7 +21,7 @@ from torch import nn
 
 from halfstep._library import load_library
 from halfstep.int8_batches import floating_tensors_of, size_of, tensors_of, without_labels
-from halfstep.int8_bounds import drop_at_most, mean_at_most, samples_for
+from halfstep.int8_bounds import drop_at_most, mean_at_most, samples_for, share_at_most
 
 load_library()
 
@@ -152,17 +152,24 @@ class _Scores(Metric):
         if self.kind == "score":
             note = "eval_fn gives one number, which has no bound: let it return one score for each sample"
             return self._verdict(drops[0], drops[0], note)
-        if self._counts() and {0.0, 1.0}.issuperset(scores):
-            return self._verdict(*drop_at_most(drops.count(1.0), drops.count(-1.0), self.samples, self.confidence))
-        return self._verdict(*mean_at_most(drops, self.confidence))
+        low, high = min(*self._reference, *scores), max(*self._reference, *scores)
+        if {low, high}.issuperset({*self._reference, *scores}):
+            size = high - low
+            drop, bound = drop_at_most(drops.count(size), drops.count(-size), self.samples, self.confidence)
+            return self._verdict(size * drop, size * bound)
+        drop, bound = mean_at_most(drops, self.confidence)
+        if not any(drops):  # t would call no difference among few samples certain
+            bound = (high - low) * share_at_most(0, self.samples, self.confidence)
+        return self._verdict(drop, bound)
 
     def _counts(self) -> bool:
-        """Return whether scores say right or wrong: then t would call no difference among few samples certain."""
-        return {0.0, 1.0}.issuperset(self._reference)
+        """Return whether scores have two values, as right and wrong have: their bound is that of shares."""
+        return len(set(self._reference)) <= 2
 
     def samples_needed(self, threshold: float) -> int | None:
         if self.kind == "scores" and self._counts():
-            return samples_for(threshold, self.confidence)
+            size = max(self._reference) - min(self._reference)
+            return samples_for(threshold / (size or 1.0), self.confidence)
         if threshold < 0.0:
             return None
         return 1 if self.kind == "score" else 2

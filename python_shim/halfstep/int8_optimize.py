@@ -19,10 +19,11 @@ from halfstep.calibration_data import Batch
 from halfstep.half_model import CastModel, float_dtype, half_model
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_calibration import METHODS, Calibration
-from halfstep.int8_form import Form
+from halfstep.int8_form import Form, Region
 from halfstep.int8_guard import guard
+from halfstep.int8_judge import Judge, call, first_argument
 from halfstep.int8_layers import pack
-from halfstep.int8_metric import Metric, Verdict, choose_metric
+from halfstep.int8_metric import Verdict, choose_metric
 from halfstep.int8_model import Candidate, Int8Settings, find_candidates
 from halfstep.int8_ranking import Ranking, rank_layers
 from halfstep.int8_recurrent import take_recurrent
@@ -102,9 +103,9 @@ class Int8Run:
         self.settings: dict[str, Int8Settings] = {}
         self.carrier = self.own
         self._floating: dict[torch.dtype, nn.Module] = {self.own: reference}
-        self.inner = self.form.model  # the float model in the carrier's type
+        self.inners = {self.own: self.form.model}  # the float model by type
+        self.inner = self.form.model  # in the carrier's
         self.shortage = ""
-        self.searched = False
         self.region_times: dict[tuple[str, ...], dict[str, float]] = {}
         self.float_times: dict[torch.dtype, Timing] = {}
 
@@ -134,25 +135,26 @@ class Int8Run:
         """Return the layers with which the accuracy guard is content; all estimators are tried before any is lost."""
         report, threshold = self.report, self.options.threshold
         report.budget = default_budget(len(names))
-        self.searched = bool(names)
         if not names:
             return names
+        # Behind the search come the biases and, where it has another type than the reference, the float model.
+        left = report.budget - self.options.bias_correction - (self.carrier != self.own)
         tried: dict[str, Verdict] = {}
         for method in self.methods:
             self.use(calibration, method)
-            tried[method] = self.judge(names)
+            tried[method] = self.judge.judge(names)
             if tried[method].kept(threshold):
                 return names
-            if self.metric.shortage(threshold):
+            if self.judge.shortage(threshold):
                 break
         self.use(calibration, min(tried, key=lambda method: tried[method].bound))
         found = guard(
-            _Remembering(self.metric, self.judge),
+            self.judge,
             [name for name in self.candidates if name in names],
             lambda quantized: quantized,
             lambda: self.rank(names),
             threshold,
-            report.budget - len(tried) + 1,
+            left - len(tried) + 1,  # what it asks first is known already
         )
         search = found.search
         if found.ranking is not None and found.ranking.note:
@@ -167,29 +169,22 @@ class Int8Run:
     def finish(self, chosen: frozenset[str]) -> nn.Module:
         """Correct biases, compare the whole model's times, fill the report, and return the model."""
         report, options = self.report, self.options
-        model = self.build(chosen)
-        verdict = self.judge(chosen)
-        if chosen and verdict.kept(options.threshold) and options.bias_correction:
-            model, verdict = self.correct_biases(chosen, model, verdict)
-        result = "int8" if chosen else name_of(self.carrier)
-        if not verdict.kept(options.threshold):
-            if self.searched:  # else it was the speed guard that left nothing to judge
+        if chosen:
+            model, verdict, result = self.build(chosen), self.judge.judge(chosen), "int8"
+            if options.bias_correction:
+                model, verdict = self.correct_biases(chosen, model, verdict)
+            if options.speed_guard:
+                model, verdict, result = self.fastest(model, verdict)
+            if result != "int8":
+                report.given_back.update(dict.fromkeys(chosen, "the whole model is not faster with int8 layers"))
+                chosen = frozenset()
+        else:
+            if self.shortage:
                 report.notes.append(
-                    f"no int8 layers keep the drop at {options.threshold:g} or less for certain"
-                    + (f" ({self.shortage})" if self.shortage else "")
-                    + "; the float model came back"
+                    f"no int8 layers keep the drop at {options.threshold:g} or less for certain ({self.shortage}); the "
+                    "float model came back"
                 )
-            elif self.carrier != self.own:
-                report.notes.append(
-                    f"{name_of(self.carrier)} is faster, but cannot be shown to keep the drop at {options.threshold:g}"
-                )
-            model, verdict, result = self.reference, None, name_of(self.own)
-        elif options.speed_guard:
-            model, verdict, result = self.fastest(model, verdict, chosen)
-        if result != "int8":
-            for name in chosen:
-                report.given_back.setdefault(name, "the whole model is not faster with int8 layers")
-            chosen = frozenset()
+            model, verdict, result = self.best_float()
         self.describe(chosen, verdict, result)
         if self.recurrent:
             model = RecurrentWeights(self).store(model)
@@ -272,8 +267,9 @@ class Int8Run:
                         noise = [
                             _mean(torch.ops.halfstep.output_noise(*pair)) for pair in zip(wanted, outputs, strict=True)
                         ]
-                except RuntimeError as error:
-                    self.report.notes.append(f"{name_of(dtype)} fails: {str(error).splitlines()[0]}")
+                except Exception as error:  # the model's own code may refuse half in any way
+                    said = (str(error).splitlines() or [""])[0]
+                    self.report.notes.append(f"{name_of(dtype)} fails: {type(error).__name__}: {said}")
                     continue
                 if all(math.isfinite(share) for share in noise):
                     models[dtype] = model
@@ -281,21 +277,28 @@ class Int8Run:
         self.float_times = dict(zip(models, times, strict=True))
         self.carrier = min(self.float_times, key=lambda dtype: self.float_times[dtype].median)
         self.report.milliseconds = {name_of(dtype): timing.median for dtype, timing in self.float_times.items()}
-        if self.carrier != self.own:
-            self.inner = half_model(self.form.model, self.carrier).module
+        halves = [dtype for dtype in self.float_times if dtype != self.own]
+        if halves:  # the better of them is timed in every region, whether it is the carrier or not
+            half = min(halves, key=lambda dtype: self.float_times[dtype].median)
+            self.inners[half] = half_model(self.form.model, half).module
+        self.inner = self.inners[self.carrier]
 
     def faster(self, names: frozenset[str]) -> frozenset[str]:
         """Return the layers of those regions that are not slower in int8 than in the float types."""
         kept = set(names)
         for region in self.regions(names):
-            timed = self.form.time_region(region, self.inner, self._layers(names), self.batches[0], self.carrier)
-            self.region_times[tuple(region.layers)] = {key: timing.median for key, timing in timed.items()}
+            timed = self._time(region, names)
             rivals = [timing for key, timing in timed.items() if key != "int8"]
             if rivals and loses(timed["int8"], rival := min(rivals, key=lambda timing: timing.median)):
                 kept.difference_update(region.layers)
                 for name in region.layers:
                     self.report.given_back[name] = f"slower: int8 {timed['int8']}, float {rival}"
         return frozenset(kept)
+
+    def _time(self, region: Region, names: frozenset[str]) -> dict[str, Timing]:
+        timed = self.form.time_region(region, self.inners, self._layers(names), self.batches[0], self.carrier)
+        self.region_times[tuple(region.layers)] = {key: timing.median for key, timing in timed.items()}
+        return timed
 
     def rank(self, names: frozenset[str]) -> Ranking:
         """Return the layers, the most harmful first."""
@@ -318,21 +321,30 @@ class Int8Run:
         self.report.bias_correction = "no bias correction: it made the drop larger"
         return model, verdict
 
-    def fastest(
-        self, model: nn.Module, verdict: Verdict, chosen: frozenset[str]
-    ) -> tuple[nn.Module, Verdict | None, str]:
-        """Return the model, or the fastest float model if int8 loses to it in turns on a whole batch."""
-        rival = self.floating(self.carrier)
-        times = time_in_turns([partial(self.batches[0], rival), partial(self.batches[0], model)], self.device)
-        self.report.milliseconds[name_of(self.carrier)] = times[0].median
-        if chosen:
-            self.report.milliseconds["int8"] = times[1].median
-            if not loses(times[1], times[0]):
-                return model, verdict, "int8"
-            self.report.notes.append(f"int8 takes {times[1]}, {name_of(self.carrier)} {times[0]}: int8 is not used")
-        judged = self.judge(frozenset())
-        if judged.kept(self.options.threshold):
-            return rival, judged, name_of(self.carrier)
+    def fastest(self, model: nn.Module, verdict: Verdict) -> tuple[nn.Module, Verdict | None, str]:
+        """Return the int8 model, or the float one that is faster in turns on a whole batch and keeps the threshold."""
+        kinds = list(dict.fromkeys((self.own, self.carrier)))
+        models = [*(self.floating(dtype) for dtype in kinds), model]
+        *rivals, mine = time_in_turns([partial(self.batches[0], each) for each in models], self.device)
+        self.report.milliseconds.update({name_of(dtype): t.median for dtype, t in zip(kinds, rivals, strict=True)})
+        self.report.milliseconds["int8"] = mine.median
+        if loses(mine, rivals[-1]):
+            best = self.best_float()
+            if best[2] == name_of(self.carrier) or loses(mine, rivals[0]):
+                self.report.notes.append(f"int8 takes {mine}, {name_of(self.carrier)} {rivals[-1]}: int8 is not used")
+                return best
+        return model, verdict, "int8"
+
+    def best_float(self) -> tuple[nn.Module, Verdict | None, str]:
+        """Return the fastest float model if it keeps the threshold, else the reference, which needs no verdict."""
+        if self.carrier != self.own:
+            verdict = self.judge.judge(frozenset())
+            if verdict.kept(self.options.threshold):
+                return self.floating(self.carrier), verdict, name_of(self.carrier)
+            most = f"{self.options.threshold:g} or less"
+            self.report.notes.append(
+                f"{name_of(self.carrier)} is faster, but cannot be shown to keep the drop at {most}"
+            )
         return self.reference, None, name_of(self.own)
 
     def describe(self, chosen: frozenset[str], verdict: Verdict | None, result: str) -> None:
@@ -349,6 +361,8 @@ class Int8Run:
         kernel = torch.ops.halfstep.int8_kernel(self.device)
         regions = self.regions(chosen) if chosen else []
         for region in regions:
+            if self.options.speed_guard and tuple(region.layers) not in self.region_times:
+                self._time(region, chosen)  # it was part of a larger one
             shares = [noise[name][0] for name in region.layers if name in noise]
             report.regions.append(
                 RegionReport(
@@ -375,7 +389,7 @@ class Int8Run:
             return self.floating(self.carrier)
         return self._outside(self.form.build(self.inner, self._layers(names), self.carrier))
 
-    def regions(self, names: frozenset[str]) -> list[Any]:
+    def regions(self, names: frozenset[str]) -> list[Region]:
         """Return the regions of build(names)."""
         return self.form.regions(self.inner, self._layers(names), self.carrier)
 
@@ -418,13 +432,15 @@ class Int8Run:
         handles = []
 
         def hook_for(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-                visit(name, args[0], output)
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+                visit(name, first_argument(args, kwargs), output)
 
             return hook
 
         try:
-            handles = [self.form.model.get_submodule(n).register_forward_hook(hook_for(n)) for n in names]
+            handles = [
+                self.form.model.get_submodule(n).register_forward_hook(hook_for(n), with_kwargs=True) for n in names
+            ]
             with torch.no_grad():
                 for batch in batches:
                     batch(self.form.model)
@@ -465,44 +481,6 @@ class Int8Run:
         largest = observer.channel_max().to(self.device)
         scale = torch.ops.halfstep.smoothed_scale(largest, packed.input_factors(), levels)
         return scale, -(1 << (self.options.bits - 1)) if positive else 0
-
-
-class Judge:
-    """The metric on models with these int8 layers. Sets that were judged with the same settings are remembered."""
-
-    def __init__(self, run: Int8Run, metric: Any) -> None:
-        self._run = run
-        self._metric = metric
-        self._method = ""
-        self.known: dict[frozenset[str], Verdict] = {}
-        self.evaluations = 0
-
-    def __call__(self, names: frozenset[str]) -> Verdict:
-        """Return the verdict on build(names)."""
-        if self._method != self._run.report.calibrator:
-            self._method = self._run.report.calibrator
-            self.known = {names: verdict for names, verdict in self.known.items() if not names}
-        if names not in self.known:
-            self.known[names] = self.fresh(self._run.build(names))
-        return self.known[names]
-
-    def fresh(self, model: nn.Module) -> Verdict:
-        """Return the verdict on a model."""
-        self.evaluations += 1
-        return self._metric.judge(model)
-
-
-class _Remembering:
-    """The metric for the search, which hands over sets of layers in place of models."""
-
-    def __init__(self, metric: Metric, judge: Judge) -> None:
-        self.shortage = metric.shortage
-        self.judge = judge
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Call the model on a batch."""
-    return batch(model)
 
 
 def _is_worth(plain: float, smoothed: float) -> bool:

@@ -24,6 +24,7 @@ class Int8Weight(_Int8Layer):
     """A weight [rows, columns] in int8, and perhaps a bias [rows]."""
 
     def forward(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in this type."""
         return torch.ops.halfstep.dequantize_weight(self.packed, dtype)
 
 
@@ -51,6 +52,7 @@ class Int8Recurrent(nn.Module):
         self.train(module.training)
 
     def extra_repr(self) -> str:
+        """Describe the layer in short, as torch does."""
         parts = [f"{self.input_size}, {self.hidden_size}"]
         for name, usual in (("proj_size", 0), ("num_layers", 1), ("bias", True), ("batch_first", False)):
             if getattr(self, name) != usual:
@@ -118,6 +120,7 @@ class Int8LSTM(Int8Recurrent):
     """nn.LSTM with int8 weights."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Make the weights and run torch's kernel."""
         if not torch.jit.is_scripting() and isinstance(input, PackedSequence):
             return self._packed(input, hx)
         x = self._checked(input)

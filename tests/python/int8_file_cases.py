@@ -129,7 +129,7 @@ def carry(dtype: torch.dtype, monkeypatch: Any) -> None:
 
     def choose(run: Any) -> None:
         run.carrier = dtype
-        run.inner = half_model(run.form.model, dtype).module
+        run.inner = run.inners[run.carrier] = half_model(run.form.model, dtype).module
 
     monkeypatch.setattr(int8_optimize.Int8Run, "choose_carrier", choose)
     monkeypatch.setattr(int8_optimize, "loses", lambda _mine, _rival: False)
