@@ -85,6 +85,7 @@ bench: setup
 	@$(BIN)/python bench/monitoring.py
 	@$(BIN)/python bench/scopes.py
 	@$(BIN)/python bench/lowered.py
+	@$(BIN)/python bench/int8_models.py
 	@$(BIN)/python bench/shrink.py
 
 bench-tf: setup-tf
