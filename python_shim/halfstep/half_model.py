@@ -14,8 +14,8 @@ from halfstep.containers import map_tensors
 class CastModel(nn.Module):
     """Casts floating-point inputs to the model's dtype, and floating-point results to `out_dtype`.
 
-    `module` is the model inside. Arguments and results may be nested in tuples, lists, mappings and
-    dataclasses, which keep their classes.
+    `module` is the model inside. Arguments and results may be nested in tuples, lists, mappings and dataclasses, which
+    keep their classes.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
@@ -45,8 +45,7 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def is_uniform(model: nn.Module) -> bool:
-    """Return whether the model's floating-point parameters are of one dtype. Of others float_dtype() is only the main
-    one, and they are no candidates for another type as a whole."""
+    """Return whether the model's floating-point parameters are of one dtype; if not, float_dtype() is the main one."""
     return len(_elements(model)) <= 1
 
 
