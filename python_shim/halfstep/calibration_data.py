@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-_LABELS = ("labels", "label")
+from halfstep.containers import is_dataclass, map_tensors, tensors_of
+
+_LABELS = ("labels", "label", "target", "targets", "y")
+# A tensor of a call: the argument's place or name, how many tensors that has, and which of them it is.
+Key = tuple[int | str, int, int]
 
 
 @dataclass
 class Batch:
-    """The arguments of one call of a model, and what the answer should be."""
+    """The arguments of one call of a model, and what the answer should be.
+
+    shared: tensors that are for all samples, though their first dimension may be as long as the batch. whole: part()
+    does not cut the batch, because it cannot be told which tensors are shared.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     labels: torch.Tensor | None
-    size: int  # samples: the first dimension of the first tensor
-    device: torch.device | None = field(default=None)
-    dtype: torch.dtype | None = field(default=None)
+    size: int  # samples: the first dimension of the first tensor that has one
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    shared: frozenset[Key] = frozenset()
+    whole: bool = False
 
     def __call__(self, model: nn.Module) -> Any:
         """Call the model on this batch, moved where it was said to be."""
@@ -31,35 +41,55 @@ class Batch:
         return model(*args, **kwargs)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments, moved where the batch was said to be."""
-        if self.device is None and self.dtype is None:
-            return self.args, self.kwargs
-        return pytree.tree_map(self._moved, (self.args, self.kwargs))
+        """Return positional and keyword arguments, moved where the batch was said to be.
 
-    def _moved(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        dtype = self.dtype if value.is_floating_point() else None
-        return value.to(self.device or value.device, dtype or value.dtype)
+        They are copies each time: a model may write to them.
+        """
+        return self._mapped(lambda _, tensor: self._moved(tensor))
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self.dtype if tensor.is_floating_point() else None
+        copied = tensor.detach().to(self.device or tensor.device, dtype or tensor.dtype, copy=True)
+        return copied.requires_grad_(tensor.requires_grad)
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """Return the batch as it will be called there; nothing is moved before."""
-        return Batch(self.args, self.kwargs, self.labels, self.size, device, dtype)
+        return replace(self, device=device, dtype=dtype)
 
     def part(self, begin: int, end: int) -> Batch:
-        """Return the samples begin .. end - 1. What has another first dimension is for all of them."""
+        """Return the samples begin .. end - 1, as views; all of them if the batch is `whole`.
 
-        def cut(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == self.size:
-                return value[begin:end]
-            return value
+        What is shared, or has another first dimension, is for all samples.
+        """
+        if self.whole:
+            return self
 
-        args, kwargs, labels = pytree.tree_map(cut, (self.args, self.kwargs, self.labels))
-        return Batch(args, kwargs, labels, min(end, self.size) - begin, self.device, self.dtype)
+        def cut(key: Key, tensor: torch.Tensor) -> torch.Tensor:
+            follows = key not in self.shared and tensor.dim() > 0 and tensor.shape[0] == self.size
+            return tensor[begin:end] if follows else tensor
 
+        args, kwargs = self._mapped(cut)
+        labels = None if self.labels is None else self.labels[begin:end]
+        return replace(self, args=args, kwargs=kwargs, labels=labels, size=min(end, self.size) - begin)
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    def tensors(self) -> dict[Key, torch.Tensor]:
+        """Return the tensors of the arguments."""
+        found: dict[Key, torch.Tensor] = {}
+        self._mapped(lambda key, tensor: found.setdefault(key, tensor))
+        return found
+
+    def copied(self) -> Batch:
+        """Return the batch with tensors of its own: a loader may fill its buffers again."""
+        args, kwargs = self._mapped(lambda _, tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
+        return replace(self, args=args, kwargs=kwargs, labels=None if self.labels is None else self.labels.clone())
+
+    def _mapped(self, function: Callable[[Key, torch.Tensor], torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def argument(place: int | str, value: Any) -> Any:
+            count, number = len(tensors_of(value)), itertools.count()
+            return map_tensors(lambda tensor: function((place, count, next(number)), tensor), value)
+
+        args = tuple(argument(place, value) for place, value in enumerate(self.args))
+        return args, {name: argument(name, value) for name, value in self.kwargs.items()}
 
 
 def _is_labels(value: Any, size: int) -> bool:
@@ -72,70 +102,88 @@ def _is_labels(value: Any, size: int) -> bool:
     )
 
 
-def _positional(model: nn.Module) -> tuple[int, float, set[str], bool]:
-    """Return how many positional arguments forward needs and takes, its names, and whether it takes any name."""
-    least, most, names, any_name = 0, 0.0, set(), False
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return 0, float("inf"), set(), True
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            most = float("inf")
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            any_name = True
-        else:
-            names.add(parameter.name)
-            if parameter.kind is not parameter.KEYWORD_ONLY:
-                most += 1
-                least += parameter.default is parameter.empty
-    return least, most, names, any_name
+class _Parameters:
+    """What forward takes: names by place, names, those that it needs, and whether any place and any name are taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_place: list[str] = []
+        self.names: set[str] = set()
+        self.needed: set[str] = set()
+        self.any_place = self.any_name = False
+        try:
+            parameters = inspect.signature(model.forward).parameters.values()
+        except (TypeError, ValueError):
+            self.any_place = self.any_name = True
+            return
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                self.any_place = True
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                self.any_name = True
+            else:
+                self.names.add(parameter.name)
+                if parameter.kind is not parameter.KEYWORD_ONLY:
+                    self.by_place.append(parameter.name)
+                if parameter.default is parameter.empty:
+                    self.needed.add(parameter.name)
+
+    def is_argument(self, place: int) -> bool:
+        """Return whether an integer [batch] at this place is an argument rather than labels."""
+        if place >= len(self.by_place):
+            return False
+        name = self.by_place[place]
+        return name in self.needed or name not in _LABELS
 
 
 def batch_of(model: nn.Module, value: Any) -> Batch:
     """Return what a loader gave as a call of the model.
 
-    A tensor is the only argument. Of a tuple or list, integer labels [batch] at the end are for the judge, and so is
-    whatever forward takes no argument for; the rest are positional arguments. A mapping is keyword arguments, but for
-    integer "labels". TypeError for anything else, or without a tensor.
+    A tuple or list is positional arguments; an integer tensor [batch] at its end is for the judge if forward has no
+    parameter for it, or an optional one that is named as labels are; what forward cannot take is left out. A mapping is
+    keyword arguments, but for integer [batch] labels that forward does not need, or the only argument if forward has
+    none of its names. Anything else that has tensors is the only argument. TypeError without a tensor of samples.
     """
     if isinstance(value, Batch):
         return value
-    tensors = _tensors(value)
-    if not tensors or tensors[0].dim() == 0:
+    size = next((tensor.shape[0] for tensor in tensors_of(value) if tensor.dim() > 0), None)
+    if size is None:
         raise TypeError(
-            f"a calibration batch is {type(value).__name__} without a tensor of samples, expected a tensor, a tuple or "
-            "a dict of tensors whose first dimension is the batch"
+            f"a calibration batch is {type(value).__name__} without a tensor of samples, expected a tensor, a tuple, a "
+            "dict or a dataclass of tensors whose first dimension is the batch"
         )
-    size = tensors[0].shape[0]
-    least, most, names, any_name = _positional(model)
-    if isinstance(value, torch.Tensor):
-        return Batch((value,), {}, None, size)
+    takes = _Parameters(model)
     if isinstance(value, Mapping):
-        kwargs, labels = dict(value), None
-        for key in _LABELS:
-            if key in kwargs and _is_labels(kwargs[key], size):
-                labels = kwargs.pop(key)
-                break
-        if not any_name:
-            kwargs = {key: item for key, item in kwargs.items() if key in names}
-        return Batch((), kwargs, labels, size)
+        return _of_mapping(takes, dict(value.items()), value, size)
     if isinstance(value, (tuple, list)):
         args, labels = tuple(value), None
-        if len(args) > max(1, least) and _is_labels(args[-1], size):
+        if len(args) > 1 and _is_labels(args[-1], size) and not takes.is_argument(len(args) - 1):
             args, labels = args[:-1], args[-1]
-        if len(args) > most:
-            args = args[: int(most)]
+        if not takes.any_place:
+            args = args[: len(takes.by_place)]
         return Batch(args, {}, labels, size)
-    raise TypeError(f"a calibration batch is {type(value).__name__}, expected a tensor, a tuple, a list or a dict")
+    return Batch((value,), {}, None, size)
+
+
+def _of_mapping(takes: _Parameters, kwargs: dict[str, Any], value: Any, size: int) -> Batch:
+    if takes.by_place and not takes.any_name and takes.names.isdisjoint(kwargs):
+        return Batch((value,), {}, None, size)
+    labels = None
+    for key in _LABELS:
+        if key in kwargs and key not in takes.needed and _is_labels(kwargs[key], size):
+            labels = kwargs.pop(key)
+            break
+    if not takes.any_name:
+        kwargs = {key: item for key, item in kwargs.items() if key in takes.names}
+    return Batch((), kwargs, labels, size)
 
 
 def collect(model: nn.Module, data: Any, samples: int) -> list[Batch]:
-    """Read `data` once, up to `samples` samples, and return them in batches.
+    """Read `data` once, up to `samples` samples, and return them in batches with tensors of their own.
 
-    data: a loader or any other iterable of batches, or one batch: a tensor, or a dict of tensors.
+    data: a loader or any other iterable of batches, or one batch: a tensor, or a mapping or dataclass of tensors.
+    More samples come back where the last batch cannot be cut, see Batch.whole.
     """
-    if isinstance(data, (torch.Tensor, Mapping)):
+    if isinstance(data, (torch.Tensor, Mapping)) or (is_dataclass(data) and not isinstance(data, Iterable)):
         data = [data]
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise TypeError(f"calibration_data is {type(data).__name__}, expected an iterable of batches")
@@ -143,25 +191,57 @@ def collect(model: nn.Module, data: Any, samples: int) -> list[Batch]:
     left = samples
     for value in data:
         batch = batch_of(model, value)
-        if batch.size > left:
-            batch = batch.part(0, left)
         if batch.size > 0:
-            batches.append(batch)
+            # The last one may be much larger than what is left; it is copied when it has been cut.
+            batches.append(batch.copied() if batch.size < left else batch)
             left -= batch.size
         if left <= 0:
             break
     if not batches:
         raise ValueError("calibration_data is empty, expected at least one batch")
+    shared, whole = _shared(batches)
+    batches = [replace(batch, shared=shared, whole=whole) for batch in batches]
+    if left <= 0:
+        batches[-1] = batches[-1].part(0, batches[-1].size + left).copied()
     return batches
+
+
+def _shared(batches: list[Batch]) -> tuple[frozenset[Key], bool]:
+    """Return the tensors that are not cut with the batch, and whether that is in doubt.
+
+    A tensor of samples is as long as the batch in each one. With batches of one size that may be chance: one that holds
+    the same values in all of them, and whose length the input has as another dimension too, or that is square, may be a
+    mask [tokens, tokens] or positions [tokens]. Of one batch alone, the first tensor is taken for samples.
+    """
+    seen: dict[Key, list[tuple[torch.Tensor, int]]] = {}
+    for batch in batches:
+        for key, tensor in batch.tensors().items():
+            seen.setdefault(key, []).append((tensor, batch.size))
+    first = next((key for key, found in seen.items() if found[0][0].dim() > 0), None)
+    shared, whole = set(), False
+    for key, found in seen.items():
+        if any(tensor.dim() == 0 or tensor.shape[0] != size for tensor, size in found):
+            shared.add(key)
+        elif len({size for _, size in found}) == 1 and (key != first or len(found) > 1):
+            tensor, size = found[0]
+            could_be_shared = size in (*seen[first][0][0].shape[1:], *tensor.shape[1:2])
+            whole |= could_be_shared and all(_same(tensor, other) for other, _ in found[1:])
+    return frozenset(shared), whole
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
 def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Return (two thirds to calibrate by, one third for the guard): every third batch, or of few batches a part each.
 
-    One sample alone serves both.
+    One sample alone serves both, and so does a batch alone that is whole.
     """
     if len(batches) >= 3:
         return [b for i, b in enumerate(batches) if i % 3 != 2], batches[2::3]
+    if len(batches) == 2 and batches[0].whole:
+        return batches[:1], batches[1:]
     calibration, guard = [], []
     for batch in batches:
         cut = batch.size - max(1, batch.size // 3)

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from halfstep.containers import map_tensors
 
 
 class CastModel(nn.Module):
     """Casts floating-point inputs to the model's dtype, and floating-point results to `out_dtype`.
 
-    `module` is the model inside. Arguments and results may be nested in tuples, lists and dicts.
+    `module` is the model inside. Arguments and results may be nested in tuples, lists, mappings and dataclasses, which
+    keep their classes.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
@@ -33,18 +35,26 @@ class CastModel(nn.Module):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-
-    return pytree.tree_map(cast, value)
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the model's floating-point parameters, float32 without any; ValueError if they differ."""
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if len(kinds) > 1:
-        raise ValueError(f"the model's parameters are {sorted(map(str, kinds))}, expected one floating-point type")
-    return next(iter(kinds), torch.float32)
+    """Return the dtype of most of the model's floating-point parameters, by elements; float32 without any."""
+    elements = _elements(model)
+    return max(elements, key=elements.__getitem__) if elements else torch.float32
+
+
+def is_uniform(model: nn.Module) -> bool:
+    """Return whether the model's floating-point parameters are of one dtype; if not, float_dtype() is the main one."""
+    return len(_elements(model)) <= 1
+
+
+def _elements(model: nn.Module) -> dict[torch.dtype, int]:
+    elements: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            elements[parameter.dtype] = elements.get(parameter.dtype, 0) + parameter.numel()
+    return elements
 
 
 def half_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -5,25 +5,11 @@ A batch may also be an object that knows its `labels` (or None) and `size`, and 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """Return the tensors in `value`, in their order."""
-    found: list[torch.Tensor] = []
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):  # of a class that torch does not know, such as a ModelOutput
-            found += tensors_of(list(leaf.values()))
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_of([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
-    return found
+from halfstep.containers import map_tensors, tensors_of
 
 
 def floating_tensors_of(value: Any) -> list[torch.Tensor]:
@@ -53,14 +39,7 @@ def first_samples(batch: Any, count: int) -> Any:
     if _knows_itself(batch):
         return batch.part(0, count)
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size:
-            return value[:count]
-        if isinstance(value, Mapping):  # of a class that torch does not know, such as a BatchEncoding
-            return {key: cut(item) for key, item in value.items()}
-        return value
-
-    return pytree.tree_map(cut, batch)
+    return map_tensors(lambda value: value[:count] if value.dim() > 0 and value.shape[0] == size else value, batch)
 
 
 def without_labels(batch: Any) -> tuple[Any, torch.Tensor | None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ _SAVE_EVERY = 5.0  # seconds
 class Calibration:
     """The observers of a model's layers, and how many batches they have seen.
 
-    With a `file`, what was seen is written there every few seconds and at the end, always between two batches; after an
-    interruption a calibration of the same layers goes on from it. ValueError for a file of other layers.
+    With a `file`, what was seen is written there every few seconds, at the end, and when the calibration is
+    interrupted, always as it was between two batches; a calibration of the same model by the same batches goes on from
+    it. ValueError for a file of others, a damaged one, or one whose folder does not exist.
     """
 
     def __init__(self, candidates: Mapping[str, Candidate], batches: Sequence[Batch], file: str | os.PathLike | None):
@@ -35,24 +37,39 @@ class Calibration:
                 self.observers[name] = torch.classes.halfstep.Observer(candidate.channel_dim)
         self._batches = batches
         self._file = None if file is None else Path(file)
-        self._fingerprint = {
+        self._fingerprint: dict[str, Any] = {
             "layers": {name: list(candidates[name].module.weight.shape) for name in self.observers},
-            "batches": [batch.size for batch in batches],
         }
-        if self._file is not None and self._file.exists():
-            self._resume(self._file)
+        if self._file is not None and not self._file.parent.is_dir():
+            raise ValueError(f"calibration_file is {self._file}, but there is no folder {self._file.parent}")
 
     def run(self, model: nn.Module, progress: bool | None) -> None:
         """Call the model on the batches that are left, with a progress bar if it is wanted (None: on a terminal)."""
+        if self._file is not None:
+            self._fingerprint["weights"] = _digest((*model.parameters(), *model.buffers()))
+            self._fingerprint["batches"] = [
+                [batch.size, _digest(tensor[:1] if tensor.dim() else tensor for tensor in batch.tensors().values())]
+                for batch in self._batches
+            ]
+            if self._file.exists():
+                self._resume(self._file)
         steps = range(self.done, len(self._batches))
         saved = time.monotonic()
-        with torch.no_grad(), _observing(model, self.observers):
-            for step in _with_progress(steps, progress):
-                self._batches[step](model)
-                self.done = step + 1
-                if self._file is not None and (time.monotonic() - saved > _SAVE_EVERY or self.done == steps.stop):
-                    self._save(self._file)
-                    saved = time.monotonic()
+        state: dict[str, Any] | None = None  # of the last whole batch, where the file does not have it
+        try:
+            with torch.no_grad(), _observing(model, self.observers):
+                for step in _with_progress(steps, progress):
+                    self._batches[step](model)
+                    self.done = step + 1
+                    if self._file is None:
+                        continue
+                    state = self._state()
+                    if time.monotonic() - saved > _SAVE_EVERY:
+                        _save(state, self._file)
+                        state, saved = None, time.monotonic()
+        finally:
+            if state is not None:
+                _save(state, self._file)
 
     def seen(self, name: str) -> bool:
         """Return whether the layer was called with finite values."""
@@ -62,28 +79,53 @@ class Calibration:
         """Return scale and zero point of the layer's input."""
         return self.observers[name].parameters(method, False, bits)
 
-    def _save(self, file: Path) -> None:
-        state = {name: observer.state() for name, observer in self.observers.items()}
-        whole = {"halfstep": "calibration", "done": self.done, "observers": state, **self._fingerprint}
-        partial = file.with_name(file.name + ".partial")
-        torch.save(whole, partial)
-        partial.replace(file)  # an interruption here leaves the old file
+    def _state(self) -> dict[str, Any]:
+        """Return a copy of what has been seen: observers in use change in the middle of the next batch."""
+        observers = {name: observer.state() for name, observer in self.observers.items()}
+        return {"halfstep": "calibration", "done": self.done, "observers": observers, **self._fingerprint}
 
     def _resume(self, file: Path) -> None:
         try:
-            whole = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"calibration_file {file} cannot be read: {error}") from error
-        if not isinstance(whole, dict) or whole.get("halfstep") != "calibration":
+        if not isinstance(state, dict) or state.get("halfstep") != "calibration":
             raise ValueError(f"calibration_file {file} is no calibration of halfstep")
         for key, value in self._fingerprint.items():
-            if whole.get(key) != value:
+            if state.get(key) != value:
                 raise ValueError(
                     f"calibration_file {file} is of other {key} than this calibration; delete it, or name another file"
                 )
+        done, observers = state.get("done"), state.get("observers")
+        if not isinstance(done, int) or not 0 <= done <= len(self._batches):
+            raise ValueError(f"calibration_file {file} is damaged: done is {done!r}, of {len(self._batches)} batches")
+        if not isinstance(observers, dict) or observers.keys() != self.observers.keys():
+            raise ValueError(f"calibration_file {file} is damaged: its observers are not those of its layers")
         for name, observer in self.observers.items():
-            observer.restore(whole["observers"][name])
-        self.done = int(whole["done"])
+            try:
+                observer.restore(observers[name])
+            except Exception as error:  # of another type than state() gives, or refused
+                raise ValueError(f"calibration_file {file} is damaged: the observer of {name}: {error}") from error
+        self.done = done
+
+
+def _save(state: Mapping[str, Any], file: Path) -> None:
+    partial = file.with_name(file.name + ".partial")
+    torch.save(dict(state), partial)
+    partial.replace(file)  # an interruption here leaves the old file
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Return a digest of dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+        if tensor.layout is torch.strided and not tensor.is_nested:
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
+            digest.update(plain.view(torch.uint8).numpy())
+        else:  # an input that has no plain bytes: by what is printed of it
+            digest.update(str(tensor).encode())
+    return digest.hexdigest()
 
 
 @contextmanager
