@@ -203,7 +203,8 @@ class _Fuser:
         for layer, name in names.items():
             sites = self._sites.get(layer, [])
             if all(module_of(self._root, site) is layer for site in sites):
-                groups.update(dict.fromkeys(sites, list(sites)))
+                group = list(sites)
+                groups.update((site, group) for site in sites)
             else:
                 found.append((min(place[site] for site in sites), Region([name], [], {name: []})))
         for one, other in self._links:

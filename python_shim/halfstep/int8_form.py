@@ -66,7 +66,7 @@ class Form:
         self.model = self._with_split_attention(reference, batches[0].part(0, _PROBED), report)
         self._example = batches[0].part(0, _PROBED).arguments()
         self._shapes: dict[torch.dtype, Shapes] = {}
-        # What users know layers by, and all names of each layer with large weights: a trace drops what it does not call.
+        # What users know layers by, and all names of each layer with large weights. A trace drops what is not called.
         self._names = dict.fromkeys(
             name for each in (reference, self.model) for name, _ in each.named_modules(remove_duplicate=False)
         )

@@ -184,13 +184,18 @@ class Int8Conv1d(_Int8Product):
     A signal without a batch, [in, length], gives one too. ValueError for an input of another shape.
     """
 
+    def __init__(self, packed: torch.ScriptObject, **options: Any) -> None:
+        super().__init__(packed, **options)
+        self.in_channels: int = packed.weight().size(1) * packed.groups()
+
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
-        channels = self.packed.weight().size(1) * self.packed.groups()
-        if input.dim() not in (2, 3) or input.size(-2) != channels:
-            raise ValueError(
-                f"input has shape {list(input.shape)}, expected [batch, {channels}, length] or [{channels}, length]"
-            )
+        if not torch.jit.is_tracing():  # sizes are tensors then
+            channels = self.in_channels
+            if input.dim() not in (2, 3) or input.size(-2) != channels:
+                raise ValueError(
+                    f"input has shape {list(input.shape)}, expected [batch, {channels}, length] or [{channels}, length]"
+                )
         batched = input.dim() == 3
         x = input.unsqueeze(-2)
         added = None if residual is None else residual.unsqueeze(-2)
