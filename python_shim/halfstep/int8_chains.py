@@ -39,7 +39,8 @@ class Region:
     """Int8 layers that int8 connects, in the order of the graph; one without such neighbours is a region of its own.
 
     layers: their qualified names.
-    nodes: the names of what they do in the graph before fuse(), taken over operations included: for subgraph().
+    nodes: the names of what they do in the graph before fuse(), taken over operations included: for subgraph(). None
+        for a layer inside of a module that the graph calls whole: the graph cannot tell what it is given.
     parts: for each layer what it took over, such as ["batch norm bn1", "residual", "relu", "int8 out"].
     """
 
@@ -195,31 +196,28 @@ class _Fuser:
         return readers if static and len(scales) == 1 else []
 
     def regions(self) -> list[Region]:
+        place = {node: position for position, node in enumerate(self._graph.nodes)}
+        names = {layer: name for name, layer in self._root.named_modules() if isinstance(layer, INT8_LAYERS)}
         groups: dict[Node, list[Node]] = {}
-        layers: dict[Node, list[str]] = {}
-        for node in self._graph.nodes:
-            module = module_of(self._root, node)
-            prefix = f"{node.target}."
-            inner = [] if module is None else module.named_modules()
-            found = [(prefix + name).rstrip(".") for name, each in inner if isinstance(each, INT8_LAYERS)]
-            if found:
-                layers[node], groups[node] = found, [node]
-        links = list(self._links)
-        for layer, sites in self._sites.items():
-            if isinstance(layer, INT8_LAYERS):
-                links += [(sites[0], site) for site in sites[1:] if site in layers and sites[0] in layers]
-        for one, other in links:
+        found: list[tuple[int, Region]] = []
+        for layer, name in names.items():
+            sites = self._sites.get(layer, [])
+            if all(module_of(self._root, site) is layer for site in sites):
+                group = list(sites)
+                groups.update((site, group) for site in sites)
+            else:
+                found.append((min(place[site] for site in sites), Region([name], [], {name: []})))
+        for one, other in self._links:
             if groups[one] is not groups[other]:
                 groups[one] += groups[other]
                 for node in groups[other]:
                     groups[node] = groups[one]
-        place = {node: position for position, node in enumerate(self._graph.nodes)}
-        regions = []
         for group in {id(group): group for group in groups.values()}.values():
-            names = list(dict.fromkeys(name for node in sorted(group, key=place.__getitem__) for name in layers[node]))
-            parts = {name: self._parts.get(name, []) for name in names}
-            regions.append(Region(names, self._enclosed(group), parts))
-        return regions
+            group.sort(key=place.__getitem__)
+            layers = list(dict.fromkeys(names[module_of(self._root, node)] for node in group))
+            parts = {name: self._parts.get(name, []) for name in layers}
+            found.append((place[group[0]], Region(layers, self._enclosed(group), parts)))
+        return [region for _, region in sorted(found, key=lambda pair: pair[0])]
 
     def _enclosed(self, group: list[Node]) -> list[str]:
         """Return the names that the nodes stand for, and of all that lies on a path between two of them."""

@@ -19,10 +19,11 @@ from halfstep.int8_chains import fuse
 from halfstep.int8_folding import fold_batch_norms
 from halfstep.int8_graph import subgraph, trace
 from halfstep.int8_layers import Int8Embedding
-from halfstep.int8_model import replace_layers
+from halfstep.int8_model import Candidate, find_candidates, is_product, not_selected, replace_layers
 from halfstep.int8_report import Report
 from halfstep.int8_runs import Shapes, capture, disagreement, given_arguments, shapes_of
 from halfstep.int8_speed import Timing, time_in_turns
+from halfstep.int8_uses import NEVER_CALLED, read_elsewhere, uses_of
 
 _PROVEN_ON = 3  # batches on which the traced model must give the model's bits
 _PROBED = 32  # samples that shapes are taken from
@@ -33,7 +34,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Region:
-    """Layers between which values stay int8, in the order in which they run, and the graph's nodes that they are."""
+    """Layers between which values stay int8, in the order in which they run, and the graph's nodes that they are.
+
+    Without nodes it is one layer that is taken by itself: the model is not traced, or not where the layer is called.
+    """
 
     layers: list[str]
     fused: list[str] = field(default_factory=list)
@@ -63,6 +67,11 @@ class Form:
         self.model = self._with_split_attention(reference, batches[0].part(0, _PROBED), report)
         self._example = batches[0].part(0, _PROBED).arguments()
         self._shapes: dict[torch.dtype, Shapes] = {}
+        # What users know layers by, and all names of each layer with large weights. A trace drops what is not called.
+        self._names = dict.fromkeys(
+            name for each in (reference, self.model) for name, _ in each.named_modules(remove_duplicate=False)
+        )
+        self._products = _products_of(self.model)
         graph, why = self._traced(batches)
         if graph is None:
             report.graph = f"not traced ({why}): layers are taken one by one"
@@ -108,6 +117,29 @@ class Form:
         different = disagreement(graph, self.model, arguments, call_with)
         return (None, f"the traced model differs {different}") if different else (graph, why)
 
+    def candidates(
+        self, batches: list[Batch], include: tuple[str, ...], exclude: tuple[str, ...]
+    ) -> tuple[dict[str, Candidate], dict[str, str]]:
+        """Return the layers of `model` that can be int8, and of each other one with large weights why it stays float.
+
+        Runs the model on some of the batches: a layer whose weight other code reads stays float, and so does one that
+        is never called. include, exclude: globs of names that layers have in the reference or the model; ValueError for
+        one that names none.
+        """
+        found, left = find_candidates(self.model, include, exclude, self._names)
+        uses = uses_of(self.model, {name: candidate.module for name, candidate in found.items()}, batches)
+        for name, use in uses.items():
+            if use.obstacle:
+                left[name] = use.obstacle
+                del found[name]
+        nodes = self.model.graph.nodes if isinstance(self.model, GraphModule) else ()
+        read = dict(str(node.target).rpartition(".")[::2] for node in nodes if node.op == "get_attr")
+        for names in self._products:
+            if not any(name in found or name in left for name in names):
+                reason = next((read_elsewhere(read[name]) for name in names if name in read), NEVER_CALLED)
+                left[names[0]] = not_selected(names[0], include, exclude) or reason
+        return found, left
+
     def build(self, inner: nn.Module, layers: dict[str, nn.Module], dtype: torch.dtype) -> nn.Module:
         """Return a copy of `inner`, which is `model` in `dtype`, with these layers in place."""
         return self._build(inner, layers, dtype)[0]
@@ -146,7 +178,7 @@ class Form:
         device = torch.device("cpu")
         for dtype, inner in inners.items():
             given = _in_dtype(arguments, dtype)
-            if isinstance(inner, GraphModule) and region.nodes:
+            if region.nodes:
                 part, names = subgraph(inner, region.nodes)
                 values = capture(inner, given, call_with, names)
                 args, kwargs = [values[name] for name in names], {}
@@ -178,6 +210,15 @@ def _taken(layer: nn.Module, model: nn.Module, arguments: Arguments) -> Argument
     finally:
         handle.remove()
     return taken[0] if taken else None
+
+
+def _products_of(model: nn.Module) -> list[list[str]]:
+    """Return all names of each layer that has large weights."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_product(module):
+            names.setdefault(module, []).append(name)
+    return list(names.values())
 
 
 def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 
 from halfstep.calls import HOOKS, copy_of
+from halfstep.int8_model import is_product
 from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
 
 
@@ -25,8 +26,9 @@ def trace(
 ) -> tuple[GraphModule | None, str]:
     """Trace a copy of the model, which shares the parameters' memory, in eval mode.
 
-    leaves: classes of modules that the graph calls whole. Those of torch.nn (but Sequential), scripted ones and int8
-    layers always are, and so is every module that cannot be traced itself.
+    leaves: classes of modules that the graph calls whole. Those of torch.nn (but Sequential), scripted ones, int8
+    layers and layers that can be int8, subclasses included, always are, and so is every module that cannot be traced
+    itself.
     given: the parameters of forward that calls will pass (given_arguments() tells); the others keep their defaults, and
     the traced model does not take them. None: those without a default.
 
@@ -79,7 +81,7 @@ class _Tracer(Tracer):
         self._defaults = defaults
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, self._leaves) or is_product(m) or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)

@@ -156,39 +156,61 @@ class Int8Linear(_Int8Product):
 
 
 class Int8Conv2d(_Int8Product):
-    """nn.Conv2d in int8: [batch, in, height, width] -> [batch, out, height, width], channels last in memory."""
+    """nn.Conv2d in int8: [batch, in, height, width] -> [batch, out, height, width], channels last in memory.
+
+    An image without a batch, [in, height, width], gives one too.
+    """
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
-        return torch.ops.halfstep.int8_conv2d(
-            input,
+        batched = input.dim() != 3
+        out = torch.ops.halfstep.int8_conv2d(
+            input if batched else input.unsqueeze(0),
             self.packed,
             self.input_scale,
             self.input_zero_point,
-            residual,
+            residual if batched or residual is None else residual.unsqueeze(0),
             self.activation,
             self.out_dtype,
             self.out_scale,
             self.out_zero_point,
         )
+        return out if batched else out.squeeze(0)
 
 
 class Int8Conv1d(_Int8Product):
-    """nn.Conv1d in int8: [batch, in, length] -> [batch, out, length], a convolution of height 1."""
+    """nn.Conv1d in int8: [batch, in, length] -> [batch, out, length], a convolution of height 1.
+
+    A signal without a batch, [in, length], gives one too. ValueError for an input of another shape.
+    """
+
+    def __init__(self, packed: torch.ScriptObject, **options: Any) -> None:
+        super().__init__(packed, **options)
+        self.in_channels: int = packed.weight().size(1) * packed.groups()
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
-        return torch.ops.halfstep.int8_conv2d(
-            input.unsqueeze(2),
+        if not torch.jit.is_tracing():  # sizes are tensors then
+            channels = self.in_channels
+            if input.dim() not in (2, 3) or input.size(-2) != channels:
+                raise ValueError(
+                    f"input has shape {list(input.shape)}, expected [batch, {channels}, length] or [{channels}, length]"
+                )
+        batched = input.dim() == 3
+        x = input.unsqueeze(-2)
+        added = None if residual is None else residual.unsqueeze(-2)
+        out = torch.ops.halfstep.int8_conv2d(
+            x if batched else x.unsqueeze(0),
             self.packed,
             self.input_scale,
             self.input_zero_point,
-            None if residual is None else residual.unsqueeze(2),
+            added if batched or added is None else added.unsqueeze(0),
             self.activation,
             self.out_dtype,
             self.out_scale,
             self.out_zero_point,
         ).squeeze(2)
+        return out if batched else out.squeeze(0)
 
 
 class Int8Embedding(_Int8Layer):

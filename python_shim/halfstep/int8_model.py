@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,8 @@ class Candidate:
 
     @property
     def channel_dim(self) -> int:
-        """The dimension of the output that has the output channels."""
-        return 1 if self.kind in ("conv1d", "conv2d") else -1
+        """The dimension of input and output that has the channels, from the end: a batch may be missing."""
+        return {"conv1d": -2, "conv2d": -3}.get(self.kind, -1)
 
 
 @dataclass(frozen=True)
@@ -172,26 +172,32 @@ def not_selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) 
     return "in exclude" if matches(exclude) else ""
 
 
+def is_product(module: nn.Module) -> bool:
+    """Return whether the layer can be int8, or is worth a word when it stays float: one with large weights."""
+    return bool(_kind(module)) or isinstance(module, _PRODUCTS)
+
+
 def find_candidates(
-    model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...]
+    model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...], names: Collection[str] | None = None
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
     """Return the layers that can be int8, by name in the order of the modules, and why others with weights cannot.
 
     include, exclude: globs of qualified names; without `include` every layer is. ValueError for a glob that names no
-    layer of the model.
+    layer of the model, or none of `names`, which are those of the model before it was made over.
     """
     found: dict[str, Candidate] = {}
     left: dict[str, str] = {}
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    if names is None:
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for argument, globs in (("include", include), ("exclude", exclude)):
         for glob in globs:
             if not fnmatch.filter(names, glob):
                 raise ValueError(f"{argument} has {glob!r}, which names no layer of the model")
 
     for name, module in model.named_modules():
-        kind = _kind(module)
-        if not kind and not isinstance(module, _PRODUCTS):
+        if not is_product(module):
             continue
+        kind = _kind(module)
         if reason := _obstacle(module, kind) or not_selected(name, include, exclude):
             left[name] = reason
         else:

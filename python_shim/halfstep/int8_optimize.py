@@ -24,7 +24,7 @@ from halfstep.int8_guard import guard
 from halfstep.int8_judge import Judge, call, first_argument
 from halfstep.int8_layers import pack
 from halfstep.int8_metric import Verdict, choose_metric
-from halfstep.int8_model import Candidate, Int8Settings, find_candidates
+from halfstep.int8_model import Candidate, Int8Settings
 from halfstep.int8_ranking import Ranking, rank_layers
 from halfstep.int8_recurrent import take_recurrent
 from halfstep.int8_recurrent_weights import RecurrentWeights
@@ -95,7 +95,7 @@ class Int8Run:
         self.guard = [batch.on(device) for batch in guard]
         self.probe = self.batches[0].part(0, _PROBED)
         self.form = Form(reference, self.batches, options.fold_batch_norm, report)
-        self.candidates, left = find_candidates(self.form.model, options.include, options.exclude)
+        self.candidates, left = self.form.candidates(self.batches, options.include, options.exclude)
         self.recurrent: dict[str, nn.RNNBase] = {}
         if options.recurrent_weights:
             self.recurrent = take_recurrent(self.form.model, left, options.include, options.exclude)

@@ -215,7 +215,7 @@ def test_what_stays_float_is_named() -> None:
             self.conv = nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")
             self.hooked = nn.Linear(4, 4)
             self.hooked.register_forward_hook(lambda *_: None)
-            self.unused = nn.Linear(4, 4)
+            self.unused, self.table = nn.Linear(4, 4), nn.Embedding(4, 4)
             self.head = nn.Linear(8 * 8 + 4, 10)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -223,14 +223,64 @@ def test_what_stays_float_is_named() -> None:
             return self.head(torch.cat([rows, self.hooked(self.conv(x).mean((2, 3)))], 1))
 
     torch.manual_seed(0)
-    inference = optimizer()
-    result = inference.optimize_for_inference(Mixed().eval(), batches(labels=False), "cpu")
+    inference, model = optimizer(), Mixed().eval()
+    result = inference.optimize_for_inference(model, batches(labels=False), "cpu")
     left = inference.report()["left"]
     assert "recurrent" in left["lstm"]
     assert "padding_mode" in left["conv"]
     assert "hooks" in left["hooked"]
-    assert "unused" not in left or "calibration" in left["unused"]
+    assert left["unused"] == left["table"] == "never called during calibration"
     assert int8_layers(result) == ["head"]
+    named = {*left, *(name for region in inference.report()["regions"] for name in region["layers"])}
+    assert named == {name for name, _ in model.named_children()}
+
+
+@pytest.mark.parametrize("is_traced", [True, False], ids=["traced", "untraced"])
+def test_layers_that_are_read_or_not_called_stay_float_and_strict_sees_them(is_traced: bool) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.tied, self.unused = nn.Linear(64, 32), nn.Linear(32, 32), nn.Embedding(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x.flatten(1))
+            if not is_traced and x.sum() > 1e9:
+                x = -x
+            return torch.relu(self.tied(x)) @ self.tied.weight
+
+    torch.manual_seed(0)
+    model, data = Tied().eval(), batches(labels=False)
+    inference = optimizer()
+    result = inference.optimize_for_inference(model, data, "cpu")
+    assert int8_layers(result) == ["first"]
+    assert inference.report()["graph"].startswith("traced" if is_traced else "not traced")
+    expected = {"tied": "its weight is read by other code", "unused": "never called during calibration"}
+    assert inference.report()["left"] == expected
+    with pytest.raises(ValueError, match="tied: its weight is read by other code\n  unused: never called"):
+        optimizer(strict=True).optimize_for_inference(model, data, "cpu")
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_convolutions_without_a_batch(activations: str, smooth: bool) -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.more, self.signal = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv1d(6, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.image(x[0]))
+            return self.signal(torch.relu(self.more(y) + y).mean(2)).unsqueeze(0).expand(x.shape[0], -1, -1)
+
+    torch.manual_seed(0)
+    model, data = Single().eval(), batches(labels=False)
+    inference = optimizer(activations=activations, smooth_quant=smooth, accuracy_threshold=1.0, strict=True)
+    result = inference.optimize_for_inference(model, data, "cpu")
+    assert inference.report()["graph"] == "traced"
+    with torch.no_grad():
+        out, expected = result(data[0]), model(data[0])
+    assert out.shape == expected.shape
+    assert (out - expected).norm() < 0.05 * expected.norm()
 
 
 def test_bad_calls_are_named() -> None:

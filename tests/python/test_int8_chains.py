@@ -472,24 +472,26 @@ def test_pooling(pool: Any, passes: bool) -> None:
     assert torch.equal(run(result, x), run(unfused, x))
 
 
-def test_layers_in_modules_called_whole_are_a_region_with_it() -> None:
+def test_layers_in_modules_called_whole_are_regions_without_nodes() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = nn.Linear(8, 8)
+            self.fc, self.more = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.fc(x)
+            y = self.more(self.fc(x))
             return y if y.sum() > 0 else -y
 
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Branch(), nn.Linear(8, 8)).eval()
     x = torch.randn(5, 8)
     graph_module, unfused = prepared(model, x)
-    unfused.set_submodule("2.fc", copy.deepcopy(unfused.get_submodule("0")))
+    for name in ("2.fc", "2.more"):
+        unfused.set_submodule(name, copy.deepcopy(unfused.get_submodule("0")))
     result, regions = fused(unfused, x)
     assert [(region.layers, region.nodes) for region in regions] == [
         (["0"], ["_0", "_1"]),
-        (["2.fc"], ["_2"]),
+        (["2.fc"], []),
+        (["2.more"], []),
         (["3"], ["_3"]),
     ]
     assert torch.equal(run(result, x), run(unfused, x))

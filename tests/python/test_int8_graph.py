@@ -145,18 +145,28 @@ def test_a_model_that_cannot_be_copied_is_not_traced() -> None:
 
 
 def test_leaves_scripted_modules_and_layers_called_twice() -> None:
-    class Special(nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return super().forward(input) + 1
+    class Special(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
 
     shared = nn.Linear(8, 8)
-    model = nn.Sequential(shared, Special(8, 8), shared, torch.jit.script(Around(nn.Linear(8, 8)))).eval()
-    graph_module, reason = trace(model, [nn.Linear])
+    model = nn.Sequential(shared, Special(), shared, torch.jit.script(Around(nn.Linear(8, 8)))).eval()
+    graph_module, reason = trace(model, [Special])
     assert graph_module is not None, reason
     assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["0", "1", "0", "3"]
     assert disagreement(graph_module, model, [torch.randn(4, 8)], call) == ""
     graph_module, _ = trace(model)
     assert "1" not in [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding, nn.LSTM, nn.ConvTranspose2d, nn.MultiheadAttention])
+def test_subclasses_of_layers_with_large_weights_are_called_whole(kind: type[nn.Module]) -> None:
+    special = type("Special", (kind,), {"__module__": __name__, "forward": lambda self, x: x + self.a})
+    layer = special(*{nn.ConvTranspose2d: (3, 3, 3), nn.MultiheadAttention: (8, 2)}.get(kind, (8, 8)))
+    layer.a = nn.Parameter(torch.ones(8))
+    graph_module = traced(nn.Sequential(nn.ReLU(), layer).eval())
+    assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    assert type(graph_module.get_submodule("1")) is special
 
 
 @pytest.mark.parametrize("given", [("x",), ("x", "mask")])

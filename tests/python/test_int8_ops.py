@@ -354,26 +354,51 @@ def small_layers() -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
     linear, conv = torch.nn.Linear(20, 10), torch.nn.Conv2d(4, 6, 3, padding=1)
     conv1d = torch.nn.Conv1d(4, 6, 3, padding=1)
     table = torch.nn.Embedding(12, 7)
+    batched = {
+        "conv2d": Int8Conv2d(pack(conv.weight, conv.bias, padding=(1, 1)), input_scale=0.03, input_zero_point=4),
+        "conv1d": Int8Conv1d(pack(conv1d.weight.unsqueeze(2), conv1d.bias, padding=(0, 1)), input_scale=0.03),
+    }
     return {
         "linear": (Int8Linear(pack(linear.weight, linear.bias), input_scale=0.03), torch.randn(5, 20)),
         "rows": (Int8Linear(pack(linear.weight, None), activation="gelu"), torch.randn(2, 5, 20)),
-        "conv2d": (
-            Int8Conv2d(pack(conv.weight, conv.bias, padding=(1, 1)), input_scale=0.03, input_zero_point=4),
-            torch.randn(2, 4, 7, 7),
-        ),
-        "conv1d": (
-            Int8Conv1d(pack(conv1d.weight.unsqueeze(2), conv1d.bias, padding=(0, 1)), input_scale=0.03),
-            torch.randn(2, 4, 9),
-        ),
+        "conv2d": (batched["conv2d"], torch.randn(2, 4, 7, 7)),
+        "conv1d": (batched["conv1d"], torch.randn(2, 4, 9)),
+        "image": (batched["conv2d"], torch.randn(4, 7, 7)),
+        "signal": (batched["conv1d"], torch.randn(4, 9)),
         "embedding": (Int8Embedding(pack(table.weight, None)), torch.tensor([[1, 2], [11, 0]])),
     }
 
 
 KINDS = ["linear", "rows", "conv2d", "conv1d", "embedding"]
+SINGLE = ["image", "signal"]  # without a batch
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SINGLE)
+@pytest.mark.parametrize("scale", [0.03, None])
+def test_a_convolution_without_a_batch(kind: str, scale: float | None, device: str) -> None:
+    layer, x = small_layers()[kind]
+    layer, x = copy.deepcopy(layer).to(device), x.to(device)
+    layer.input_scale, layer.input_zero_point = scale, 0
+    residual = torch.randn_like(layer(x))
+    for added in (None, residual):
+        expected = layer(x.unsqueeze(0), None if added is None else added.unsqueeze(0)).squeeze(0)
+        for called in (layer, torch.jit.script(layer)):
+            assert torch.equal(called(x, added), expected)
+    assert residual.dim() == x.dim()
+
+
+def test_a_signal_of_another_shape_is_named_as_it_came() -> None:
+    layer, _ = small_layers()["signal"]
+    for shape in ((2, 5, 9), (5, 9), (9,), (2, 2, 4, 9)):
+        for called, error in ((layer, ValueError), (torch.jit.script(layer), torch.jit.Error)):
+            with pytest.raises(error) as raised:
+                called(torch.randn(shape))
+            assert f"input has shape {list(shape)}, expected [batch, 4, length] or [4, length]" in str(raised.value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS + SINGLE)
 def test_layers_can_be_copied_pickled_scripted_exported(kind: str, device: str) -> None:
     layer, x = small_layers()[kind]
     layer, x = layer.to(device), x.to(device)
@@ -404,7 +429,7 @@ def test_layers_can_be_copied_pickled_scripted_exported(kind: str, device: str) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + SINGLE)
 def test_layers_compile_in_one_graph(kind: str, device: str) -> None:
     layer, x = small_layers()[kind]
     layer, x = layer.to(device), x.to(device)
