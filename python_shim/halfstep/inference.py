@@ -211,13 +211,15 @@ class InferencePrecisionOptimizer:
         metric = choose_metric(self._options.eval_fn, [batch.on(device) for batch in guard], call, reference)
         verdict = metric.judge(model)
         report.metric, report.proxy, report.evaluations, report.budget = metric.kind, metric.proxy, 1, 1
-        report.drop, report.bound = verdict.drop, verdict.bound
-        report.kept = verdict.kept(self.accuracy_threshold)
+        report.everywhere = {"drop": verdict.drop, "bound": verdict.bound}
         own = name_of(float_dtype(reference))
-        if report.kept:
+        report.kept = True
+        if verdict.kept(self.accuracy_threshold):
             report.result = report.carrier = self.target_precision
+            report.drop, report.bound = verdict.drop, None if metric.kind == "score" else verdict.bound
         else:
             report.result = report.carrier = own
+            report.drop = report.bound = 0.0  # of what came back
             said = metric.shortage(self.accuracy_threshold) or f"drop {verdict.drop:.3g}, bound {verdict.bound:.3g}"
             report.notes.append(
                 f"{self.target_precision} does not keep the drop at {self.accuracy_threshold:g} or less for certain "

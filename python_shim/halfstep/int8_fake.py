@@ -52,6 +52,17 @@ class FakePackedInt8:
         """Return the groups of a convolution."""
         return self._fields["groups"]
 
+    def to(self, device: torch.device) -> FakePackedInt8:
+        """Return itself: a traced program moves nothing."""
+        return self
+
+    def prepare(self, device: torch.device) -> None:
+        """Do nothing."""
+
+    def corrected(self, shifts: list[torch.Tensor]) -> FakePackedInt8:
+        """Return itself: values are not known."""
+        return self
+
 
 def _out_dtype(input: torch.Tensor, out_dtype: torch.dtype | None, out_scale: float | None) -> torch.dtype:
     if out_scale is not None:

@@ -123,6 +123,10 @@ class Int8Run:
         report.carrier = name_of(self.carrier)
         self.metric = choose_metric(options.eval_fn, self.guard, call, self.reference)
         report.metric, report.proxy = self.metric.kind, self.metric.proxy
+        if report.proxy and any(batch.labels is not None for batch in self.guard):
+            report.notes.append(
+                "batches have labels, but not one class of the outputs for each sample: outputs are compared"
+            )
         names = frozenset(self.candidates)
         self.use(calibration, self.methods[0])
         if options.speed_guard:
@@ -147,7 +151,9 @@ class Int8Run:
                 return names
             if self.judge.shortage(threshold):
                 break
-        self.use(calibration, min(tried, key=lambda method: tried[method].bound))
+        best = min(tried, key=lambda method: tried[method].bound)
+        report.everywhere = {"drop": tried[best].drop, "bound": tried[best].bound}
+        self.use(calibration, best)
         found = guard(
             self.judge,
             [name for name in self.candidates if name in names],
@@ -161,7 +167,9 @@ class Int8Run:
             report.notes.append(found.ranking.note)
         for place, name in enumerate(search.given_back):
             report.given_back[name] = f"given back for accuracy, number {place + 1} of the most harmful"
-        self.shortage = search.note
+        if not search.quantized:
+            drop = report.everywhere["drop"]
+            self.shortage = search.note or f"with all of them it is {drop:.3g}, and no part of them keeps it"
         if not search.kept:
             report.given_back.update(dict.fromkeys(names, f"the threshold cannot be kept: {search.note}"))
         return search.quantized
@@ -179,7 +187,7 @@ class Int8Run:
                 report.given_back.update(dict.fromkeys(chosen, "the whole model is not faster with int8 layers"))
                 chosen = frozenset()
         else:
-            if self.shortage:
+            if self.shortage:  # else it was the speed guard that left nothing to judge
                 report.notes.append(
                     f"no int8 layers keep the drop at {options.threshold:g} or less for certain ({self.shortage}); the "
                     "float model came back"
@@ -356,6 +364,10 @@ class Int8Run:
             report.drop, report.bound, report.kept = verdict.drop, verdict.bound, verdict.kept(self.options.threshold)
         else:
             report.drop, report.bound, report.kept = 0.0, 0.0, True
+        if self.metric.kind == "score":
+            report.bound = None
+        if result != "int8":  # what was done to get there is not in what came back
+            report.folded, report.bias_correction = [], ""
         products = {n: [s] for n, s in self.settings.items() if n in self.candidates}
         noise = self.layer_noise(products)
         kernel = torch.ops.halfstep.int8_kernel(self.device)

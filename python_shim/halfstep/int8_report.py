@@ -33,10 +33,10 @@ class Report:
     threshold: float = 0.0
     metric: str = ""
     proxy: bool = False
-    reference: float | None = None
     drop: float | None = None
     bound: float | None = None
     kept: bool = False
+    everywhere: dict[str, float] = field(default_factory=dict)  # "drop" and "bound" with all layers changed
     samples: dict[str, int] = field(default_factory=dict)
     evaluations: int = 0
     budget: int = 0
@@ -57,12 +57,18 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.target} on {self.device}: the result is {self.result}"]
-        if self.bound is not None:
+        if self.drop is not None:
             word = "a proxy: " if self.proxy else ""
             kept = "kept" if self.kept else "NOT kept"
+            bound = "no bound (one number)" if self.bound is None else f"95 % bound {_percent(self.bound)}"
             lines.append(
-                f"accuracy ({word}{self.metric}): drop {_percent(self.drop)}, 95 % bound {_percent(self.bound)}, "
+                f"accuracy ({word}{self.metric}): drop {_percent(self.drop)}, {bound}, "
                 f"threshold {_percent(self.threshold)}: {kept}"
+            )
+        if self.everywhere and self.everywhere["bound"] > self.threshold:
+            lines.append(
+                f"{self.target} in every layer: drop {_percent(self.everywhere['drop'])}, "
+                f"bound {_percent(self.everywhere['bound'])}"
             )
         if self.milliseconds:
             lines.append("whole model: " + _times(self.milliseconds))
@@ -73,8 +79,8 @@ class Report:
                 lines.append(text)
         if self.folded:
             lines.append(f"batch norms folded: {', '.join(self.folded)}")
-        if self.evaluations:
-            lines.append(f"calibrator {self.calibrator}, {self.evaluations} evaluations of at most {self.budget}")
+        if self.calibrator:
+            lines.append(f"calibrator {self.calibrator}, evaluations: {self.evaluations} of at most {self.budget}")
         for region in self.regions:
             lines.append(_region(region))
         lines.extend(f"  {name}: float, {reason}" for name, reason in self.left.items())

@@ -228,7 +228,7 @@ def test_regions_of_an_encoder(activation: str) -> None:
     assert [bool(region.nodes) for region in regions] == 2 * [False, False, False, False, True]
     (batch,) = collect(model, [x], 100)
     for region in regions:
-        timed = form.time_region(region, form.model, layers(), batch, torch.float32)
+        timed = form.time_region(region, {torch.float32: form.model}, layers(), batch, torch.float32)
         assert timed.keys() == {"float32", "int8"}
         assert all(timing.median > 0 for timing in timed.values())
 
@@ -243,6 +243,7 @@ def test_a_layer_without_nodes_is_timed_by_what_it_is_given() -> None:
         n: Int8Settings(pack(c.weight, c.bias)).layer(c, torch.float32)
         for n, c in form.candidates(batches, (), ())[0].items()
     }
-    timed = {n: form.time_region(Region([n]), form.model, layers, batches[0], torch.float32) for n in layers}
+    inners = {torch.float32: form.model}
+    timed = {n: form.time_region(Region([n]), inners, layers, batches[0], torch.float32) for n in layers}
     assert timed["fc"].keys() == {"float32", "int8"}
     assert timed["rare"] == {}
