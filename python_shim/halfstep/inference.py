@@ -138,7 +138,6 @@ class InferencePrecisionOptimizer:
         device = checked_device(target_device, "target_device")
         model = unwrapped(model)[1]
         reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
-        float_dtype(reference)  # raises where the types differ
         batches = collect(reference, calibration_data, self.calibration_samples)
         calibration, guard = split(batches)
         report = Report(self.target_precision, str(device), threshold=self.accuracy_threshold)

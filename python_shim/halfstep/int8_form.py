@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from halfstep.calibration_data import Batch
+from halfstep.containers import map_tensors
 from halfstep.int8_attention import replace_attention
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_chains import fuse
@@ -108,8 +110,12 @@ class Form:
     def _traced(self, batches: list[Batch]) -> tuple[GraphModule | None, str]:
         try:
             given = given_arguments(self.model, self._example, call_with)
+            signature = inspect.signature(self.model.forward)
+            names = {tuple(signature.bind(*batch.args, **batch.kwargs).arguments) for batch in batches}
         except TypeError as error:
             return None, str(error)
+        if len(names) > 1:  # a traced model takes the same ones in every call
+            return None, "batches give different arguments"
         graph, why = trace(self.model, given=given)
         if graph is None:
             return None, why
@@ -221,8 +227,5 @@ def _products_of(model: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    return arguments if dtype is None else torch.utils._pytree.tree_map(cast, arguments)
+def _in_dtype(arguments: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments)

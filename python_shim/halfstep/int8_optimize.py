@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from halfstep.calibration_data import Batch
-from halfstep.half_model import CastModel, float_dtype, half_model
+from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_calibration import METHODS, Calibration
 from halfstep.int8_form import Form, Region
@@ -264,7 +264,7 @@ class Int8Run:
     def choose_carrier(self) -> None:
         """Take the fastest float type for what is not int8, and for the model that int8 has to beat."""
         models = {self.own: self.reference}
-        if self.own == torch.float32:
+        if self.own == torch.float32 and is_uniform(self.reference):
             with torch.no_grad():
                 wanted = floating_tensors_of(self.probe(self.reference))
             for dtype in _HALVES:

@@ -317,3 +317,28 @@ def test_a_training_model_is_left_in_training() -> None:
     result = optimizer(accuracy_threshold=1.0).optimize_for_inference(model, batches(), "cpu")
     assert model.training
     assert not result.training
+
+
+def test_batches_that_give_different_arguments_are_not_traced() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(trained_mlp())
+
+        def forward(self, x: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
+            return self.inner(x if extra is None else x + extra)
+
+    data = [(x, torch.zeros(1)) if i % 2 else (x,) for i, x in enumerate(batches(labels=False))]
+    inference = optimizer()
+    result = inference.optimize_for_inference(Optional(), data, "cpu")
+    assert "different arguments" in inference.report()["graph"]
+    images, _ = digits()
+    assert torch.equal(result(images), result(images, extra=torch.zeros(1)))
+
+
+def test_mixed_models_keep_their_type() -> None:
+    model = copy.deepcopy(trained_mlp())
+    model.norm = nn.LayerNorm(4).to(torch.bfloat16)
+    inference = optimizer(speed_guard=True)
+    inference.optimize_for_inference(model, batches(), "cpu")
+    assert set(inference.report()["milliseconds"]) <= {"float32", "int8"}

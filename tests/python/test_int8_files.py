@@ -73,7 +73,9 @@ def test_float_results(kind: str, target: str, device: str, tmp_path: Path) -> N
 
 
 def test_the_float_model_that_came_back(tmp_path: Path) -> None:
-    inference = InferencePrecisionOptimizer(bits=2, accuracy_threshold=0.0, calibrator="min_max", progress=False)
+    inference = InferencePrecisionOptimizer(
+        bits=2, accuracy_threshold=0.0, calibrator="min_max", speed_guard=False, progress=False
+    )
     with pytest.warns(UserWarning, match="the float model came back"):
         result = inference.optimize_for_inference(trained_cnn(), batches(), "cpu")
     inference.save(tmp_path / "m")
