@@ -26,15 +26,21 @@ class CastModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model inside."""
-        args, kwargs = _cast((args, kwargs), self.dtype)
-        return _cast(self.module(*args, **kwargs), self.out_dtype)
+        args, kwargs = cast_floats((args, kwargs), self.dtype)
+        return cast_floats(self.module(*args, **kwargs), self.out_dtype)
 
     def extra_repr(self) -> str:
         """Name both types."""
         return f"{self.dtype} inside, {self.out_dtype} outside"
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def name_of(dtype: torch.dtype) -> str:
+    """Return "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of `value`, tensors in containers, with its floating-point tensors in `dtype`."""
     return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
 
 

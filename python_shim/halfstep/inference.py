@@ -13,13 +13,13 @@ from torch import nn
 
 from halfstep.calibration_data import collect, split
 from halfstep.config import check_bool, check_choice, check_count
-from halfstep.half_model import float_dtype, half_model
+from halfstep.half_model import float_dtype, half_model, name_of
 from halfstep.int8_calibration import METHODS
 from halfstep.int8_files import SavedResult, checked_device, load_int8, save_result
 from halfstep.int8_form import example_of
 from halfstep.int8_metric import choose_metric
 from halfstep.int8_model import check_globs
-from halfstep.int8_optimize import Int8Run, Options, call, name_of, weight_bytes
+from halfstep.int8_optimize import Int8Run, Options, call, weight_bytes
 from halfstep.int8_report import Report
 from halfstep.int8_script import save_script
 from halfstep.shadow import unwrapped

@@ -128,13 +128,18 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a layer was called on, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 @contextmanager
 def _observing(model: nn.Module, observers: Mapping[str, Any]) -> Iterator[None]:
     handles = []
 
     def watch(observer: Any) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            value = first_argument(args, kwargs)
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 observer.observe(value)
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from halfstep._version import __version__
-from halfstep.half_model import CastModel, float_dtype, half_model
+from halfstep.half_model import CastModel, float_dtype, half_model, name_of
 from halfstep.int8_attention import replace_attention
 from halfstep.int8_chains import fuse
 from halfstep.int8_folding import fold_batch_norms
@@ -107,8 +107,8 @@ class SavedResult:
             halfstep=__version__,
             torch=torch.__version__,
             model=_class_of(self.inner),
-            outside=_name(self.outside),
-            carrier=_name(self.carrier),
+            outside=name_of(self.outside),
+            carrier=name_of(self.carrier),
             traced=traced,
             attention=attention,
             folded=[list(pair) for pair in folded],
@@ -275,8 +275,8 @@ def _plan_of(file: Any) -> Plan:
 def _structure(model: nn.Module, plan: Plan, device: torch.device) -> nn.Module:
     """Return a copy of the float model, made over as the plan says, in the carrier's dtype, with weights of its own."""
     own = float_dtype(model)
-    if _name(own) != plan.outside:
-        raise ValueError(f"it is of a model in {plan.outside}, but this model is {_name(own)}")
+    if name_of(own) != plan.outside:
+        raise ValueError(f"it is of a model in {plan.outside}, but this model is {name_of(own)}")
     reference = copy.deepcopy(model).eval()
     if any(tensor.is_meta for tensor in (*reference.parameters(), *reference.buffers())):
         reference = reference.to_empty(device=device)
@@ -341,7 +341,7 @@ def _check_tensors(file: Any, plan: Plan, floats: dict[str, torch.Tensor]) -> No
         view = file.get_slice(name)
         kind = view.get_dtype()
         if _DTYPES.get(kind) != dtype or list(view.get_shape()) != shape:
-            raise ValueError(f"{name} is {kind} {list(view.get_shape())}, expected {_name(dtype)} {shape}")
+            raise ValueError(f"{name} is {kind} {list(view.get_shape())}, expected {name_of(dtype)} {shape}")
     for name, order in plan.orders.items():
         if name not in floats or len(order) != floats[name].dim():
             raise ValueError(f"orders has {name!r} with {len(order)} dimensions, which is no such tensor of the model")
@@ -506,10 +506,6 @@ def _digest(text: str) -> str:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _class_of(model: nn.Module) -> str:

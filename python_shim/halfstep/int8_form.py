@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from halfstep.calibration_data import Batch
-from halfstep.containers import map_tensors
+from halfstep.half_model import cast_floats, name_of
 from halfstep.int8_attention import replace_attention
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_chains import fuse
@@ -161,7 +161,7 @@ class Form:
         if not isinstance(built, GraphModule):
             return built, [Region([name]) for name in layers]
         if dtype not in self._shapes:
-            self._shapes[dtype] = shapes_of(inner, _in_dtype(self._example, dtype), call_with)
+            self._shapes[dtype] = shapes_of(inner, cast_floats(self._example, dtype), call_with)
         found = fuse(built, self._shapes[dtype], dtype, self.norms)
         return built, [Region(region.layers, region.fused, region.nodes) for region in found]
 
@@ -183,7 +183,7 @@ class Form:
         calls: dict[str, Callable[[], Any]] = {}
         device = torch.device("cpu")
         for dtype, inner in inners.items():
-            given = _in_dtype(arguments, dtype)
+            given = cast_floats(arguments, dtype)
             if region.nodes:
                 part, names = subgraph(inner, region.nodes)
                 values = capture(inner, given, call_with, names)
@@ -201,7 +201,7 @@ class Form:
                 args, kwargs = taken
                 if dtype == carrier:
                     calls["int8"] = partial(layers[region.layers[0]], *args, **kwargs)
-            calls[str(dtype).removeprefix("torch.")] = partial(part, *args, **kwargs)
+            calls[name_of(dtype)] = partial(part, *args, **kwargs)
             device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), device)
         return dict(zip(calls, time_in_turns(list(calls.values()), device), strict=True))
 
@@ -225,7 +225,3 @@ def _products_of(model: nn.Module) -> list[list[str]]:
         if is_product(module):
             names.setdefault(module, []).append(name)
     return list(names.values())
-
-
-def _in_dtype(arguments: Any, dtype: torch.dtype) -> Any:
-    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments)

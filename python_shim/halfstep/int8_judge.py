@@ -39,8 +39,3 @@ class Judge:
 def call(model: nn.Module, batch: Batch) -> Any:
     """Call the model on a batch."""
     return batch(model)
-
-
-def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a layer was called on, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))

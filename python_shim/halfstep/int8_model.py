@@ -118,6 +118,15 @@ def _kind(module: nn.Module) -> str:
     return kinds.get(type(module), "")
 
 
+def altered(module: nn.Module) -> str:
+    """Return "" or why a call of this layer is not what its class alone would do."""
+    if parametrize.is_parametrized(module):
+        return "it is parametrized"
+    if any(getattr(module, hooks, None) for hooks in HOOKS):
+        return "it has hooks"
+    return "its forward has been replaced" if "forward" in module.__dict__ else ""
+
+
 def _obstacle(module: nn.Module, kind: str) -> str:
     """Return "" or why this layer cannot be int8."""
     if not kind:
@@ -126,12 +135,8 @@ def _obstacle(module: nn.Module, kind: str) -> str:
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)):
             return f"its class {type(module).__name__} may compute something else than its base does"
         return f"no int8 kernel for {type(module).__name__}"
-    if parametrize.is_parametrized(module):
-        return "it is parametrized"
-    if any(getattr(module, hooks, None) for hooks in HOOKS):
-        return "it has hooks"
-    if "forward" in module.__dict__:
-        return "its forward has been replaced"
+    if reason := altered(module):
+        return reason
     weight = module.weight
     if not weight.is_floating_point() or weight.dtype == torch.float64 or weight.layout != torch.strided:
         return f"its weight is {weight.dtype} and {weight.layout}"

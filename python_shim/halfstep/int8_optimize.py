@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from halfstep.calibration_data import Batch
-from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform
+from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform, name_of
 from halfstep.int8_batches import floating_tensors_of
-from halfstep.int8_calibration import METHODS, Calibration
+from halfstep.int8_calibration import METHODS, Calibration, first_argument
 from halfstep.int8_form import Form, Region
 from halfstep.int8_guard import guard
-from halfstep.int8_judge import Judge, call, first_argument
+from halfstep.int8_judge import Judge, call
 from halfstep.int8_layers import pack
 from halfstep.int8_metric import Verdict, choose_metric
 from halfstep.int8_model import Candidate, Int8Settings
@@ -56,11 +56,6 @@ class Options:
     recurrent_weights: bool
     progress: bool | None
     calibration_file: Any
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return "float32" of torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def weight_bytes(model: nn.Module) -> int:

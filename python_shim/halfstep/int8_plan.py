@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from halfstep.half_model import name_of
 from halfstep.int8_layers import ACTIVATIONS, Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
 
 FORMAT = "halfstep optimized model"
@@ -73,7 +74,7 @@ class LayerPlan:
             getattr(layer, "input_zero_point", 0),
             getattr(layer, "activation", "none"),
             residual,
-            None if dtype is None else str(dtype).removeprefix("torch."),
+            None if dtype is None else name_of(dtype),
             getattr(layer, "out_scale", None),
             getattr(layer, "out_zero_point", 0),
         )
@@ -192,7 +193,7 @@ class Plan:
 def encode(value: Any) -> Any:
     """Return arguments as plain values, of tensors their shape and dtype; ValueError for what is not plain."""
     if isinstance(value, torch.Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        return {"tensor": list(value.shape), "dtype": name_of(value.dtype)}
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:

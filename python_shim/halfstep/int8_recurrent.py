@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from halfstep.calls import HOOKS
 from halfstep.int8_layers import _Int8Layer, pack
-from halfstep.int8_model import not_selected
+from halfstep.int8_model import altered, not_selected
 
 _CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
 
@@ -228,12 +226,8 @@ def take_recurrent(
 
 
 def _obstacle(module: nn.RNNBase) -> str:
-    if parametrize.is_parametrized(module):
-        return "it is parametrized"
-    if any(getattr(module, hooks, None) for hooks in HOOKS):
-        return "it has hooks"
-    if "forward" in module.__dict__:
-        return "its forward has been replaced"
+    if reason := altered(module):
+        return reason
     dtypes = {parameter.dtype for parameter in module.parameters()}
     return "its weights are float64" if torch.float64 in dtypes else ""
 

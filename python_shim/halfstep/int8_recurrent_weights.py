@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from halfstep.half_model import CastModel
+from halfstep.half_model import CastModel, name_of
 from halfstep.int8_metric import Verdict
 from halfstep.int8_model import replace_layers
 from halfstep.int8_recurrent import int8_recurrent
@@ -88,12 +88,12 @@ class RecurrentWeights:
         """Fill the report for the model after the change, and return it."""
         run, report = self._run, self._report
         report.result = "int8"
-        report.carrier = str(self._run.own if not self._is_cast(before) else before.dtype).removeprefix("torch.")
+        report.carrier = name_of(self._run.own if not self._is_cast(before) else before.dtype)
         report.evaluations = run.judge.evaluations
         report.drop, report.bound, report.kept = verdict.drop, verdict.bound, True
         for name, layer in stored.items():
             module = self._inside(before).get_submodule(name)
-            dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+            dtype = name_of(next(module.parameters()).dtype)
             sizes = f"{bytes_of(module)} bytes in {dtype}, {bytes_of(layer)} in int8"
             times = self._times(before, module, layer, dtype)
             report.regions.append(RegionReport([name], "int8", kernel=_KERNEL, why=sizes, milliseconds=times))

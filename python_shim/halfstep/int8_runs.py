@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from halfstep.arguments import UnsupportedArgument, flatten, rebuild
+from halfstep.containers import map_tensors
 
 Call = Callable[[nn.Module, Any], Any]
 # For each node that gives a tensor: its shape and dtype on a batch, and on a smaller one.
@@ -76,12 +77,7 @@ def _difference(graph_module: GraphModule, batch: Any, expected: Any, call: Call
 
 def _copy(batch: Any) -> Any:
     """Copy the tensors, to which a model may write."""
-    tensors: list[torch.Tensor] = []
-    try:
-        flatten(batch, tensors)
-    except UnsupportedArgument:
-        return batch
-    return rebuild(batch, iter([tensor.detach().clone() for tensor in tensors]))
+    return map_tensors(lambda tensor: tensor.detach().clone(), batch)
 
 
 def _smaller(batch: Any) -> Iterator[Any]:
