@@ -416,6 +416,12 @@ void define_calibration(torch::Library& library) {
       // What it has seen, as plain tensors for a file, and the way back.
       .def("state", [](const Self& self) { return pickled(self); })
       .def("restore", [](const Self& self, const Pickled& state) { self->observer = unpickled(state)->observer; })
+      // What torch.export shows to the fake class of halfstep/int8_fake.py.
+      .def("__obj_flatten__",
+           [](const Self& self) {
+             using Named = std::tuple<std::string, std::optional<std::int64_t>>;
+             return std::make_tuple(Named("channels_dim", self->observer.channels_dim()));
+           })
       .def_pickle([](const Self& self) { return pickled(self); },
                   [](const Pickled& state) { return unpickled(state); });
 }

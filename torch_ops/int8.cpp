@@ -165,18 +165,21 @@ at::Tensor int8_embedding(const at::Tensor& indices, const c10::intrusive_ptr<Pa
   c10::SymDimVector sizes(indices.sym_sizes().begin(), indices.sym_sizes().end());
   sizes.emplace_back(width);
   at::Tensor out = at::empty_symint(sizes, indices.options().dtype(out_dtype));
-  const auto form = weight->form(indices.device());
+  if (out.numel() == 0) return out;
+  // A table is read as it is stored: a form() on its own device would only hold it once more, packed for products.
+  const bool here = weight->weight().device() == indices.device();
+  const auto form = here ? nullptr : weight->form(indices.device());
+  const at::Tensor& table = here ? weight->weight() : form->weight;
+  const at::Tensor& scales = here ? weight->scales() : form->scales;
   const at::Tensor dense_indices = indices.contiguous();
-  if (out.numel() > 0)
-    Backend::embed({form->weight.template const_data_ptr<std::int8_t>(), form->scales.template const_data_ptr<float>(),
-                    form->weight.size(0), width, dense_indices.const_data_ptr(), indices.scalar_type() == at::kLong,
-                    dense_indices.numel(), view_of(out)},
-                   indices);
+  Backend::embed(
+      {table.template const_data_ptr<std::int8_t>(), scales.template const_data_ptr<float>(), table.size(0), width,
+       dense_indices.const_data_ptr(), indices.scalar_type() == at::kLong, dense_indices.numel(), view_of(out)},
+      indices);
   return out;
 }
 
-// Where the weight is: there is no other tensor to go by. It reads the plain weight, not a form(), which would keep a
-// second copy of what is stored for its size.
+// Where the weight is: there is no other tensor to go by. It reads the plain weight, as an embedding does.
 at::Tensor dequantize_weight(const c10::intrusive_ptr<PackedInt8>& weight, at::ScalarType out_dtype) {
   constexpr std::string_view op = "dequantize_weight";
   const at::Tensor& plain = weight->weight();

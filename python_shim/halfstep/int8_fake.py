@@ -1,4 +1,4 @@
-"""What torch.export and torch.compile know of PackedInt8 and of the ops that take one: shapes and dtypes, no values."""
+"""What torch.export and torch.compile know of PackedInt8, of the ops that take one, and of Observer: no values."""
 
 from __future__ import annotations
 
@@ -64,6 +64,24 @@ class FakePackedInt8:
         return self
 
 
+class FakeObserver:
+    """Stands for an Observer while a program is traced; the program observes when it runs."""
+
+    def __init__(self, channels_dim: int | None = None) -> None:
+        self._channels_dim = channels_dim
+
+    @classmethod
+    def __obj_unflatten__(cls, flat: tuple[tuple[str, Any], ...]) -> FakeObserver:
+        return cls(**dict(flat))
+
+    def observe(self, tensor: torch.Tensor) -> None:
+        """Do nothing: there are no values yet."""
+
+    def channels_dim(self) -> int | None:
+        """Return the dimension of the channels, if they are observed."""
+        return self._channels_dim
+
+
 def _out_dtype(input: torch.Tensor, out_dtype: torch.dtype | None, out_scale: float | None) -> torch.dtype:
     if out_scale is not None:
         return torch.int8
@@ -125,6 +143,7 @@ def register_fakes() -> None:
     """Make the int8 ops known to torch.export and torch.compile. Loads the library; a second call does nothing."""
     load_library()
     torch._library.register_fake_class("halfstep::PackedInt8", FakePackedInt8)
+    torch._library.register_fake_class("halfstep::Observer", FakeObserver)
     for name, function in (
         ("int8_linear", _int8_linear),
         ("int8_conv2d", _int8_conv2d),

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from calibration_cases import CASES, METHODS, normal, observer_of
+from halfstep.int8_fake import register_fakes
 from torch import nn
 
 # --------------------------------------------------------------------------------------------------------- tensors
@@ -301,3 +302,30 @@ def test_capturing_a_graph_is_refused() -> None:
     with pytest.raises(RuntimeError, match="calibrate before the capture"), torch.cuda.graph(graph):
         observer.observe(x)
     assert observer.batches() == 1
+
+
+def test_export_keeps_the_observation(device: torch.device) -> None:
+    register_fakes()
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observer = torch.classes.halfstep.Observer(-1)
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.observer.observe(x)
+            return self.linear(x)
+
+    model = Watched().to(device).eval()
+    x = torch.randn(5, 4, device=device)
+    program = torch.export.export(model, (x,), strict=False)
+    assert model.observer.batches() == 0  # tracing observes nothing
+    exported = program.module()
+    with torch.no_grad():
+        assert torch.equal(exported(x), model(x))
+        exported(2 * x)
+    observers = {id(each): each for each in (model.observer, *exported.__dict__.values()) if hasattr(each, "observe")}
+    seen = sum(each.batches() for each in observers.values())
+    assert seen == 3
+    assert max(each.max() for each in observers.values()) == pytest.approx(2 * x.max().item())
