@@ -17,6 +17,7 @@ from halfstep.containers import map_tensors, tensors_of
 from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform
 from halfstep.int8_batches import first_samples
 from halfstep.int8_calibration import Calibration
+from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_model import find_candidates
 from inference_cases import batches, trained_mlp
 from torch import nn
@@ -372,7 +373,7 @@ def data_of(model: nn.Module, seed: int = 1) -> list[Batch]:
 
 
 def calibrate(model: nn.Module, data: list[Batch], file: Path | None) -> Calibration:
-    calibration = Calibration(find_candidates(model, (), ())[0], data, file)
+    calibration = Calibration(find_candidates(model, (), ())[0], data, file and CalibrationFile(file))
     calibration.run(model, False)
     return calibration
 
@@ -436,5 +437,5 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: Callable[[dict[str, A
 def test_a_missing_folder_is_noticed_before_the_calibration(tmp_path: Path) -> None:
     model = net()
     with pytest.raises(ValueError, match="there is no folder"):
-        Calibration(find_candidates(model, (), ())[0], data_of(model), tmp_path / "none" / "calibration.pt")
+        calibrate(model, data_of(model), tmp_path / "none" / "calibration.pt")
     assert model.calls == 0

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from halfstep import InferencePrecisionOptimizer, int8_files
+from halfstep import InferencePrecisionOptimizer, int8_device
 from halfstep.half_model import CastModel
-from halfstep.int8_files import load_int8
+from halfstep.int8_load import load_int8
 from halfstep.int8_nodes import INT8_LAYERS
 from inference_cases import Cnn, batches, digits, trained_cnn
 from int8_file_cases import KINDS, Small, call, carry, optimized, plan_in, taken_apart, with_plan
@@ -105,9 +105,9 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     inference, result, _ = optimized("resnet")
     inference.save(tmp_path / "m")
     plan = plan_in(taken_apart(tmp_path / "m")[0])
-    assert plan["version"] == 1
+    assert plan["version"] == 2
     assert plan["outside"] == plan["carrier"] == "float32"
-    assert plan["traced"]
+    assert len(plan["graph"]) == 64
     assert ["conv1", "bn1"] in plan["folded"]
     layers = {layer["name"]: layer for layer in plan["layers"]}
     assert layers["layer1.0.conv2"]["residual"]
@@ -139,7 +139,7 @@ def test_an_existing_file_is_replaced_or_stays(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [file]
     inference.save(file)
     load_int8(file, Small())
-    with pytest.raises(IsADirectoryError, match="is a directory"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         inference.save(tmp_path)
     with pytest.raises(FileNotFoundError):
         inference.save(tmp_path / "nowhere" / "m")
@@ -163,6 +163,23 @@ def replace(**changes: Any) -> nn.Module:
 class OtherActivation(Small):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(nn.functional.hardswish(self.bn(self.conv(x))).mean((2, 3))))
+
+
+class OtherFloatCode(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(nn.functional.relu(self.bn(self.conv(x))).amax((2, 3))))
+
+
+class OtherConstant(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(nn.functional.relu(self.bn(self.conv(x))).mean((3, 2))))
+
+
+class OtherArgument(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu(self.bn(self.conv(x))).mean((2, 3))
+        self.norm(x)
+        return self.head(x)
 
 
 class OtherPlace(Small):
@@ -193,6 +210,10 @@ class OtherArguments(Small):
         (replace(bn=nn.Identity()), r"batch norms that are folded: \[\('conv', 'bn'\)\] in the file, \[\] by"),
         (OtherActivation(), "layer 'conv': activation: relu in the file, hardswish by the model's code"),
         (OtherPlace(), "batch norms that are folded"),
+        (OtherFloatCode(), "it is of other code than the model's: the traced operations"),
+        (OtherConstant(), "it is of other code than the model's"),
+        (OtherArgument(), "it is of other code than the model's"),
+        (replace(norm=nn.LayerNorm(8, eps=1e-3)), "it is of other code than the model's"),
         (Untraceable(), "this model cannot be: TraceError"),
         (OtherArguments(), "does not take the arguments that it was optimized with"),
     ],
@@ -236,7 +257,7 @@ def test_times_are_taken_again_on_another_device(tmp_path: Path, monkeypatch: py
     assert torch.equal(call(loaded, batch), call(result, batch))
     with pytest.warns(UserWarning, match=r"optimized on another, this is [^;]*$"):
         load_int8(file, Small(), retime=False)
-    monkeypatch.setattr(int8_files, "loses", lambda _mine, _rival: True)
+    monkeypatch.setattr(int8_device, "loses", lambda _mine, _rival: True)
     with pytest.warns(UserWarning, match="int8 is slower, optimize the model for this device again"):
         load_int8(tmp_path / "here", Small(), retime=True)
     with pytest.warns(UserWarning, match="meta device"):
