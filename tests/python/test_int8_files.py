@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from halfstep import InferencePrecisionOptimizer, int8_device
 from halfstep.half_model import CastModel
 from halfstep.int8_load import load_int8
 from halfstep.int8_nodes import INT8_LAYERS
+from halfstep.int8_report import Report
+from halfstep.int8_save import SavedResult, save_result
 from inference_cases import Cnn, batches, digits, trained_cnn
 from int8_file_cases import KINDS, Small, call, carry, optimized, plan_in, taken_apart, with_plan
 from safetensors import safe_open
@@ -141,8 +145,67 @@ def test_an_existing_file_is_replaced_or_stays(tmp_path: Path, monkeypatch: pyte
     load_int8(file, Small())
     with pytest.raises(IsADirectoryError, match="is a folder"):
         inference.save(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="nowhere' for 'm' does not exist"):
         inference.save(tmp_path / "nowhere" / "m")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    inference, result, batch = optimized("small")
+    file = tmp_path / "m"
+    inference.save(file)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask()
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{file} cannot be written: .*too large"):
+            inference.save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+    assert torch.equal(call(load_int8(file, Small()), batch), call(result, batch))
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_odd_places_are_named(tmp_path: Path) -> None:
+    inference, _, _ = optimized("small")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull), Path("/proc/m"), tmp_path / ("m" * 300)):
+        with pytest.raises(OSError, match=path.name):
+            inference.save(path)
+    (tmp_path / "empty").touch()
+    for path, said in ((tmp_path / "pipe", "not a file"), (tmp_path / "empty", "empty"), ("/proc/cpuinfo", "empty")):
+        with pytest.raises(ValueError, match=f"{path} is {said}"):
+            load_int8(path, Small())
+    unmappable = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if unmappable.exists():
+        with pytest.raises(OSError, match=f"{unmappable} cannot be mapped to memory"):
+            load_int8(unmappable, Small())
+
+
+def test_a_model_of_mixed_types_that_stayed_float(tmp_path: Path) -> None:
+    """It keeps its types."""
+    model = Small().bfloat16().eval()
+    model.norm.float()
+    model.forward = None  # so that a call would raise: nothing is run
+    saved = SavedResult(model, torch.bfloat16, torch.device("cpu"), report_of("bfloat16"), ((), {}))
+    save_result(tmp_path / "m", saved)
+    other = Small().bfloat16()
+    other.norm.float()
+    loaded = load_int8(tmp_path / "m", other)
+    for (name, found), (_, expected) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
+        assert found.dtype == expected.dtype, name
+        assert torch.equal(found, expected)
+
+
+def report_of(result: str) -> Report:
+    return Report("int8", "cpu", result=result, carrier=result)
 
 
 def test_the_file_may_be_overwritten_while_its_model_is_used(tmp_path: Path) -> None:
