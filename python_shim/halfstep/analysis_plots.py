@@ -21,8 +21,8 @@ from halfstep.analysis_axes import (
     steps_axis,
     whole_numbers,
 )
-from halfstep.analysis_files import write_file
 from halfstep.analysis_summary import SHARES, shares, speedups, with_memory
+from halfstep.whole_files import write_file
 
 if TYPE_CHECKING:
     import os

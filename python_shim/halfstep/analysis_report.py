@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfstep._version import __version__
-from halfstep.analysis_files import write_file
 from halfstep.analysis_summary import SHARES, shares, speedups, with_memory
+from halfstep.whole_files import write_file
 
 if TYPE_CHECKING:
     from halfstep.analyzer import Analysis

@@ -15,12 +15,15 @@ from halfstep.calibration_data import collect, split
 from halfstep.config import check_bool, check_choice, check_count
 from halfstep.half_model import float_dtype, half_model, name_of
 from halfstep.int8_calibration import METHODS
-from halfstep.int8_files import SavedResult, checked_device, load_int8, save_result
+from halfstep.int8_calibration_file import CalibrationFile
+from halfstep.int8_device import checked_device
 from halfstep.int8_form import example_of
+from halfstep.int8_load import load_int8
 from halfstep.int8_metric import choose_metric
 from halfstep.int8_model import check_globs
 from halfstep.int8_optimize import Int8Run, Options, call, weight_bytes
 from halfstep.int8_report import Report
+from halfstep.int8_save import SavedResult, save_result
 from halfstep.int8_script import save_script
 from halfstep.shadow import unwrapped
 
@@ -53,7 +56,8 @@ class InferencePrecisionOptimizer:
     recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
         model smaller, not faster, so the speed guard is not asked.
     progress: a bar over the calibration: None shows it on a terminal if tqdm is installed.
-    calibration_file: where the state of a calibration is kept, so that one that was stopped goes on.
+    calibration_file: where the state of a calibration is kept, so that one that was stopped goes on. A file that is of
+        another model or damaged, and a place where none can be written, raise ValueError before anything is run.
     """
 
     def __init__(
@@ -117,8 +121,10 @@ class InferencePrecisionOptimizer:
             bits=bits,
             recurrent_weights=recurrent_weights,
             progress=progress,
-            calibration_file=calibration_file,
         )
+        if not isinstance(calibration_file, (str, os.PathLike, type(None))):
+            raise TypeError(f"calibration_file is {type(calibration_file).__name__}, expected a path")
+        self._calibration_file = calibration_file
         self._report: Report | None = None
         self._saved: SavedResult | None = None
 
@@ -137,6 +143,9 @@ class InferencePrecisionOptimizer:
             raise TypeError("model is a TorchScript module, expected the torch.nn.Module that it was made of")
         device = checked_device(target_device, "target_device")
         model = unwrapped(model)[1]
+        file = None
+        if self._calibration_file is not None and self.target_precision == "int8":
+            file = CalibrationFile(self._calibration_file, model)
         reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
         batches = collect(reference, calibration_data, self.calibration_samples)
         calibration, guard = split(batches)
@@ -147,7 +156,7 @@ class InferencePrecisionOptimizer:
         }
         form = None
         if self.target_precision == "int8":
-            run = Int8Run(reference, calibration, guard, device, self._options, report)
+            run = Int8Run(reference, calibration, guard, device, self._options, report, file)
             result, form = run.run(), run.form
         else:
             result = self._half(reference, guard, device, report)
@@ -182,7 +191,7 @@ class InferencePrecisionOptimizer:
         *,
         retime: bool | None = None,
     ) -> nn.Module:
-        """Return the model that save() wrote; the same as halfstep.load_int8(), which see."""
+        """Return the model that save() wrote; the same as halfstep.int8_load.load_int8(), which see."""
         return load_int8(path, model, device, retime=retime)
 
     def save_torchscript(self, path: str | os.PathLike[str]) -> None:

@@ -19,6 +19,7 @@ from halfstep.calibration_data import Batch
 from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform, name_of
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_calibration import METHODS, Calibration, first_argument
+from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_form import Form, Region
 from halfstep.int8_guard import guard
 from halfstep.int8_judge import Judge, call
@@ -55,7 +56,6 @@ class Options:
     bits: int
     recurrent_weights: bool
     progress: bool | None
-    calibration_file: Any
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -80,6 +80,7 @@ class Int8Run:
         device: torch.device,
         options: Options,
         report: Report,
+        file: CalibrationFile | None = None,
     ) -> None:
         self.reference = reference
         self.own = float_dtype(reference)
@@ -87,6 +88,9 @@ class Int8Run:
         self.options = options
         self.report = report
         self.batches = [batch.on(device) for batch in calibration]
+        self._file = file
+        if file is not None:  # before the model is traced and run
+            file.expect_batches(self.batches)
         self.guard = [batch.on(device) for batch in guard]
         self.probe = self.batches[0].part(0, _PROBED)
         self.form = Form(reference, self.batches, options.fold_batch_norm, report)
@@ -203,7 +207,7 @@ class Int8Run:
 
     def calibrate(self) -> Calibration:
         """Observe the inputs of all candidates; those that are never called stay float."""
-        calibration = Calibration(self.candidates, self.batches, self.options.calibration_file)
+        calibration = Calibration(self.candidates, self.batches, self._file)
         calibration.run(self.form.model, self.options.progress)
         for name in [n for n in calibration.observers if not calibration.seen(n)]:
             self.report.left[name] = "it got no finite values during calibration"

@@ -1,7 +1,7 @@
 """The plan in a file of an optimized model: what is there beside its weights, as JSON, and the checks of it.
 
 A plan is data of unknown origin: from_text() raises ValueError for whatever save() would not have written, and needs no
-more memory than the text. Whether it fits a model's code is for int8_files.
+more memory than the text. Whether it fits a model's code is for int8_load.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.fx import GraphModule
 
 from halfstep.half_model import name_of
 from halfstep.int8_layers import ACTIVATIONS, Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
+from halfstep.int8_recurrent import MODES
 
 FORMAT = "halfstep optimized model"
-VERSION = 1
+VERSION = 2  # 1 had no checksums
 KINDS = {"linear": Int8Linear, "conv1d": Int8Conv1d, "conv2d": Int8Conv2d, "embedding": Int8Embedding}
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 _SMALLEST, _LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # normal numbers of float32: what the ops take as a scale
@@ -106,6 +107,37 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class RecurrentPlan:
+    """A recurrent layer whose weights are int8, by its name in the model; the rest are torch's attributes."""
+
+    name: str
+    mode: str  # "LSTM", "GRU", "RNN_TANH" or "RNN_RELU"
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+
+    @classmethod
+    def of(cls, name: str, layer: nn.Module) -> RecurrentPlan:
+        """Describe a recurrent layer, int8 or torch's own."""
+        keys = [field.name for field in dataclasses.fields(cls)][1:]
+        return cls(name, *(getattr(layer, key) for key in keys))
+
+    def check(self) -> None:
+        """Raise ValueError for what no layer can be."""
+        where = f"layer {self.name!r}"
+        _choice(f"{where}: mode", self.mode, MODES)
+        for key in ("input_size", "hidden_size", "num_layers"):
+            _integers(f"{where}: {key}", [getattr(self, key)], 1, 1)
+        most = self.hidden_size - 1 if self.mode == "LSTM" else 0
+        if not 0 <= self.proj_size <= most:
+            raise ValueError(f"{where}: proj_size is {self.proj_size}, expected 0 to {most}")
+
+
+@dataclass(frozen=True)
 class DevicePlan:
     """What a model was tuned for. `milliseconds` are of the whole model on one batch, by type."""
 
@@ -132,13 +164,15 @@ class Plan:
     model: str  # its class
     outside: str  # the model's own dtype, in which it is called
     carrier: str  # the dtype of what is not int8
-    traced: bool
+    graph: str | None  # the digest of the trace, None if the model is not traced
     attention: list[str]  # taken apart
     folded: list[list[str]]  # batch norms, as (convolution, norm)
     layers: list[LayerPlan]
+    recurrent: list[RecurrentPlan]
     regions: list[RegionPlan]
     example: dict[str, Any] | None  # encode() of the arguments
     orders: dict[str, list[int]]  # the dimensions of tensors that are not contiguous, the outermost in memory first
+    checksums: dict[str, int]  # the CRC-32 of each tensor's bytes in the file
     device: DevicePlan
 
     def to_text(self) -> str:
@@ -157,6 +191,8 @@ class Plan:
                 raise ValueError(f"version is {version!r}, expected {VERSION}")
             if version > VERSION:
                 raise ValueError(f"version is {version}, newer than {VERSION}: halfstep is older than the file")
+            if version < VERSION:
+                raise ValueError(f"version is {version}, without checksums, expected {VERSION}: save the model again")
             plan = _made(cls, values, "the plan")
             plan._check()
         except RecursionError:
@@ -169,15 +205,17 @@ class Plan:
         for name in ("outside", "carrier"):
             _choice(name, getattr(self, name), FLOATS)
         names = [layer.name for layer in self.layers]
-        if len(set(names)) != len(names):
+        every = [layer.name for layer in (*self.layers, *self.recurrent)]
+        if len(set(every)) != len(every):
             raise ValueError("layers has a name twice")
-        for layer in self.layers:
+        for layer in (*self.layers, *self.recurrent):
             layer.check()
-        if not self.layers and (self.traced or self.attention or self.regions):
+        traced = self.graph is not None
+        if not self.layers and (traced or self.attention or self.regions):
             raise ValueError("the plan is traced, has attention or regions without int8 layers")
-        if not self.traced and self.folded:
+        if not traced and self.folded:
             raise ValueError("the plan has folded batch norms, but the model is not traced")
-        if self.traced and self.example is None:
+        if traced and self.example is None:
             raise ValueError("the plan has no example, but the model is traced")
         if any(len(pair) != 2 for pair in self.folded):
             raise ValueError("folded has an entry that is not a pair of names")

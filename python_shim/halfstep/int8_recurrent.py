@@ -6,6 +6,7 @@ than the layer that it stands for. Each row of a weight has its scale; biases st
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from halfstep.int8_layers import _Int8Layer, pack
 from halfstep.int8_model import altered, not_selected
 
-_CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
+MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}  # as cuDNN numbers them
 
 
 class Int8Weight(_Int8Layer):
@@ -29,11 +30,12 @@ class Int8Weight(_Int8Layer):
 class Int8Recurrent(nn.Module):
     """What Int8LSTM, Int8GRU and Int8RNN share. They are called as the layers that they are made of are.
 
-    `weights` are those of each layer and direction in torch's order: input, hidden, and projection where there is one.
+    `weights` are those of each layer and direction in torch's order: input, hidden, and projection where there is one;
+    `packed` has their PackedInt8 in this order. `module` gives the rest; its weights are not looked at.
     Scripted ones take tensors; sequences that are packed, in Python alone.
     """
 
-    def __init__(self, module: nn.RNNBase, bits: int = 8) -> None:
+    def __init__(self, module: nn.RNNBase, packed: Iterable[torch.ScriptObject]) -> None:
         super().__init__()
         self.mode: str = module.mode
         self.input_size: int = module.input_size
@@ -44,9 +46,7 @@ class Int8Recurrent(nn.Module):
         self.batch_first: bool = module.batch_first
         self.bidirectional: bool = module.bidirectional
         self.weights_of_cell: int = 3 if module.proj_size > 0 else 2
-        self.weights = nn.ModuleList(
-            Int8Weight(pack(getattr(module, name), bias, bits=bits)) for name, bias in _weights_of(module)
-        )
+        self.weights = nn.ModuleList(map(Int8Weight, packed))
         self.train(module.training)
 
     def extra_repr(self) -> str:
@@ -87,7 +87,7 @@ class Int8Recurrent(nn.Module):
                 flat,
                 in_cell,
                 self.input_size,
-                _CUDNN_MODES[self.mode],
+                MODES[self.mode],
                 self.hidden_size,
                 self.proj_size,
                 self.num_layers,
@@ -206,7 +206,13 @@ def int8_recurrent(module: nn.RNNBase, bits: int = 8) -> Int8Recurrent:
     """Return the layer with its weights in int8. TypeError for other layers, ValueError for weights not finite."""
     if type(module) not in _KINDS:
         raise TypeError(f"module is {type(module).__name__}, expected nn.LSTM, nn.GRU or nn.RNN")
-    return _KINDS[type(module)](module, bits)
+    packed = [pack(weight, bias, bits=bits) for weight, bias in weights_of(module)]
+    return recurrent_from(module, packed)
+
+
+def recurrent_from(module: nn.RNNBase, packed: Iterable[torch.ScriptObject]) -> Int8Recurrent:
+    """Return a layer like this nn.LSTM, nn.GRU or nn.RNN, with packed weights in the order of weights_of()."""
+    return _KINDS[type(module)](module, packed)
 
 
 def take_recurrent(
@@ -232,16 +238,16 @@ def _obstacle(module: nn.RNNBase) -> str:
     return "its weights are float64" if torch.float64 in dtypes else ""
 
 
-def _weights_of(module: nn.RNNBase) -> list[tuple[str, Tensor | None]]:
-    """Return the name of each weight and its bias, in torch's order."""
-    found: list[tuple[str, Tensor | None]] = []
+def weights_of(module: nn.RNNBase) -> list[tuple[Tensor, Tensor | None]]:
+    """Return each weight and its bias, in torch's order."""
+    found: list[tuple[Tensor, Tensor | None]] = []
     for layer in range(module.num_layers):
         for direction in ("", "_reverse") if module.bidirectional else ("",):
             for part in ("ih", "hh"):
                 bias = getattr(module, f"bias_{part}_l{layer}{direction}") if module.bias else None
-                found.append((f"weight_{part}_l{layer}{direction}", bias))
+                found.append((getattr(module, f"weight_{part}_l{layer}{direction}"), bias))
             if module.proj_size > 0:
-                found.append((f"weight_hr_l{layer}{direction}", None))
+                found.append((getattr(module, f"weight_hr_l{layer}{direction}"), None))
     return found
 
 

@@ -15,9 +15,9 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from halfstep.half_model import CastModel
-from halfstep.int8_files import replacing
 from halfstep.int8_form import Arguments, call_with
 from halfstep.int8_runs import disagreement
+from halfstep.whole_files import replacing
 
 
 def save_script(path: str | os.PathLike[str], model: nn.Module, example: Arguments) -> None:

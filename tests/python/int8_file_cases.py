@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,16 @@ def plan_in(header: dict[str, Any]) -> dict[str, Any]:
     return json.loads(header["__metadata__"]["halfstep_plan"])
 
 
-def with_plan(file: Path, source: Path, plan: Any) -> Path:
-    """Write `source` with another plan, a value or a text, and the digest that belongs to it."""
-    header, data = taken_apart(source)
+def checksums_of(header: dict[str, Any], data: bytes) -> dict[str, int]:
+    """Return the checksums of the plan of such a file."""
+    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: zlib.crc32(data[begin:end]) for name, (begin, end) in places.items()}
+
+
+def with_plan(file: Path, source: Path, plan: Any, data: bytes | None = None) -> Path:
+    """Write `source` with another plan, a value or a text, and the digest that belongs to it; perhaps other data."""
+    header, own = taken_apart(source)
+    data = own if data is None else data
     text = plan if isinstance(plan, str) else json.dumps(plan)
     digest = hashlib.sha256(text.encode()).hexdigest()
     header["__metadata__"].update(halfstep_plan=text, halfstep_plan_sha256=digest)

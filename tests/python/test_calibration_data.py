@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import types
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from halfstep.containers import map_tensors, tensors_of
 from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform
 from halfstep.int8_batches import first_samples
 from halfstep.int8_calibration import Calibration
+from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_model import find_candidates
 from inference_cases import batches, trained_mlp
 from torch import nn
@@ -372,7 +375,7 @@ def data_of(model: nn.Module, seed: int = 1) -> list[Batch]:
 
 
 def calibrate(model: nn.Module, data: list[Batch], file: Path | None) -> Calibration:
-    calibration = Calibration(find_candidates(model, (), ())[0], data, file)
+    calibration = Calibration(find_candidates(model, (), ())[0], data, file and CalibrationFile(file))
     calibration.run(model, False)
     return calibration
 
@@ -433,8 +436,89 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: Callable[[dict[str, A
         calibrate(model, data_of(model), file)
 
 
+class Counted(nn.Module):
+    """Counts the copies that are made of it, and its calls."""
+
+    copies = calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def __deepcopy__(self, memo: dict) -> Counted:
+        Counted.copies += 1
+        made = Counted()
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counted.calls += 1
+        return self.layer(x)
+
+
+def optimize(model: nn.Module, file: Any, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = InferencePrecisionOptimizer(
+        calibration_file=file, eval_fn=lambda _model: 1.0, progress=False, speed_guard=False
+    )
+    optimizer.optimize_for_inference(model, [torch.randn(4, 8, generator=generator) for _ in range(3)], "cpu")
+
+
+def test_what_is_wrong_with_a_file_is_known_before_the_model_is_copied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Counted().eval()
+    good = tmp_path / "good"
+    optimize(model, good)
+    content = good.read_bytes()
+    for name, written in (("cut", content[:-9]), ("text", b"calibration"), ("empty", b"")):
+        (tmp_path / name).write_bytes(written)
+    torch.save({"weights": 1}, tmp_path / "foreign")
+    torch.save({**torch.load(good, weights_only=True), "done": "all"}, tmp_path / "done")
+    changed = torch.load(good, weights_only=True)
+    changed["observers"]["layer"] = 1
+    torch.save(changed, tmp_path / "observer")
+    os.mkfifo(tmp_path / "pipe")
+    Counted.copies = Counted.calls = 0
+    for name, said in (
+        ("cut", "cannot be read"),
+        ("text", "cannot be read"),
+        ("empty", "empty is empty"),
+        ("foreign", "is no calibration of halfstep"),
+        ("done", "is damaged: done is 'all'"),
+        ("observer", "is damaged: the observer of layer"),
+        ("pipe", "pipe is not a file"),
+        (".", "is not a file"),
+        ("none/file", "there is no folder"),
+        ("/proc/file", "/proc/file, which cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=f"calibration_file.*{said}"):
+            optimize(model, tmp_path / name)
+    with pytest.raises(ValueError, match="of other parameters than this calibration"):
+        optimize(Counted().eval(), good)
+    assert Counted.copies == Counted.calls == 0
+    with pytest.raises(ValueError, match="of other batches than this calibration"):
+        optimize(model, good, seed=2)
+    assert Counted.calls == 0
+    assert sorted(os.listdir(tmp_path)) == ["cut", "done", "empty", "foreign", "good", "observer", "pipe", "text"]
+    assert good.read_bytes() == content
+    with pytest.raises(TypeError, match="calibration_file is int, expected a path"):
+        InferencePrecisionOptimizer(calibration_file=3)
+
+
+def test_a_disk_that_is_full_is_an_error_with_the_path(tmp_path: Path) -> None:
+    model, file = net(), tmp_path / "calibration.pt"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"calibration_file {file} cannot be written"):
+            calibrate(model, data_of(model), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_missing_folder_is_noticed_before_the_calibration(tmp_path: Path) -> None:
     model = net()
     with pytest.raises(ValueError, match="there is no folder"):
-        Calibration(find_candidates(model, (), ())[0], data_of(model), tmp_path / "none" / "calibration.pt")
+        calibrate(model, data_of(model), tmp_path / "none" / "calibration.pt")
     assert model.calls == 0

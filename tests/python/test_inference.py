@@ -200,7 +200,7 @@ def test_a_stopped_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     a = resumed.optimize_for_inference(model, batches(), "cpu")(images)
     b = whole.optimize_for_inference(model, batches(), "cpu")(images)
     assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="of other layers"):
+    with pytest.raises(ValueError, match="of other parameters"):
         optimizer(calibration_file=file).optimize_for_inference(trained_cnn(), batches(), "cpu")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):

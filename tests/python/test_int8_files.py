@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from halfstep import InferencePrecisionOptimizer, int8_files
+from halfstep import InferencePrecisionOptimizer, int8_device
 from halfstep.half_model import CastModel
-from halfstep.int8_files import load_int8
+from halfstep.int8_load import load_int8
 from halfstep.int8_nodes import INT8_LAYERS
+from halfstep.int8_report import Report
+from halfstep.int8_save import SavedResult, save_result
 from inference_cases import Cnn, batches, digits, trained_cnn
 from int8_file_cases import KINDS, Small, call, carry, optimized, plan_in, taken_apart, with_plan
 from safetensors import safe_open
@@ -105,9 +109,9 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     inference, result, _ = optimized("resnet")
     inference.save(tmp_path / "m")
     plan = plan_in(taken_apart(tmp_path / "m")[0])
-    assert plan["version"] == 1
+    assert plan["version"] == 2
     assert plan["outside"] == plan["carrier"] == "float32"
-    assert plan["traced"]
+    assert len(plan["graph"]) == 64
     assert ["conv1", "bn1"] in plan["folded"]
     layers = {layer["name"]: layer for layer in plan["layers"]}
     assert layers["layer1.0.conv2"]["residual"]
@@ -139,10 +143,69 @@ def test_an_existing_file_is_replaced_or_stays(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [file]
     inference.save(file)
     load_int8(file, Small())
-    with pytest.raises(IsADirectoryError, match="is a directory"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         inference.save(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="nowhere' for 'm' does not exist"):
         inference.save(tmp_path / "nowhere" / "m")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    inference, result, batch = optimized("small")
+    file = tmp_path / "m"
+    inference.save(file)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask()
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{file} cannot be written: .*too large"):
+            inference.save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+    assert torch.equal(call(load_int8(file, Small()), batch), call(result, batch))
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_odd_places_are_named(tmp_path: Path) -> None:
+    inference, _, _ = optimized("small")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull), Path("/proc/m"), tmp_path / ("m" * 300)):
+        with pytest.raises(OSError, match=path.name):
+            inference.save(path)
+    (tmp_path / "empty").touch()
+    for path, said in ((tmp_path / "pipe", "not a file"), (tmp_path / "empty", "empty"), ("/proc/cpuinfo", "empty")):
+        with pytest.raises(ValueError, match=f"{path} is {said}"):
+            load_int8(path, Small())
+    unmappable = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if unmappable.exists():
+        with pytest.raises(OSError, match=f"{unmappable} cannot be mapped to memory"):
+            load_int8(unmappable, Small())
+
+
+def test_a_model_of_mixed_types_that_stayed_float(tmp_path: Path) -> None:
+    """It keeps its types."""
+    model = Small().bfloat16().eval()
+    model.norm.float()
+    model.forward = None  # so that a call would raise: nothing is run
+    saved = SavedResult(model, torch.bfloat16, torch.device("cpu"), report_of("bfloat16"), ((), {}))
+    save_result(tmp_path / "m", saved)
+    other = Small().bfloat16()
+    other.norm.float()
+    loaded = load_int8(tmp_path / "m", other)
+    for (name, found), (_, expected) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
+        assert found.dtype == expected.dtype, name
+        assert torch.equal(found, expected)
+
+
+def report_of(result: str) -> Report:
+    return Report("int8", "cpu", result=result, carrier=result)
 
 
 def test_the_file_may_be_overwritten_while_its_model_is_used(tmp_path: Path) -> None:
@@ -163,6 +226,23 @@ def replace(**changes: Any) -> nn.Module:
 class OtherActivation(Small):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(nn.functional.hardswish(self.bn(self.conv(x))).mean((2, 3))))
+
+
+class OtherFloatCode(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(nn.functional.relu(self.bn(self.conv(x))).amax((2, 3))))
+
+
+class OtherConstant(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(nn.functional.relu(self.bn(self.conv(x))).mean((3, 2))))
+
+
+class OtherArgument(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu(self.bn(self.conv(x))).mean((2, 3))
+        self.norm(x)
+        return self.head(x)
 
 
 class OtherPlace(Small):
@@ -193,6 +273,10 @@ class OtherArguments(Small):
         (replace(bn=nn.Identity()), r"batch norms that are folded: \[\('conv', 'bn'\)\] in the file, \[\] by"),
         (OtherActivation(), "layer 'conv': activation: relu in the file, hardswish by the model's code"),
         (OtherPlace(), "batch norms that are folded"),
+        (OtherFloatCode(), "it is of other code than the model's: the traced operations"),
+        (OtherConstant(), "it is of other code than the model's"),
+        (OtherArgument(), "it is of other code than the model's"),
+        (replace(norm=nn.LayerNorm(8, eps=1e-3)), "it is of other code than the model's"),
         (Untraceable(), "this model cannot be: TraceError"),
         (OtherArguments(), "does not take the arguments that it was optimized with"),
     ],
@@ -236,7 +320,7 @@ def test_times_are_taken_again_on_another_device(tmp_path: Path, monkeypatch: py
     assert torch.equal(call(loaded, batch), call(result, batch))
     with pytest.warns(UserWarning, match=r"optimized on another, this is [^;]*$"):
         load_int8(file, Small(), retime=False)
-    monkeypatch.setattr(int8_files, "loses", lambda _mine, _rival: True)
+    monkeypatch.setattr(int8_device, "loses", lambda _mine, _rival: True)
     with pytest.warns(UserWarning, match="int8 is slower, optimize the model for this device again"):
         load_int8(tmp_path / "here", Small(), retime=True)
     with pytest.warns(UserWarning, match="meta device"):
