@@ -144,7 +144,8 @@ class InferencePrecisionOptimizer:
             raise TypeError("model is a TorchScript module, expected the torch.nn.Module that it was made of")
         device = checked_device(target_device, "target_device")
         model = unwrapped(model)[1]
-        reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+        with torch.no_grad():  # scripted modules inside copy their parameters by an operation
+            reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
         batches = collect(reference, calibration_data, self.calibration_samples)
         calibration, guard = split(batches)
         report = Report(self.target_precision, str(device), threshold=self.accuracy_threshold)

@@ -138,8 +138,7 @@ class Form:
         one that names none.
         """
         found, left = find_candidates(self.model, include, exclude, self._names)
-        constants = (*self.model.parameters(), *self.model.buffers())
-        products = WeightProducts(self._bare, constants) if self._bare else None
+        products = WeightProducts(self._bare, self.model) if self._bare else None
         uses = uses_of(self.model, {name: candidate.module for name, candidate in found.items()}, batches, products)
         for name, use in uses.items():
             if use.obstacle:

@@ -83,7 +83,7 @@ class Int8Run:
         self.recurrent: dict[str, nn.RNNBase] = {}
         if options.recurrent_weights:
             self.recurrent = take_recurrent(self.form.model, left, options.include, options.exclude)
-        report.left.update(left)
+        report.left = {**left, **report.left}  # what is known of attention says more than its class does
         self.carriers = Carriers(reference, self.form.model)
         self.own = self.carriers.own
         scheme = Scheme(options.activations, options.smooth_quant, options.bits)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
 
 from halfstep.calibration_data import Batch
 from halfstep.containers import tensors_of
@@ -91,8 +92,13 @@ def _by_name(model: nn.Module, original: nn.Module, example: Batch) -> tuple[Gra
     tensors: list[Any] = []
 
     def taken(name: str, value: Any) -> Any:
-        if not tensors_of(value):
+        found = tensors_of(value)
+        if not found:
             return value
+        if len(found) > sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            raise TypeError(
+                f"argument {name} is a {type(value).__name__}, expected tensors, or tuples, lists and dicts of them"
+            )
         tensors.append(value)
         return graph.placeholder(name)
 

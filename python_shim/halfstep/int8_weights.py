@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,17 +59,20 @@ def bare_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 class WeightProducts(TorchDispatchMode):
     """While it is entered: which of these weights enter a product with, or are looked up by, something that varies.
 
-    constants: all parameters and buffers of the model, in the memory that it computes with. What is made of constants
-    alone is one too, such as a weight that is scaled, or rows of a table by positions that are always the same; adding
-    or concatenating to what varies is no product. `found` has the names and what was seen.
+    weights: by the names that they have in `model`, the one that is run, or had in the one that it was traced from; its
+    parameters share their memory. All tensors of the model are constants. What is made of constants alone is one too,
+    such as a weight that is scaled, or rows of a table by positions that are always the same; adding or concatenating
+    to what varies is no product. `found` has the names and what was seen.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], constants: Iterable[torch.Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], model: nn.Module) -> None:
         super().__init__()
         self.found: dict[str, str] = {}
         self.paused = 0  # > 0 in layers that can be int8: what they multiply by is theirs, though it may be shared
-        spans = {_span(tensor): frozenset[str]() for tensor in constants if _has_memory(tensor)}
-        for name, tensor in weights.items():
+        spans = {_span(tensor): frozenset[str]() for tensor in _tensors_of(model) if _has_memory(tensor)}
+        own = dict(model.named_parameters(remove_duplicate=False))  # copies, of scripted modules
+        for name, weight in weights.items():
+            tensor = own.get(name, weight)
             if _has_memory(tensor):
                 spans[_span(tensor)] = spans.get(_span(tensor), frozenset()) | {name}
         self._spans = sorted(spans.items(), key=lambda item: item[0])
@@ -98,13 +101,13 @@ class WeightProducts(TorchDispatchMode):
         if space not in _KNOWN:
             used, said = made_of, f"a parameter that {space}::{name} takes, which may compute anything"
         elif name in _LOOKUPS:
-            used, said = made_of[:1], f"a parameter in which code looks up rows ({name})"
+            used, said = made_of[:1], f"a parameter in which the model looks up rows ({name})"
         elif name in _PRODUCTS or name in _SUMS:
-            used, said = made_of[name in _SUMS :], f"a parameter that code multiplies by ({name})"
+            used, said = made_of[name in _SUMS :], f"a parameter by which the model multiplies ({name})"
         else:
             return
         for weight in sorted(frozenset().union(*(each for each in used if each))):
-            self.found.setdefault(weight, f"{said}: layers alone become int8")
+            self.found.setdefault(weight, f"{said}: only layers become int8")
 
     def _made_of(self, tensor: torch.Tensor) -> frozenset[str] | None:
         """Return the weights that a constant is made of, None for what varies."""
@@ -115,6 +118,14 @@ class WeightProducts(TorchDispatchMode):
         place = tensor.data_ptr()
         at = bisect.bisect_right(self._spans, place, key=lambda item: item[0][0]) - 1
         return self._spans[at][1] if at >= 0 and place < self._spans[at][0][1] else None
+
+
+def _tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield parameters, buffers, and tensors that are plain attributes."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
 
 
 def _is_array(value: Any) -> bool:
