@@ -115,16 +115,16 @@ class Report:
         return "\n".join(lines)
 
 
-def grouped(reasons: Mapping[str, str], what: str = "layers") -> list[str]:
+def grouped(reasons: Mapping[str, str], what: str = "layers", most: int = _NAMED) -> list[str]:
     """Return a line for each reason: "name: reason", or "12 layers: reason (names)", in the order of the first names.
 
-    what: the names' plural.
+    what: the names' plural. most: how many names stand there; the others are counted.
     """
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(_shown(name))
     return [
-        f"{found[0]}: {reason}" if len(found) == 1 else f"{len(found)} {what}: {reason} ({_first(found)})"
+        f"{found[0]}: {reason}" if len(found) == 1 else f"{len(found)} {what}: {reason} ({_first(found, most)})"
         for reason, found in names.items()
     ]
 
@@ -134,9 +134,9 @@ def _shown(name: str) -> str:
     return name or "the model itself"
 
 
-def _first(texts: Sequence[str]) -> str:
-    shown = ", ".join(texts[:_NAMED])
-    return shown if len(texts) <= _NAMED else f"{shown} and {len(texts) - _NAMED} more"
+def _first(texts: Sequence[str], most: int = _NAMED) -> str:
+    shown = ", ".join(texts[:most])
+    return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
 
 
 def _percent(value: float | None) -> str:

@@ -261,6 +261,9 @@ def test_equal_reasons_stand_once() -> None:
     text = inference.explain()
     assert "\n  12 layers: float, not in include (0, 1, 2, 3, 4, 5, 6, 7 and 4 more)" in text
     assert text.count("not in include") == 1
+    names = ", ".join(map(str, range(12)))
+    with pytest.raises(ValueError, match=rf"float:\n  12 layers: not in include \({names}\)"):
+        optimized(model, [torch.randn(8, 8) for _ in range(4)], include="12", strict=True)
     assert grouped({"a": "x", "b": "y", "c": "x"}) == ["2 layers: x (a, c)", "b: y"]
 
 
