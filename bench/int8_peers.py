@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from halfstep.int8_optimize import weight_bytes
+from halfstep.int8_model import weight_bytes
 from torch import nn
 
 Inputs = tuple[torch.Tensor, ...]

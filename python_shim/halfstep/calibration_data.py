@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,19 +65,49 @@ class Batch:
         if self.whole:
             return self
 
-        def cut(key: Key, tensor: torch.Tensor) -> torch.Tensor:
-            follows = key not in self.shared and tensor.dim() > 0 and tensor.shape[0] == self.size
-            return tensor[begin:end] if follows else tensor
-
-        args, kwargs = self._mapped(cut)
+        args, kwargs = self._mapped(lambda key, tensor: tensor[begin:end] if self._follows(key, tensor) else tensor)
         labels = None if self.labels is None else self.labels[begin:end]
         return replace(self, args=args, kwargs=kwargs, labels=labels, size=min(end, self.size) - begin)
+
+    def ways_to_cut(self, count: int) -> Iterator[Batch]:
+        """Yield the first `count` samples, as views; if the batch is `whole`, in both ways that may be right.
+
+        Nothing is shared, or all is but the tensor by which the size goes. A model may refuse one of the two.
+        """
+        yield replace(self, whole=False).part(0, count)
+        if self.whole:
+            keys = [key for key, tensor in self.tensors().items() if tensor.dim() > 0]
+            yield replace(self, whole=False, shared=frozenset(keys[1:])).part(0, count)
+
+    def twice(self) -> Batch:
+        """Return a batch with each of its samples twice."""
+        args, kwargs = self._mapped(
+            lambda key, tensor: torch.cat([tensor, tensor]) if self._follows(key, tensor) else tensor
+        )
+        labels = None if self.labels is None else torch.cat([self.labels] * 2)
+        return replace(self, args=args, kwargs=kwargs, labels=labels, size=2 * self.size)
+
+    def _follows(self, key: Key, tensor: torch.Tensor) -> bool:
+        """Return whether the tensor has samples."""
+        return key not in self.shared and tensor.dim() > 0 and tensor.shape[0] == self.size
 
     def tensors(self) -> dict[Key, torch.Tensor]:
         """Return the tensors of the arguments."""
         found: dict[Key, torch.Tensor] = {}
         self._mapped(lambda key, tensor: found.setdefault(key, tensor))
         return found
+
+    def without_finite_values(self) -> list[str]:
+        """Return the arguments, as "argument 0" or by name, with a floating-point tensor that has no finite value."""
+        found: dict[str, None] = {}
+        for (place, _, _), tensor in self.tensors().items():
+            if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.layout is not torch.strided:
+                continue
+            flat = tensor.detach().flatten()
+            # The first values say it of all batches but broken ones; those alone are gone through as a whole.
+            if not any(math.isfinite(value) for part in (flat[:64], flat) for value in part.tolist()):
+                found[f"argument {place}" if isinstance(place, int) else place] = None
+        return list(found)
 
     def copied(self) -> Batch:
         """Return the batch with tensors of its own: a loader may fill its buffers again."""

@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 from halfstep.calibration_data import collect, split
-from halfstep.config import check_bool, check_choice, check_count
+from halfstep.config import check_bool, check_choice, check_count, check_number
 from halfstep.half_model import float_dtype, half_model, name_of
 from halfstep.int8_calibration import METHODS
 from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_device import checked_device
 from halfstep.int8_form import example_of
+from halfstep.int8_judge import call
 from halfstep.int8_load import load_int8
 from halfstep.int8_metric import choose_metric
-from halfstep.int8_model import check_globs
-from halfstep.int8_optimize import Int8Run, Options, call, weight_bytes
+from halfstep.int8_model import check_globs, weight_bytes
+from halfstep.int8_optimize import Int8Run, Options
 from halfstep.int8_report import Report
 from halfstep.int8_save import SavedResult, save_result
 from halfstep.int8_script import save_script
@@ -40,7 +41,8 @@ class InferencePrecisionOptimizer:
     eval_fn: eval_fn(model) -> a number, the larger the better, or one number for each sample. Without it: top-1
         accuracy where batches end in integer labels [batch] and outputs are [batch, classes]; else, as a proxy, the
         share of noise in the power of the outputs.
-    include, exclude: names or globs of layers, such as "encoder.*"; what they name includes everything inside.
+    include, exclude: a name or glob of layers, such as "encoder.*", or several; what they name includes everything
+        inside. Without include every layer is; an empty one is an error.
     calibrator: how the range of a layer's input is estimated: "min_max", "moving_average", "percentile", "entropy",
         "mse", or "auto", which takes the first, in the order of cost, with which the guard is content.
     activations: "static" (one scale for a layer's input, from calibration) or "dynamic" (one for each row of a linear
@@ -51,7 +53,7 @@ class InferencePrecisionOptimizer:
     fold_batch_norm: fold batch norms into the convolutions before them, where the traced graph proves that it may.
     speed_guard: give back what is slower in int8 than in the fastest float type, at last the whole model. False keeps
         every layer that is accurate enough, for its size.
-    strict: raise ValueError if a layer that has weights stays float.
+    strict: raise ValueError if a layer that has weights stays float, or a parameter by which a forward multiplies.
     bits: levels of weights and inputs, 8 or fewer; they are stored as int8 all the same.
     recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
         model smaller, not faster, so the speed guard is not asked.
@@ -83,13 +85,14 @@ class InferencePrecisionOptimizer:
     ) -> None:
         check_choice("int8", *_HALVES)("target_precision", target_precision)
         check_count("calibration_samples", calibration_samples)
-        if not isinstance(accuracy_threshold, (int, float)) or not 0.0 <= accuracy_threshold <= 1.0:
-            raise ValueError(f"accuracy_threshold is {accuracy_threshold!r}, expected 0 to 1, such as 0.02 for 2 %")
+        check_number("a number from 0 to 1, such as 0.02 for 2 %", lambda value: 0.0 <= value <= 1.0)(
+            "accuracy_threshold", accuracy_threshold
+        )
         if eval_fn is not None and not callable(eval_fn):
             raise TypeError(f"eval_fn is {type(eval_fn).__name__}, expected a function of the model")
         check_choice("auto", *METHODS)("calibrator", calibrator)
         check_choice("static", "dynamic")("activations", activations)
-        if smooth_quant not in (True, False, "auto"):
+        if not isinstance(smooth_quant, bool) and smooth_quant != "auto":
             raise ValueError(f"smooth_quant is {smooth_quant!r}, expected True, False or 'auto'")
         for name, value in (
             ("bias_correction", bias_correction),
@@ -99,17 +102,21 @@ class InferencePrecisionOptimizer:
             ("recurrent_weights", recurrent_weights),
         ):
             check_bool(name, value)
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise ValueError(f"bits is {bits!r}, expected 2 to 8")
-        if progress is not None:
-            check_bool("progress", progress)
+        if isinstance(bits, bool) or not isinstance(bits, int):
+            raise TypeError(f"bits is {bits!r}, expected an integer from 2 to 8")
+        if not 2 <= bits <= 8:
+            raise ValueError(f"bits is {bits!r}, expected an integer from 2 to 8")
+        if progress is not None and not isinstance(progress, bool):
+            raise TypeError(f"progress is {progress!r}, expected True, False or None")
+        if calibration_file is not None and not isinstance(calibration_file, (str, os.PathLike)):
+            raise TypeError(f"calibration_file is {type(calibration_file).__name__}, expected a path")
         self.target_precision = target_precision
         self.calibration_samples = calibration_samples
         self.accuracy_threshold = float(accuracy_threshold)
         self._options = Options(
             threshold=self.accuracy_threshold,
             eval_fn=eval_fn,
-            include=check_globs(include, "include"),
+            include=check_globs(include, "include"),  # none: all layers
             exclude=check_globs(exclude, "exclude"),
             calibrator=calibrator,
             activations=activations,
@@ -146,7 +153,8 @@ class InferencePrecisionOptimizer:
         file = None
         if self._calibration_file is not None and self.target_precision == "int8":
             file = CalibrationFile(self._calibration_file, model)
-        reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+        with torch.no_grad():  # scripted modules inside copy their parameters by an operation
+            reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
         batches = collect(reference, calibration_data, self.calibration_samples)
         calibration, guard = split(batches)
         report = Report(self.target_precision, str(device), threshold=self.accuracy_threshold)
@@ -154,6 +162,12 @@ class InferencePrecisionOptimizer:
             "calibration": sum(batch.size for batch in calibration),
             "guard": sum(batch.size for batch in guard),
         }
+        for number, batch in enumerate(batches):
+            if names := batch.without_finite_values():
+                report.warn(
+                    f"batch {number} of calibration_data has no finite value in {', '.join(names)}: all are NaN or "
+                    "infinite"
+                )
         form = None
         if self.target_precision == "int8":
             run = Int8Run(reference, calibration, guard, device, self._options, report, file)
@@ -161,10 +175,10 @@ class InferencePrecisionOptimizer:
         else:
             result = self._half(reference, guard, device, report)
         self._report = report
-        self._saved = SavedResult.of(result.eval(), reference, report, example_of(calibration, device), form)
-        for note in report.notes:
-            if "came back" in note:
-                warnings.warn(note, UserWarning, stacklevel=2)
+        self._example = example_of(calibration, device)
+        self._saved = SavedResult.of(result.eval(), reference, report, self._example.arguments(), form)
+        for note in report.warnings:
+            warnings.warn(note, UserWarning, stacklevel=2)
         return result
 
     def report(self) -> dict[str, Any]:
@@ -200,8 +214,7 @@ class InferencePrecisionOptimizer:
         A process that runs it loads halfstep's library before. ValueError if the model cannot be scripted or traced so
         that it gives the same bits on batches of two sizes.
         """
-        saved = self._last_result()
-        save_script(path, saved.model, saved.example)
+        save_script(path, self._last_result().model, self._example)
 
     def _last_result(self) -> SavedResult:
         if self._saved is None:
@@ -229,7 +242,7 @@ class InferencePrecisionOptimizer:
             report.result = report.carrier = own
             report.drop = report.bound = 0.0  # of what came back
             said = metric.shortage(self.accuracy_threshold) or f"drop {verdict.drop:.3g}, bound {verdict.bound:.3g}"
-            report.notes.append(
+            report.warn(
                 f"{self.target_precision} does not keep the drop at {self.accuracy_threshold:g} or less for certain "
                 f"({said}); the float model came back"
             )

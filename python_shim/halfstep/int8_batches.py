@@ -1,10 +1,12 @@
 """Batches and outputs as the accuracy guard sees them: tensors somewhere in tuples, lists, mappings and dataclasses.
 
-A batch may also be an object that knows its `labels` (or None) and `size`, and cuts itself by `part(begin, end)`.
+A batch may also be an object that knows its `labels` (or None) and `size`, and cuts itself by `part(begin, end)`, or
+in several ways by `ways_to_cut(count)`, as calibration_data.Batch does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +42,20 @@ def first_samples(batch: Any, count: int) -> Any:
         return batch.part(0, count)
 
     return map_tensors(lambda value: value[:count] if value.dim() > 0 and value.shape[0] == size else value, batch)
+
+
+def with_fewer_samples(batch: Any) -> Iterator[Any]:
+    """Yield the batch with one sample less and with half of them, as views, in each way in which it may be cut.
+
+    Nothing for a batch of one sample, or without a tensor of samples. A model may take none of them.
+    """
+    try:
+        size = size_of(batch)
+    except ValueError:
+        return
+    for count in dict.fromkeys((size - 1, size // 2)):
+        if 0 < count < size:
+            yield from batch.ways_to_cut(count) if hasattr(batch, "ways_to_cut") else [first_samples(batch, count)]
 
 
 def without_labels(batch: Any) -> tuple[Any, torch.Tensor | None]:

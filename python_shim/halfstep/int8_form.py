@@ -15,17 +15,19 @@ from torch.fx import GraphModule
 
 from halfstep.calibration_data import Batch
 from halfstep.half_model import cast_floats, name_of
-from halfstep.int8_attention import replace_attention
+from halfstep.int8_attention import SplitAttention, replace_attention
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_chains import fuse
 from halfstep.int8_folding import fold_batch_norms
 from halfstep.int8_graph import subgraph, trace
+from halfstep.int8_judge import call
 from halfstep.int8_layers import Int8Embedding
 from halfstep.int8_model import Candidate, find_candidates, is_product, not_selected, replace_layers
 from halfstep.int8_report import Report
 from halfstep.int8_runs import Shapes, capture, disagreement, given_arguments, shapes_of
 from halfstep.int8_speed import Timing, time_in_turns
 from halfstep.int8_uses import NEVER_CALLED, read_elsewhere, uses_of
+from halfstep.int8_weights import WeightProducts, bare_weights
 
 _PROVEN_ON = 3  # batches on which the traced model must give the model's bits
 _PROBED = 32  # samples that shapes are taken from
@@ -46,9 +48,9 @@ class Region:
     nodes: list[str] = field(default_factory=list)
 
 
-def example_of(batches: list[Batch], device: torch.device) -> Arguments:
-    """Return the arguments that shapes are taken from: the first batch, or the beginning of it."""
-    return batches[0].on(device).part(0, _PROBED).arguments()
+def example_of(batches: list[Batch], device: torch.device) -> Batch:
+    """Return the batch that shapes are taken from: the beginning of the first one, in memory of its own."""
+    return batches[0].part(0, _PROBED).copied().on(device)
 
 
 def call_with(model: nn.Module, arguments: Arguments) -> Any:
@@ -67,6 +69,7 @@ class Form:
         self.attention: list[str] = []
         self.norms: list[tuple[str, str]] = []
         self.model = self._with_split_attention(reference, batches[0].part(0, _PROBED), report)
+        # Arguments alone, as a saved plan has them: there the same shapes must be found.
         self._example = batches[0].part(0, _PROBED).arguments()
         self._shapes: dict[torch.dtype, Shapes] = {}
         # What users know layers by, and all names of each layer with large weights. A trace drops what is not called.
@@ -74,6 +77,7 @@ class Form:
             name for each in (reference, self.model) for name, _ in each.named_modules(remove_duplicate=False)
         )
         self._products = _products_of(self.model)
+        self._bare = bare_weights(self.model)
         graph, why = self._traced(batches)
         if graph is None:
             report.graph = f"not traced ({why}): layers are taken one by one"
@@ -103,7 +107,8 @@ class Form:
         if why:
             report.left.update(dict.fromkeys(replaced, f"attention cannot be taken apart ({why})"))
             return copy.deepcopy(reference)
-        report.notes.append(f"attention taken apart: {', '.join(replaced)}")
+        split = [name for name in replaced if isinstance(model.get_submodule(name), SplitAttention)]
+        report.attention = split
         self.attention = replaced
         return model
 
@@ -119,8 +124,7 @@ class Form:
         graph, why = trace(self.model, given=given)
         if graph is None:
             return None, why
-        arguments = [batch.arguments() for batch in batches[:_PROVEN_ON]]
-        different = disagreement(graph, self.model, arguments, call_with)
+        different = disagreement(graph, self.model, batches[:_PROVEN_ON], call)
         return (None, f"the traced model differs {different}") if different else (graph, why)
 
     def candidates(
@@ -129,11 +133,13 @@ class Form:
         """Return the layers of `model` that can be int8, and of each other one with large weights why it stays float.
 
         Runs the model on some of the batches: a layer whose weight other code reads stays float, and so does one that
-        is never called. include, exclude: globs of names that layers have in the reference or the model; ValueError for
+        is never called. Parameters that code multiplies by and that are no layer's stand by their names among those
+        that stay float. include, exclude: globs of names that layers have in the reference or the model; ValueError for
         one that names none.
         """
         found, left = find_candidates(self.model, include, exclude, self._names)
-        uses = uses_of(self.model, {name: candidate.module for name, candidate in found.items()}, batches)
+        products = WeightProducts(self._bare, self.model) if self._bare else None
+        uses = uses_of(self.model, {name: candidate.module for name, candidate in found.items()}, batches, products)
         for name, use in uses.items():
             if use.obstacle:
                 left[name] = use.obstacle
@@ -144,6 +150,9 @@ class Form:
             if not any(name in found or name in left for name in names):
                 reason = next((read_elsewhere(read[name]) for name in names if name in read), NEVER_CALLED)
                 left[names[0]] = not_selected(names[0], include, exclude) or reason
+        if products is not None:
+            for name, reason in products.found.items():
+                left[name] = not_selected(name, include, exclude) or reason
         return found, left
 
     def build(self, inner: nn.Module, layers: dict[str, nn.Module], dtype: torch.dtype) -> nn.Module:

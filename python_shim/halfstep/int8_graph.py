@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,25 +17,33 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 
 from halfstep.calls import HOOKS, copy_of
+from halfstep.int8_attention import SplitAttention
 from halfstep.int8_model import is_product
 from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
+from halfstep.int8_report import grouped
+
+_WHOLE = (*INT8_LAYERS, SplitAttention, torch.jit.ScriptModule)
 
 
-def trace(
-    model: nn.Module, leaves: Iterable[type[nn.Module]] = (), given: Collection[str] | None = None
-) -> tuple[GraphModule | None, str]:
+class TracedModule(GraphModule):
+    """A graph module that torch.jit.script takes without warnings of the annotations in GraphModule's own __init__."""
+
+    def __init__(self, root: nn.Module | dict[str, Any], graph: Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(root, graph, class_name)
+
+
+def trace(model: nn.Module, given: Collection[str] | None = None) -> tuple[GraphModule | None, str]:
     """Trace a copy of the model, which shares the parameters' memory, in eval mode.
 
-    leaves: classes of modules that the graph calls whole. Those of torch.nn (but Sequential), scripted ones, int8
-    layers and layers that can be int8, subclasses included, always are, and so is every module that cannot be traced
-    itself.
+    The graph calls modules of torch.nn (but Sequential) whole, scripted ones, SplitAttention, int8 layers and layers
+    that can be int8, subclasses included, and every module that cannot be traced itself.
+
     given: the parameters of forward that calls will pass (given_arguments() tells); the others keep their defaults, and
     the traced model does not take them. None: those without a default.
 
     Returns (graph module, "" or which modules were left whole and why), or (None, why the model cannot be traced).
     A trace may have baked in what is not constant: disagreement() is the proof. Assertions on tensors and their shapes
-    count as control flow. Identities and dropouts
-    are left out, and views are reshapes.
+    count as control flow. Identities and dropouts are left out, and views are reshapes.
     """
     if model.training:
         return None, "the model is in training mode"
@@ -49,9 +57,13 @@ def trace(
         twin = copy_of(model)
     except TypeError as error:
         return None, f"the model cannot be copied: {_in_short(error.__cause__ or error)}"
-    tracer = _Tracer(tuple(leaves), _defaults(model, given))
+    tracer = _Tracer(_defaults(model, given))
     if tracer.is_leaf_module(twin, ""):
-        return None, "the model is a single layer"
+        kind = type(twin)
+        if kind is SplitAttention:
+            return None, "the model is attention itself, which is called whole"
+        has_layers = any(is_product(module) for module in twin.modules() if module is not twin)
+        return None, f"nn.{kind.__name__} is called whole" if has_layers else "the model is a single layer"
     try:
         graph = tracer.trace(twin)
         _finish(graph, model)
@@ -62,26 +74,27 @@ def trace(
             elif node.op == "call_method" and node.target == "view" and not _views_bits(node):
                 node.target = "reshape"  # int8 convolutions answer in channels last, of which few views can be taken
         graph.lint()
-        graph_module = GraphModule(twin, graph, type(model).__name__)
+        graph_module = TracedModule(twin, graph, type(model).__name__)
     except Exception as error:  # the model's own code, given something that is no tensor, may raise anything
         return None, _in_short(error)
     for module in graph_module.modules():
         if type(module) is nn.Module:  # stands for a container that was traced through
             module.training = False
-    return graph_module, "; ".join(f"{name} is left whole: {reason}" for name, reason in tracer.left_whole.items())
+    return graph_module, "; ".join(
+        grouped({name: f"left whole, {why}" for name, why in tracer.left_whole.items()}, "modules")
+    )
 
 
 class _Tracer(Tracer):
     """Calls modules whole that cannot be traced, and leaves out the parameters that keep their defaults."""
 
-    def __init__(self, leaves: tuple[type[nn.Module], ...], defaults: dict[str, Any]) -> None:
+    def __init__(self, defaults: dict[str, Any]) -> None:
         super().__init__(param_shapes_constant=True)
         self.left_whole: dict[str, str] = {}
-        self._leaves = (*leaves, *INT8_LAYERS, torch.jit.ScriptModule)
         self._defaults = defaults
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self._leaves) or is_product(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _WHOLE) or is_product(m) or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -93,6 +106,8 @@ class _Tracer(Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_leaf_module(m, ""):
+            if not isinstance(m, _WHOLE) and not is_product(m) and any(map(is_product, m.modules())):
+                self.left_whole[self.path_of_module(m)] = f"as modules of torch.nn are ({type(m).__name__})"
             return super().call_module(m, forward, args, kwargs)
         before = [(module, dict(vars(module))) for module in m.modules()]
         count = len(self.graph.nodes)
@@ -176,4 +191,4 @@ def subgraph(graph_module: GraphModule, nodes: Collection[str]) -> tuple[GraphMo
     outputs = [copies[node] for node in sorted(read, key=lambda node: order.index(node.name))]
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     graph.lint()
-    return GraphModule(graph_module, graph, "Region"), inputs
+    return TracedModule(graph_module, graph, "Region"), inputs

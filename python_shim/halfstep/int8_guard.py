@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from halfstep.int8_metric import Metric
+from halfstep.int8_metric import Verdict
 from halfstep.int8_ranking import Ranking
 from halfstep.int8_search import Search, give_back
 
@@ -22,18 +20,19 @@ class Guarded:
 
 
 def guard(
-    metric: Metric,
     layers: Sequence[str],
-    build: Callable[[frozenset[str]], nn.Module],
+    judge: Callable[[frozenset[str]], Verdict],
     rank: Callable[[], Ranking],
     threshold: float,
+    shortage: str = "",
     budget: int | None = None,
 ) -> Guarded:
     """Search for the layers that can be int8 together; see give_back().
 
-    build: the model with these layers int8. rank: their order of harm, asked for once where not all can stay. Where the
-    samples are too few to prove the threshold of any model, only all layers together are tried, because a model may
-    have become better, and the note says how many samples are needed.
+    judge: the verdict on the model in which the layers of these names are int8. rank: the layers' order of harm, asked
+    for once where not all can stay. shortage: "" or why the samples are too few to prove the threshold of any model
+    (Metric.shortage): then only all layers together are tried, because a model may have become better, and it is the
+    note of a search that finds none. budget: verdicts that may be asked for; None: as many as give_back() takes.
     """
     ranking: Ranking | None = None
 
@@ -42,13 +41,8 @@ def guard(
         ranking = rank()
         return ranking.order
 
-    shortage = metric.shortage(threshold)
     search = give_back(
-        layers,
-        lambda quantized: metric.judge(build(quantized)),
-        (lambda: tuple(layers)) if shortage else order,
-        threshold,
-        1 if shortage else budget,
+        layers, judge, (lambda: tuple(layers)) if shortage else order, threshold, 1 if shortage else budget
     )
     if shortage and not search.kept:
         search = dataclasses.replace(search, ranking=(), note=shortage)

@@ -71,14 +71,14 @@ def packed_from(state: dict[str, Any]) -> torch.ScriptObject:
     )
 
 
-class _Int8Layer(nn.Module):
+class Int8Layer(nn.Module):
     """The part that all int8 layers share: a PackedInt8 that follows the module from device to device."""
 
     def __init__(self, packed: torch.ScriptObject) -> None:
         super().__init__()
         self.packed = packed
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Int8Layer:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Layer:
         super()._apply(fn, recurse)
         here = self.packed.scales().device
         there = fn(torch.empty(0, dtype=torch.int8, device=here)).device
@@ -88,14 +88,16 @@ class _Int8Layer(nn.Module):
 
     @torch.jit.unused
     def get_extra_state(self) -> dict[str, Any]:
+        """Return what state_dict() holds of the layer: state_of(packed)."""
         return state_of(self.packed)
 
     @torch.jit.unused
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what get_extra_state() gave, to the device on which the layer is."""
         self.packed = packed_from(state).to(self.packed.scales().device)
 
 
-class _Int8Product(_Int8Layer):
+class _Int8Product(Int8Layer):
     """A linear layer or convolution.
 
     `input_scale` and `input_zero_point` are the input's; without a scale every row of a linear layer, and every image
@@ -116,11 +118,11 @@ class _Int8Product(_Int8Layer):
         super().__init__(packed)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        self.input_scale: float | None = input_scale
+        self.input_scale = input_scale
         self.input_zero_point = input_zero_point
         self.activation = activation
-        self.out_dtype: torch.dtype | None = out_dtype
-        self.out_scale: float | None = out_scale
+        self.out_dtype = out_dtype
+        self.out_scale = out_scale
         self.out_zero_point = out_zero_point
 
     def extra_repr(self) -> str:
@@ -213,7 +215,7 @@ class Int8Conv1d(_Int8Product):
         return out if batched else out.squeeze(0)
 
 
-class Int8Embedding(_Int8Layer):
+class Int8Embedding(Int8Layer):
     """nn.Embedding with an int8 table and a scale for each entry: indices [...] -> [..., width] in `out_dtype`."""
 
     def __init__(self, packed: torch.ScriptObject, out_dtype: torch.dtype = torch.float32) -> None:

@@ -1,11 +1,11 @@
 """How much worse a model has become, and what a sample proves of that: the measures of the accuracy guard.
 
-A drop is what the float model has and the other lacks; its bound is one-sided, of 95 % confidence unless another is
-asked for. That of top-1, and of scores that say right or wrong, is exact. That of other scores and of agreement is by
-Student's t, which promises it for normal values alone: of skewed ones it holds less often (see mean_at_most).
+A drop is what the float model has and the other lacks; its bound is one-sided, of 95 % confidence. That of top-1, and
+of scores that say right or wrong, is exact. That of other scores and of agreement is by Student's t, which promises it
+for normal values alone: of skewed ones it holds less often (see mean_at_most).
 
 Both are for the one model that is judged. A set of layers that was searched for on the same samples had several
-chances, see `confidence` of choose_metric.
+chances, which the bound does not know of.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from halfstep.int8_batches import floating_tensors_of, size_of, tensors_of, with
 from halfstep.int8_bounds import drop_at_most, mean_at_most, samples_for, share_at_most
 
 load_library()
+
+CONFIDENCE = 0.95
 
 Call = Callable[[nn.Module, Any], Any]
 
@@ -60,10 +62,9 @@ class Metric(abc.ABC):
     proxy = False
     reference_bytes = 0
 
-    def __init__(self, inputs: Sequence[Any], samples: int, confidence: float) -> None:
+    def __init__(self, inputs: Sequence[Any], samples: int) -> None:
         self.inputs = list(inputs)
         self.samples = samples
-        self.confidence = confidence
 
     @abc.abstractmethod
     def judge(self, model: nn.Module) -> Verdict:
@@ -93,39 +94,33 @@ def choose_metric(
     batches: Sequence[Any],
     call: Call,
     model: nn.Module,
-    confidence: float = 0.95,
 ) -> Metric:
     """Return the metric for a model, which is run once, without gradients, to see what it does.
 
     eval_fn: larger is better; one number, or one score for each sample, always in the same order. Without it: top-1 if
     every batch ends in integer labels [batch] and the model gives [batch, classes] for the rest; else the agreement of
     its floating-point outputs. call: call(model, inputs) is the output for a batch; labels are not passed to it.
-    confidence: of the bounds. For bounds that hold for the best of k evaluations too, give 1 - 0.05 / k.
     ValueError or TypeError for a model or an eval_fn by whose results nothing can be judged.
     """
-    if not 0.5 <= confidence < 1.0:
-        raise ValueError(f"confidence is {confidence}, expected 0.5 or more and less than 1")
     if eval_fn is not None:
-        return _Scores(eval_fn, batches, model, confidence)
+        return _Scores(eval_fn, batches, model)
     if not batches:
         raise ValueError("batches is empty, expected at least one")
     with torch.no_grad():
-        metric = _Top1.of(batches, call, model, confidence)
-        return metric or _Agreement(batches, call, model, confidence)
+        metric = _Top1.of(batches, call, model)
+        return metric or _Agreement(batches, call, model)
 
 
 class _Scores(Metric):
     """The user's own measure."""
 
-    def __init__(
-        self, eval_fn: Callable[[nn.Module], Any], batches: Sequence[Any], model: nn.Module, confidence: float
-    ):
+    def __init__(self, eval_fn: Callable[[nn.Module], Any], batches: Sequence[Any], model: nn.Module):
         self._eval_fn = eval_fn
         self._reference, single = self._run(model)
         if not all(map(math.isfinite, self._reference)):
             raise ValueError("eval_fn gives NaN or infinity for the float model, expected finite numbers")
         self.kind = "score" if single else "scores"
-        super().__init__([without_labels(batch)[0] for batch in batches], len(self._reference), confidence)
+        super().__init__([without_labels(batch)[0] for batch in batches], len(self._reference))
 
     def _run(self, model: nn.Module) -> tuple[list[float], bool]:
         with torch.no_grad():
@@ -155,11 +150,11 @@ class _Scores(Metric):
         low, high = min(*self._reference, *scores), max(*self._reference, *scores)
         if {low, high}.issuperset({*self._reference, *scores}):
             size = high - low
-            drop, bound = drop_at_most(drops.count(size), drops.count(-size), self.samples, self.confidence)
+            drop, bound = drop_at_most(drops.count(size), drops.count(-size), self.samples, CONFIDENCE)
             return self._verdict(size * drop, size * bound)
-        drop, bound = mean_at_most(drops, self.confidence)
+        drop, bound = mean_at_most(drops, CONFIDENCE)
         if not any(drops):  # t would call no difference among few samples certain
-            bound = (high - low) * share_at_most(0, self.samples, self.confidence)
+            bound = (high - low) * share_at_most(0, self.samples, CONFIDENCE)
         return self._verdict(drop, bound)
 
     def _counts(self) -> bool:
@@ -169,7 +164,7 @@ class _Scores(Metric):
     def samples_needed(self, threshold: float) -> int | None:
         if self.kind == "scores" and self._counts():
             size = max(self._reference) - min(self._reference)
-            return samples_for(threshold / (size or 1.0), self.confidence)
+            return samples_for(threshold / (size or 1.0), CONFIDENCE)
         if threshold < 0.0:
             return None
         return 1 if self.kind == "score" else 2
@@ -187,13 +182,12 @@ class _Top1(Metric):
         labels: list[torch.Tensor],
         right: list[list[float]],
         finite: list[bool],
-        confidence: float,
     ) -> None:
-        super().__init__(inputs, sum(map(len, right)), confidence)
+        super().__init__(inputs, sum(map(len, right)))
         self._call, self._labels, self._right, self._finite = call, labels, right, finite
 
     @classmethod
-    def of(cls, batches: Sequence[Any], call: Call, model: nn.Module, confidence: float) -> _Top1 | None:
+    def of(cls, batches: Sequence[Any], call: Call, model: nn.Module) -> _Top1 | None:
         """Return the metric, None for batches without labels or a model whose outputs are no logits for them."""
         inputs, labels, right, finite = [], [], [], []
         pairs = [without_labels(batch) for batch in batches]
@@ -213,7 +207,7 @@ class _Top1(Metric):
             labels.append(label)
             right.append(torch.ops.halfstep.top1_correct(logits, label).tolist())
             finite.append(_is_finite([logits]))
-        return cls(inputs, call, labels, right, finite, confidence)
+        return cls(inputs, call, labels, right, finite)
 
     def judge(self, model: nn.Module) -> Verdict:
         lost = gained = 0
@@ -229,10 +223,10 @@ class _Top1(Metric):
                 lost += sum(b > a for b, a in zip(before, after, strict=True))
                 gained += sum(b < a for b, a in zip(before, after, strict=True))
         note = f"{lost} of {self.samples} samples lost, {gained} gained"
-        return self._verdict(*drop_at_most(lost, gained, self.samples, self.confidence), note)
+        return self._verdict(*drop_at_most(lost, gained, self.samples, CONFIDENCE), note)
 
     def samples_needed(self, threshold: float) -> int | None:
-        return samples_for(threshold, self.confidence)
+        return samples_for(threshold, CONFIDENCE)
 
 
 class _Agreement(Metric):
@@ -241,7 +235,7 @@ class _Agreement(Metric):
     kind = "agreement"
     proxy = True
 
-    def __init__(self, batches: Sequence[Any], call: Call, model: nn.Module, confidence: float) -> None:
+    def __init__(self, batches: Sequence[Any], call: Call, model: nn.Module) -> None:
         self._call = call
         inputs, self._references, self._finite = [], [], True
         for batch in batches:
@@ -261,7 +255,7 @@ class _Agreement(Metric):
             for size, reference in zip(map(size_of, inputs), self._references, strict=True)
         ]
         self.reference_bytes = sum(each.nbytes for reference in self._references for each in reference)
-        super().__init__(inputs, sum(self._sizes), confidence)
+        super().__init__(inputs, sum(self._sizes))
 
     def judge(self, model: nn.Module) -> Verdict:
         if not self._finite:
@@ -275,7 +269,7 @@ class _Agreement(Metric):
                 if not _is_finite(found):
                     return self._failed("the outputs hold NaN or infinity")
                 noises += _noises(reference, found, size)
-        return self._verdict(*mean_at_most(noises, self.confidence), "share of noise in the outputs' power, a proxy")
+        return self._verdict(*mean_at_most(noises, CONFIDENCE), "share of noise in the outputs' power, a proxy")
 
     def samples_needed(self, threshold: float) -> int | None:
         return None if threshold < 0.0 else 2

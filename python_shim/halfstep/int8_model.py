@@ -156,11 +156,22 @@ def _obstacle(module: nn.Module, kind: str) -> str:
 
 
 def check_globs(globs: Iterable[str] | str | None, argument: str) -> tuple[str, ...]:
-    """Return the globs as a tuple; TypeError for anything but strings."""
-    globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
+    """Return the globs of include or exclude as a tuple, empty for None; a string is one glob.
+
+    TypeError for anything but strings; ValueError for an empty one, and for an `include` of none, which would be all.
+    """
+    if globs is None:
+        return ()
+    if not isinstance(globs, Iterable):
+        raise TypeError(f"{argument} is {type(globs).__name__}, expected a name or glob of layers, or several")
+    globs = (globs,) if isinstance(globs, str) else tuple(globs)
     for glob in globs:
         if not isinstance(glob, str):
             raise TypeError(f"{argument} has {glob!r}, expected names or globs of layers")
+        if not glob:
+            raise ValueError(f"{argument} has '', expected names or globs of layers, such as 'encoder.*' or '*'")
+    if not globs and argument == "include":
+        raise ValueError("include is empty, so no layer would be int8: expected names or globs, or None for all layers")
     return globs
 
 
@@ -235,3 +246,14 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
         parent, _, attribute = name.rpartition(".")
         setattr(result.get_submodule(parent), attribute, by_module[identity])
     return result
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters, buffers and packed weights, each counted once."""
+    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        packed = getattr(module, "packed", None)
+        if isinstance(packed, torch.ScriptObject):
+            parts = [packed.weight(), packed.scales(), packed.bias(), packed.input_factors()]
+            tensors[id(packed)] = sum(t.numel() * t.element_size() for t in parts if t is not None)
+    return sum(tensors.values())

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from halfstep.int8_layers import _Int8Layer, pack
+from halfstep.int8_layers import Int8Layer, pack
 from halfstep.int8_model import altered, not_selected
 
 MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}  # as cuDNN numbers them
 
 
-class Int8Weight(_Int8Layer):
+class Int8Weight(Int8Layer):
     """A weight [rows, columns] in int8, and perhaps a bias [rows]."""
 
     def forward(self, dtype: torch.dtype) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+_NAMED = 8  # names that stand in one line at most
 
 
 @dataclass
@@ -42,14 +45,23 @@ class Report:
     budget: int = 0
     calibrator: str = ""
     regions: list[RegionReport] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)  # layers that never were candidates, and why
+    left: dict[str, str] = field(default_factory=dict)  # layers and weights that never were candidates, and why
     given_back: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)  # taken apart, so that its products are layers
     graph: str = ""
     bias_correction: str = ""
+    nonfinite: dict[str, int] = field(default_factory=dict)  # NaN and infinities in calibration, by layer
     milliseconds: dict[str, float] = field(default_factory=dict)  # of the whole model, one batch
+    halves: str = ""  # which half type regions are timed in, where there are two
     bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # those of the notes that are raised as warnings too
+
+    def warn(self, note: str) -> None:
+        """Add a note that nobody should miss: optimize_for_inference() warns of it."""
+        self.notes.append(note)
+        self.warnings.append(note)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as nested dicts and lists of plain values."""
@@ -74,18 +86,57 @@ class Report:
             lines.append("whole model: " + _times(self.milliseconds))
         if self.bytes:
             lines.append("weights: " + ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in self.bytes.items()))
-        for text in (self.graph, self.bias_correction):
-            if text:
-                lines.append(text)
+        lines.extend(text for text in (self.halves, self.graph, self.bias_correction) if text)
+        if self.attention:
+            lines.append(f"attention taken apart into layers: {_first([_shown(name) for name in self.attention])}")
         if self.folded:
             lines.append(f"batch norms folded: {', '.join(self.folded)}")
         if self.calibrator:
             lines.append(f"calibrator {self.calibrator}, evaluations: {self.evaluations} of at most {self.budget}")
-        for region in self.regions:
-            lines.append(_region(region))
-        lines.extend(f"  {name}: float, {reason}" for name, reason in self.left.items())
+        if self.nonfinite:
+            counts = [f"{_shown(name)} ({count})" for name, count in self.nonfinite.items()]
+            lines.append(
+                f"calibration: {sum(self.nonfinite.values())} values of layers' inputs were NaN or infinite, and "
+                f"were left out: {_first(counts)}"
+            )
+        reasons = [region.why for region in self.regions if region.state == "float"]
+        shared = {why for why in reasons if why and reasons.count(why) > 1}
+        lines.extend(_region(region, shared) for region in self.regions)
+        lines.extend(
+            f"  {line}"
+            for why in dict.fromkeys(reasons)
+            if why in shared
+            for line in grouped(
+                {name: f"float, {why}" for region in self.regions if region.why == why for name in region.layers}
+            )
+        )
+        lines.extend(f"  {line}" for line in grouped({name: f"float, {why}" for name, why in self.left.items()}))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+
+def grouped(reasons: Mapping[str, str], what: str = "layers", most: int = _NAMED) -> list[str]:
+    """Return a line for each reason: "name: reason", or "12 layers: reason (names)", in the order of the first names.
+
+    what: the names' plural. most: how many names stand there; the others are counted.
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(_shown(name))
+    return [
+        f"{found[0]}: {reason}" if len(found) == 1 else f"{len(found)} {what}: {reason} ({_first(found, most)})"
+        for reason, found in names.items()
+    ]
+
+
+def _shown(name: str) -> str:
+    """Return a layer's name; that of a model that is itself the layer is empty."""
+    return name or "the model itself"
+
+
+def _first(texts: Sequence[str], most: int = _NAMED) -> str:
+    shown = ", ".join(texts[:most])
+    return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
 
 
 def _percent(value: float | None) -> str:
@@ -96,7 +147,8 @@ def _times(milliseconds: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g} ms" for name, value in milliseconds.items())
 
 
-def _region(region: RegionReport) -> str:
+def _region(region: RegionReport, shared: set[str]) -> str:
+    """Return the region's line, without a reason that is `shared` and has a line of its own."""
     parts = [region.state + (f" ({region.kernel})" if region.kernel else "")]
     if region.error is not None:
         parts.append(f"noise {_percent(region.error)}")
@@ -106,6 +158,6 @@ def _region(region: RegionReport) -> str:
         parts.append("with " + ", ".join(region.fused))
     if region.smoothed:
         parts.append("smoothed")
-    if region.why:
+    if region.why and not (region.state == "float" and region.why in shared):
         parts.append(region.why)
-    return f"  {' -> '.join(region.layers)}: {'; '.join(parts)}"
+    return f"  {' -> '.join(map(_shown, region.layers))}: {'; '.join(parts)}"

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from halfstep.arguments import UnsupportedArgument, flatten, rebuild
+from halfstep.arguments import UnsupportedArgument, flatten
 from halfstep.containers import map_tensors
+from halfstep.int8_batches import with_fewer_samples
 
 Call = Callable[[nn.Module, Any], Any]
 # For each node that gives a tensor: its shape and dtype on a batch, and on a smaller one.
@@ -47,7 +48,7 @@ def disagreement(graph_module: GraphModule, model: nn.Module, batches: Iterable[
         with torch.no_grad():
             found = _difference(graph_module, batch, call(model, _copy(batch)), call)
             if not found:
-                for smaller in _smaller(batch):
+                for smaller in with_fewer_samples(batch):
                     try:
                         expected = call(model, _copy(smaller))
                     except Exception:  # the model does not take fewer samples
@@ -80,24 +81,10 @@ def _copy(batch: Any) -> Any:
     return map_tensors(lambda tensor: tensor.detach().clone(), batch)
 
 
-def _smaller(batch: Any) -> Iterator[Any]:
-    """Yield the batch without its last sample, and half of it, cutting all tensors that are as long as the first."""
-    tensors: list[torch.Tensor] = []
-    try:
-        flatten(batch, tensors)
-    except UnsupportedArgument:
-        return
-    samples = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
-    for size in dict.fromkeys((samples - 1, samples // 2)):
-        if 0 < size < samples:
-            cut = [tensor[:size] if tensor.dim() and len(tensor) == samples else tensor for tensor in tensors]
-            yield rebuild(batch, iter(cut))
-
-
 def shapes_of(graph_module: GraphModule, batch: Any, call: Call) -> Shapes:
     """Return the shapes and dtypes of all nodes on the batch and, where it can be cut, on a smaller one."""
     seen = [_shapes(graph_module, batch, call)]
-    for smaller in _smaller(batch):
+    for smaller in with_fewer_samples(batch):
         try:
             seen.append(_shapes(graph_module, smaller, call))
         except Exception:  # the model does not take fewer samples

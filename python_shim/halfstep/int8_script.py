@@ -14,29 +14,31 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from halfstep.calibration_data import Batch
+from halfstep.containers import tensors_of
 from halfstep.half_model import CastModel
-from halfstep.int8_form import Arguments, call_with
-from halfstep.int8_runs import disagreement
+from halfstep.int8_runs import Call, disagreement
 from halfstep.whole_files import replacing
 
 
-def save_script(path: str | os.PathLike[str], model: nn.Module, example: Arguments) -> None:
+def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) -> None:
     """Write the model as TorchScript: scripted, or traced on `example` where a script cannot be made.
 
     A traced model takes the tensors of `example` by the names that they have in the model; numbers and strings stay
     what they are there. The script must give the model's bits on the example and on a batch of another size; else
     ValueError says why not. What was at `path` is replaced when all is written.
     """
-    example = _two_samples(example)
+    if example.size == 1:  # so that there are two sizes to try
+        example = example.twice()
     reasons: list[str] = []
     for way in (_scripted, _traced):
         try:
             with _quiet():
-                script, same, arguments = way(model, example)
+                script, call = way(model, example)
         except Exception as error:  # torch raises many kinds, and tracing runs the model's own code
             reasons.append(f"{way.__name__[1:]}: {_in_short(error)}")
             continue
-        if different := disagreement(script, same, [arguments], call_with):
+        if different := disagreement(script, model, [example], call):
             reasons.append(f"{way.__name__[1:]}: it differs {different}")
             continue
         with replacing(path) as part, _quiet():
@@ -55,36 +57,48 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-Made = tuple[torch.jit.ScriptModule, nn.Module, Arguments]  # the script, and the model and arguments to compare it by
+Made = tuple[torch.jit.ScriptModule, Call]  # the script, and how it and the model are called on a batch
 
 
-def _scripted(model: nn.Module, example: Arguments) -> Made:
+def _scripted(model: nn.Module, example: Batch) -> Made:
     if isinstance(model, CastModel):  # arguments of any structure are beyond a script: casts are traced around it
         return _traced(CastModel(torch.jit.script(model.module), model.dtype, model.out_dtype), example, model)
-    return torch.jit.script(model), model, example
+    return torch.jit.script(model), lambda module, batch: batch(module)
 
 
-def _traced(model: nn.Module, example: Arguments, original: nn.Module | None = None) -> Made:
+def _traced(model: nn.Module, example: Batch, original: nn.Module | None = None) -> Made:
     original = original or model
     named, tensors = _by_name(model, original, example)
     with torch.no_grad():
         script = torch.jit.trace(named, tensors, check_trace=False, strict=False)
-    return script, _by_name(original, original, example)[0], (tensors, {})
+
+    def call(module: nn.Module, batch: Batch) -> Any:
+        if module is original:
+            return batch(module)
+        return module(*_by_name(original, original, batch)[1])
+
+    return script, call
 
 
-def _by_name(model: nn.Module, original: nn.Module, example: Arguments) -> tuple[GraphModule, tuple[Any, ...]]:
+def _by_name(model: nn.Module, original: nn.Module, example: Batch) -> tuple[GraphModule, tuple[Any, ...]]:
     """Return a module that calls `model` and takes what has tensors in `example`, and that.
 
     It has the parameters' names of the original's forward: a trace takes no others, nor keywords of any name.
     """
     inner = original.module if isinstance(original, CastModel) else original
-    bound = inspect.signature(inner.forward).bind(*example[0], **example[1])
+    args, kwargs = example.arguments()
+    bound = inspect.signature(inner.forward).bind(*args, **kwargs)
     graph = Graph()
     tensors: list[Any] = []
 
     def taken(name: str, value: Any) -> Any:
-        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+        found = tensors_of(value)
+        if not found:
             return value
+        if len(found) > sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            raise TypeError(
+                f"argument {name} is a {type(value).__name__}, expected tensors, or tuples, lists and dicts of them"
+            )
         tensors.append(value)
         return graph.placeholder(name)
 
@@ -98,20 +112,6 @@ def _by_name(model: nn.Module, original: nn.Module, example: Arguments) -> tuple
             bound.arguments[name] = taken(name, value)
     graph.output(graph.call_module("model", bound.args, bound.kwargs))
     return GraphModule({"model": model}, graph, type(inner).__name__).eval(), tuple(tensors)
-
-
-def _two_samples(example: Arguments) -> Arguments:
-    """Return the example with its sample twice if there is but one, so that there are two sizes to try."""
-    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if not tensors or len(tensors[0]) != 1:
-        return example
-
-    def twice(value: object) -> object:
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == 1:
-            return value.expand(2, *value.shape[1:]).contiguous()
-        return value
-
-    return pytree.tree_map(twice, example)
 
 
 def _in_short(error: BaseException) -> str:

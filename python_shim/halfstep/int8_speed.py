@@ -6,9 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+
+from halfstep.calibration_data import Batch
+from halfstep.containers import tensors_of
 
 ROUNDS = 15
 _SHORTEST = 1e-3  # seconds that one round lasts at least: shorter calls are repeated within it
@@ -63,6 +68,35 @@ def time_in_turns(calls: Sequence[Callable[[], Any]], device: torch.device, roun
             if done >= 2 and time.perf_counter() - begin > _LONGEST:
                 break
     return [Timing(tuple(1e3 * seconds for seconds in times)) for times in taken]
+
+
+def calls_of(models: Sequence[nn.Module], batch: Batch) -> list[Callable[[], Any]]:
+    """Return for each model a call on the batch, for time_in_turns(): all on the same arguments, copied beforehand.
+
+    If one of the models changes its arguments, each call of all of them copies the batch first: after some calls that
+    model would get something else than the batch, such as indices out of range.
+    """
+    args, kwargs = arguments = batch.arguments()
+    if all(_leaves_alone(model, arguments, batch) for model in models):
+        return [partial(model, *args, **kwargs) for model in models]
+    return [partial(batch, model) for model in models]
+
+
+def _leaves_alone(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], batch: Batch) -> bool:
+    """Return whether the model can be called again on these arguments, which are the batch's, and leaves their values.
+
+    Called twice, since it may take an item out of a mapping that it was given. NaN is never equal: such a batch is
+    copied.
+    """
+    args, kwargs = arguments
+    with torch.no_grad():
+        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+            pairs = zip(tensors_of(arguments), tensors_of(batch.arguments()), strict=True)
+            return all(torch.equal(*pair) for pair in pairs)
+        except Exception:  # of the model's code, or of tensors that cannot be compared
+            return False
 
 
 def loses(mine: Timing, rival: Timing) -> bool:

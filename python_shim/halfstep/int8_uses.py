@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from halfstep.calls import without_compiler
+from halfstep.int8_weights import WeightProducts
 
 _WHOLE = ("parameters", "named_parameters")  # of a layer itself; those of a model around it call neither
 _FEWEST = 3  # batches that are run in any case
@@ -40,16 +41,22 @@ def read_elsewhere(attribute: str) -> str:
 
 
 def uses_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Callable[[nn.Module], Any]]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Callable[[nn.Module], Any]],
+    products: WeightProducts | None = None,
 ) -> dict[str, Use]:
     """Run the model without gradients and return how it used each of these layers, which are modules of it.
 
     batches: each is called with the model. As many are run as it takes to see all layers called, but three at least.
+    products: watches, outside of these layers, what code does with other weights.
     """
     uses = {name: Use() for name in layers}
     with torch.no_grad(), without_compiler(model), contextlib.ExitStack() as probes:
         for name, layer in layers.items():
-            probes.enter_context(_probed(layer, uses[name]))
+            probes.enter_context(_probed(layer, uses[name], products))
+        if products is not None:
+            probes.enter_context(products)
         for number, batch in enumerate(batches):
             if number >= _FEWEST and all(use.called for use in uses.values()):
                 break
@@ -58,7 +65,7 @@ def uses_of(
 
 
 @contextlib.contextmanager
-def _probed(layer: nn.Module, use: Use) -> Iterator[None]:
+def _probed(layer: nn.Module, use: Use, products: WeightProducts | None) -> Iterator[None]:
     """Let the layer be of a class that notes its uses."""
     kind = type(layer)
     watched = {name for name in vars(layer) if not name.startswith("_")} - {"training"}
@@ -75,10 +82,14 @@ def _probed(layer: nn.Module, use: Use) -> Iterator[None]:
             nonlocal depth
             use.called = True
             depth += 1
+            if products is not None:
+                products.paused += 1
             try:
                 return super().forward(*args, **kwargs)
             finally:
                 depth -= 1
+                if products is not None:
+                    products.paused -= 1
 
     layer.__class__ = Probe
     try:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from halfstep import InferencePrecisionOptimizer, int8_optimize
+from halfstep import InferencePrecisionOptimizer, int8_speed_guard
 from halfstep.half_model import half_model
+from halfstep.int8_carriers import Carriers
 from int8_graph_cases import MODELS, made
 from torch import nn
 
@@ -128,12 +129,12 @@ def optimized(kind: str, device: str = "cpu", target: str = "int8", **options: A
 def carry(dtype: torch.dtype, monkeypatch: Any) -> None:
     """Make the next optimizations take this carrier, and int8 whatever it costs: for speed_guard=True."""
 
-    def choose(run: Any) -> None:
-        run.carrier = dtype
-        run.inner = run.inners[run.carrier] = half_model(run.form.model, dtype).module
+    def choose(carriers: Carriers, *_: Any) -> None:
+        carriers.carrier = dtype
+        carriers.inners[dtype] = half_model(carriers.inners[carriers.own], dtype).module
 
-    monkeypatch.setattr(int8_optimize.Int8Run, "choose_carrier", choose)
-    monkeypatch.setattr(int8_optimize, "loses", lambda _mine, _rival: False)
+    monkeypatch.setattr(Carriers, "choose", choose)
+    monkeypatch.setattr(int8_speed_guard, "loses", lambda _mine, _rival: False)
 
 
 def taken_apart(file: Path) -> tuple[dict[str, Any], bytes]:

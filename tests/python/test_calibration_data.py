@@ -17,7 +17,7 @@ from halfstep import InferencePrecisionOptimizer, int8_calibration
 from halfstep.calibration_data import Batch, batch_of, collect, split
 from halfstep.containers import map_tensors, tensors_of
 from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform
-from halfstep.int8_batches import first_samples
+from halfstep.int8_batches import first_samples, with_fewer_samples
 from halfstep.int8_calibration import Calibration
 from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_model import find_candidates
@@ -522,3 +522,39 @@ def test_a_missing_folder_is_noticed_before_the_calibration(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="there is no folder"):
         calibrate(model, data_of(model), tmp_path / "none" / "calibration.pt")
     assert model.calls == 0
+
+
+def test_ways_to_cut_a_batch() -> None:
+    x, mask, places = torch.randn(4, 4, 2), torch.ones(4, 4), torch.arange(4)
+    known = Batch((Frozen(x), mask), {}, None, 4, shared=frozenset({(1, 1, 0)}))
+    (cut,) = known.ways_to_cut(3)
+    assert [list(tensor.shape) for tensor in cut.tensors().values()] == [[3, 4, 2], [4, 4]]
+    doubtful = Batch((x,), {"mask": mask, "places": places}, None, 4, whole=True)
+    ways = [[len(tensor) for tensor in each.tensors().values()] for each in doubtful.ways_to_cut(1)]
+    assert ways == [[1, 1, 1], [1, 4, 4]]
+    assert doubtful.part(0, 1) is doubtful
+    assert list(with_fewer_samples(Batch((x[:1],), {}, None, 1))) == []
+    assert [batch.size for batch in with_fewer_samples(Batch((x,), {}, None, 4))] == [3, 2]
+    assert [len(each.x) for each in with_fewer_samples(Frozen(x))] == [3, 2]
+    assert list(with_fewer_samples("no tensor")) == []
+
+
+def test_a_sample_twice() -> None:
+    x, mask = torch.randn(1, 3), torch.ones(1, 2)
+    batch = Batch((Frozen(x),), {"mask": mask}, torch.tensor([4]), 1, shared=frozenset({("mask", 1, 0)})).twice()
+    assert batch.size == 2
+    assert torch.equal(batch.args[0].x, torch.cat([x, x]))
+    assert torch.equal(batch.kwargs["mask"], mask)
+    assert batch.labels.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_arguments_without_a_finite_value(dtype: torch.dtype) -> None:
+    nothing = torch.full((5, 30), float("nan"), dtype=dtype)
+    nothing[0] = float("inf")
+    late = nothing.clone()
+    late[-1, -1] = torch.finfo(dtype).max
+    batch = Batch(
+        (nothing, late, torch.ones(5, dtype=torch.int64)), {"mask": nothing[:, 0], "no": nothing[:0]}, None, 5
+    )
+    assert batch.without_finite_values() == ["argument 0", "mask"]

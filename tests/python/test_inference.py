@@ -90,6 +90,8 @@ def test_include_and_exclude() -> None:
     result = inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
     assert int8_layers(result) == ["second"]
     assert inference.report()["left"] == {"first": "in exclude", "head": "in exclude"}
+    result = optimizer(exclude=[]).optimize_for_inference(trained_mlp(), batches(), "cpu")
+    assert int8_layers(result) == ["first", "second", "head"]
     result = optimizer(include="second").optimize_for_inference(trained_mlp(), batches(), "cpu")
     assert int8_layers(result) == ["second"]
     with pytest.raises(ValueError, match="'hed', which names no layer"):
@@ -292,7 +294,21 @@ def test_bad_calls_are_named() -> None:
         (lambda: InferencePrecisionOptimizer(eval_fn=3), TypeError, "eval_fn"),
         (lambda: InferencePrecisionOptimizer(calibrator="max"), ValueError, "calibrator"),
         (lambda: InferencePrecisionOptimizer(bits=9), ValueError, "bits is 9"),
+        (lambda: InferencePrecisionOptimizer(bits=True), TypeError, "bits is True, expected an integer from 2 to 8"),
+        (lambda: InferencePrecisionOptimizer(bits=8.0), TypeError, "bits is 8.0"),
+        (lambda: InferencePrecisionOptimizer(accuracy_threshold=True), TypeError, "accuracy_threshold is True"),
+        (lambda: InferencePrecisionOptimizer(accuracy_threshold="2"), TypeError, "accuracy_threshold is '2'"),
+        (lambda: InferencePrecisionOptimizer(accuracy_threshold=float("nan")), ValueError, "accuracy_threshold is nan"),
+        (lambda: InferencePrecisionOptimizer(calibration_samples=True), TypeError, "calibration_samples is True"),
+        (lambda: InferencePrecisionOptimizer(smooth_quant=1), ValueError, "smooth_quant is 1"),
+        (lambda: InferencePrecisionOptimizer(progress=3), TypeError, "progress is 3, expected True, False or None"),
+        (lambda: InferencePrecisionOptimizer(calibration_file=3), TypeError, "calibration_file is int"),
         (lambda: InferencePrecisionOptimizer(include=[3]), TypeError, "include"),
+        (lambda: InferencePrecisionOptimizer(include=3), TypeError, "include is int"),
+        (lambda: InferencePrecisionOptimizer(include=[]), ValueError, "include is empty, so no layer would be int8"),
+        (lambda: InferencePrecisionOptimizer(include=iter(())), ValueError, "include is empty"),
+        (lambda: InferencePrecisionOptimizer(include=""), ValueError, "include has ''"),
+        (lambda: InferencePrecisionOptimizer(exclude=[""]), ValueError, "exclude has ''"),
         (lambda: optimizer().optimize_for_inference(3, data, "cpu"), TypeError, "model is int"),
         (lambda: optimizer().optimize_for_inference(model, [], "cpu"), ValueError, "calibration_data is empty"),
         (lambda: optimizer().optimize_for_inference(model, 3, "cpu"), TypeError, "calibration_data is int"),

@@ -42,7 +42,7 @@ class Guarded:
 
         def recorded(run: int8_optimize.Int8Run, *args: Any) -> frozenset[str]:
             found = search(run, *args)
-            self.run, self.settings = run, dict(run.settings)
+            self.run, self.settings = run, dict(run.settings.settings)
             return found
 
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -54,7 +54,7 @@ class Guarded:
 
     def build(self, names: frozenset[str]) -> nn.Module:
         """The model with these layers int8, as the guard judges it."""
-        self.run.settings = self.settings
+        self.run.settings.settings = self.settings
         return self.run.build(names)
 
     def measured(self, model: nn.Module) -> tuple[float, float]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from halfstep.calibration_data import collect
 from halfstep.int8_graph import subgraph, trace
+from halfstep.int8_judge import call as call_batch
 from halfstep.int8_runs import capture, disagreement, given_arguments, shapes_of
 from int8_graph_cases import MODELS, call, made, run, traced
 from torch import nn
@@ -88,7 +92,7 @@ def test_control_flow_in_a_part_leaves_the_part_whole() -> None:
     model = Around(Branching()).eval()
     graph_module, reason = trace(model)
     assert graph_module is not None, reason
-    assert reason.startswith("inner is left whole: TraceError")
+    assert reason.startswith("inner: left whole, TraceError")
     assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["first", "inner", "last"]
     assert disagreement(graph_module, model, [torch.randn(4, 8)], call) == ""
     assert isinstance(graph_module.inner, Branching)
@@ -110,7 +114,7 @@ def test_a_part_that_is_traced_within_a_part_that_cannot_be_is_left_with_it() ->
     model = nn.Sequential(Wrapper(), nn.Linear(4, 2)).eval()
     graph_module, reason = trace(model)
     assert graph_module is not None, reason
-    assert reason.startswith("0 is left whole: ")
+    assert reason.startswith("0: left whole, ")
     assert "part" not in reason
     assert disagreement(graph_module, model, [torch.randn(4, 8)], call) == ""
 
@@ -144,19 +148,13 @@ def test_a_model_that_cannot_be_copied_is_not_traced() -> None:
     assert reason.startswith("the model cannot be copied: TypeError")
 
 
-def test_leaves_scripted_modules_and_layers_called_twice() -> None:
-    class Special(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + 1
-
+def test_scripted_modules_and_layers_called_twice() -> None:
     shared = nn.Linear(8, 8)
-    model = nn.Sequential(shared, Special(), shared, torch.jit.script(Around(nn.Linear(8, 8)))).eval()
-    graph_module, reason = trace(model, [Special])
+    model = nn.Sequential(shared, nn.ReLU(), shared, torch.jit.script(Around(nn.Linear(8, 8)))).eval()
+    graph_module, reason = trace(model)
     assert graph_module is not None, reason
     assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["0", "1", "0", "3"]
     assert disagreement(graph_module, model, [torch.randn(4, 8)], call) == ""
-    graph_module, _ = trace(model)
-    assert "1" not in [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding, nn.LSTM, nn.ConvTranspose2d, nn.MultiheadAttention])
@@ -301,3 +299,53 @@ def test_a_traced_model_can_be_scripted_and_exported() -> None:
         program = torch.export.export(graph_module, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
         assert torch.equal(run(program.module(), batch), expected)
         assert run(program.module(), batch[:3]).shape == expected[:3].shape
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+
+
+def test_a_size_that_a_trace_baked_in_shows_in_a_dataclass() -> None:
+    class Padded(nn.Module):
+        def forward(self, sample: Sample) -> torch.Tensor:
+            return sample.x + 1 if len(sample.x) == 5 else sample.x
+
+    class Baked(nn.Module):
+        def forward(self, sample: Sample) -> torch.Tensor:
+            return sample.x + 1
+
+    found = disagreement(traced(Baked().eval()), Padded().eval(), [Sample(torch.randn(5, 3))], call)
+    assert found == "on batch 0: the outputs differ, with fewer samples"
+
+
+class Masked(nn.Module):
+    """A mask [tokens, tokens] that is not cut with the batch, though it is as long."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(mask, x) * (x.shape[0] if self.size is None else self.size)
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (4, 4)], ids=["known to be shared", "in doubt"])
+def test_a_mask_as_long_as_the_batch_hides_no_size_that_was_baked_in(sizes: tuple[int, int]) -> None:
+    mask, model = torch.ones(4, 4).tril(), Masked(None).eval()
+    data = collect(model, [(torch.randn(size, 4, 2), mask) for size in sizes], 1000)
+    assert data[0].whole == (sizes[0] == sizes[1])
+    graph_module, _ = trace(model)
+    assert disagreement(graph_module, model, data, call_batch) == ""
+    found = disagreement(traced(Masked(4).eval()), model, data[:1], call_batch)
+    assert found == "on batch 0: the outputs differ, with fewer samples"
+
+
+def test_a_traced_model_is_scripted_without_warnings() -> None:
+    """GraphModule's own annotations make torch.jit.script warn of each of them; copies of the model are alike."""
+    graph_module = traced(nn.Sequential(nn.Linear(8, 4), nn.ReLU()).eval())
+    for model in (graph_module, copy.deepcopy(graph_module), subgraph(graph_module, ["_0", "_1"])[0]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # TorchScript itself is deprecated
+            torch.jit.script(model)

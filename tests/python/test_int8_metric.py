@@ -348,12 +348,11 @@ def test_how_many_samples_are_needed() -> None:
     assert "no number" in agreement.shortage(-0.1)
 
 
-def test_confidence_can_be_shared_among_evaluations() -> None:
+def test_the_bound_has_95_percent_confidence() -> None:
     labels = torch.randint(5, (200,))
     batches, right = [(torch.rand(200, 2), labels)], logits([True] * 200, labels)
-    one, many = (choose_metric(None, batches, call, Lookup(right), c).judge(Lookup(right)) for c in (0.95, 0.998))
-    assert one.bound == pytest.approx(1 - 0.025 ** (1 / 200))
-    assert many.bound == pytest.approx(1 - 0.001 ** (1 / 200))
+    verdict = choose_metric(None, batches, call, Lookup(right)).judge(Lookup(right))
+    assert verdict.bound == pytest.approx(1 - 0.025 ** (1 / 200))
 
 
 def test_gradients_are_off() -> None:
@@ -394,8 +393,6 @@ def test_bad_arguments_are_named() -> None:
         choose_metric(lambda model: None, [], call, nn.Identity())
     with pytest.raises(ValueError, match="no score"):
         choose_metric(lambda model: [], [], call, nn.Identity())
-    with pytest.raises(ValueError, match="confidence is 95"):
-        choose_metric(None, [torch.rand(4)], call, nn.Identity(), 95)
     metric = choose_metric(lambda model: model.scores, [], call, Scored([1.0, 2.0]))
     with pytest.raises(ValueError, match="returned 3 scores, expected 2"):
         metric.judge(Scored([1.0, 2.0, 3.0]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from halfstep.int8_guard import guard
+from halfstep.int8_guard import Guarded, guard
 from halfstep.int8_layers import Int8Conv2d, Int8Embedding, Int8Linear, pack
 from halfstep.int8_metric import choose_metric
 from halfstep.int8_ranking import EFFECT, NOISE, Ranking, rank_layers
@@ -172,7 +172,12 @@ def test_the_guard_gives_back_few_layers_of_a_hard_model() -> None:
     fewest = next(i for i in range(51) if metric.judge(build(frozenset(order[i:]))).kept(threshold))
     assert 2 < fewest <= 6
 
-    decided = guard(metric, list(layers), build, lambda: rank_layers(model, layers, batches, call), threshold)
+    decided = guard(
+        list(layers),
+        lambda names: metric.judge(build(names)),
+        lambda: rank_layers(model, layers, batches, call),
+        threshold,
+    )
     search = decided.search
     assert search.kept
     assert len(search.given_back) <= 1.5 * fewest
@@ -188,7 +193,7 @@ def test_the_guard_gives_back_few_layers_of_a_hard_model() -> None:
 def test_a_guard_that_has_nothing_to_do() -> None:
     model, layers, batches = hard()
     metric = choose_metric(None, batches, call, model)
-    decided = guard(metric, list(layers), lambda names: model, lambda: pytest.fail("ranked"), 0.0)
+    decided = guard(list(layers), lambda _names: metric.judge(model), lambda: pytest.fail("ranked"), 0.0)
     assert decided.search.quantized == frozenset(layers)
     assert decided.ranking is None
 
@@ -198,12 +203,17 @@ def test_a_guard_with_too_few_samples() -> None:
     labelled = [(x, model(x).argmax(1)) for x in batches]
     metric = choose_metric(None, labelled, call, model)
     assert (metric.kind, metric.samples) == ("top-1", 144)
-    decided = guard(metric, list(layers), lambda names: model, lambda: pytest.fail("ranked"), 0.02)
+
+    def guarded(threshold: float) -> Guarded:
+        rank, shortage = lambda: pytest.fail("ranked"), metric.shortage(threshold)
+        return guard(list(layers), lambda _names: metric.judge(model), rank, threshold, shortage)
+
+    decided = guarded(0.02)
     assert not decided.search.kept
     assert "183 samples are needed" in decided.search.note
     assert decided.search.given_back == tuple(layers)
     assert len(decided.search.history) == 1
-    assert guard(metric, list(layers), lambda names: model, lambda: pytest.fail("ranked"), 0.03).search.kept
+    assert guarded(0.03).search.kept
 
 
 class Tokens(nn.Module):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from halfstep._library import find_folder
+from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear, pack
 from int8_file_cases import KINDS, call, carry, optimized
 from torch import nn
 from without_python import run_without_python
@@ -112,6 +116,45 @@ def test_a_trace_of_one_size_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"scripted: RuntimeError: no script; traced: it differs .* fewer samples"):
         inference.save_torchscript(tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+
+
+def test_an_argument_that_a_trace_cannot_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, sample: Any, other: torch.Tensor) -> torch.Tensor:
+            return self.layer(sample.x) + other
+
+    kind = (lambda: Held().eval(), lambda n: [Sample(torch.randn(n, 16)), torch.randn(n, 4)])
+    monkeypatch.setitem(KINDS, "held", kind)
+    inference, _, _ = optimized("held")
+    with pytest.raises(ValueError, match="traced: TypeError: argument sample is a Sample, expected tensors, or tuples"):
+        inference.save_torchscript(tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_layers_are_scripted_without_warnings() -> None:
+    weight, image = torch.randn(8, 16), torch.randn(4, 4, 3, 3)
+    layers: list[tuple[nn.Module, torch.Tensor]] = [
+        (Int8Linear(pack(weight, None)), torch.randn(2, 16)),
+        (Int8Linear(pack(weight, None), input_scale=0.1, out_dtype=torch.float16), torch.randn(2, 16)),
+        (Int8Conv2d(pack(image, None)), torch.randn(2, 4, 5, 5)),
+        (Int8Conv1d(pack(image[:, :, :1], None)), torch.randn(2, 4, 5)),
+        (Int8Embedding(pack(weight, None)), torch.tensor([1, 2])),
+    ]
+    for layer, x in layers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # TorchScript itself is deprecated
+            scripted = torch.jit.script(layer.eval())
+        assert torch.equal(scripted(x), layer(x))
 
 
 def test_damaged_files_are_refused_by_torch(tmp_path: Path) -> None:
