@@ -1,13 +1,14 @@
 // int8 products of rows. Contract: halfstep/int8.h.
 //
-// More than 32 rows go through the tiles of int8_gemm.cuh. Fewer read the weights once and do little with them, so
-// there a block takes 16 channels, its warps share the terms among them, and everything goes from global memory
-// straight to the tensor cores' registers.
+// More than 32 rows go through Hopper's tiles (int8_hopper.h) where those can run, else through those of int8_gemm.cuh.
+// Fewer read the weights once and do little with them, so there a block takes 16 channels, its warps share the terms
+// among them, and everything goes from global memory straight to the tensor cores' registers.
 //
 // Limit of few rows: the bytes of the weights over the memory bandwidth.
 #include "int8_linear.cuh"
 
 #include "int8_gemm.cuh"
+#include "int8_hopper.h"
 
 namespace halfstep::cuda {
 namespace {
@@ -128,6 +129,10 @@ __global__ __launch_bounds__(kFewWarps* kWarp, 2) void few_rows_kernel(const std
 
 void launch_int8_linear(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
                         const Int8Finish& finish, cudaStream_t stream) {
+  if (shape.rows > kFewRows) {
+    const Int8Tile tile = hopper_tile(shape, input, weight, finish);
+    if (tile != Int8Tile::kNone) return launch_int8_hopper(tile, shape, input, weight, finish, stream);
+  }
   const std::uint64_t multiples = address_of(input) | address_of(weight) | static_cast<std::uint64_t>(shape.terms);
   with_unit(multiples, [&](auto unit) {
     constexpr int kUnit = decltype(unit)::value;

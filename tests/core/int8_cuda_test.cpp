@@ -1,5 +1,6 @@
 // int8 products of rows, and quantization, on the GPU: bit for bit what the scalar reference says.
 #include "int8_cuda_fixture.h"
+#include "int8_tiles.h"
 
 namespace halfstep {
 namespace {
@@ -53,6 +54,80 @@ TEST_F(Int8Cuda, EveryEpilogue) {
 TEST_F(Int8Cuda, EveryEpilogueOfTheLargeTile) {
   for (const Int8Setting& setting : test::int8_settings())
     if (setting.residual == DType::kFloat16) check_linear({1300, 16, 1288}, setting);
+}
+
+// Hopper's tiles one by one, whichever the table takes.
+class Int8Tiles : public test::Int8CudaTest, public testing::WithParamInterface<int> {
+ protected:
+  void SetUp() override {
+    Int8CudaTest::SetUp();
+    if (IsSkipped()) return;
+    cudaDeviceProp properties{};
+    ASSERT_EQ(cudaGetDeviceProperties(&properties, 0), cudaSuccess);
+    if (properties.major != 9) GTEST_SKIP() << "needs compute capability 9.0";
+  }
+  void check_tile(const Int8LinearShape& shape, const Int8Setting& setting = {}) {
+    test::Int8Product product = test::linear_product(shape);
+    product.call = [&](auto... arguments) {
+      ASSERT_TRUE(cuda::int8_linear_by_tile(static_cast<cuda::Int8Tile>(GetParam()), shape, arguments...));
+    };
+    check(product, setting);
+  }
+};
+
+TEST_P(Int8Tiles, SumsAroundTheEdgesOfSlicesAndTiles) {
+  for (const std::int64_t terms : {16, 112, 128, 144, 656, 1040})
+    for (const std::int64_t channels : {32, 64, 96, 288})
+      for (const std::int64_t rows : {1, 7, 63, 65, 129, 300})
+        if ((terms / 16 + channels / 32 + rows) % 3 == 0)
+          check_tile({rows, terms, channels}, {.zero_point = static_cast<std::int32_t>(rows % 3) - 1});
+}
+
+// Each block walks over several tiles, more of them than it has stages, in panels of which the last one is not full.
+TEST_P(Int8Tiles, SumsOfManyTiles) {
+  check_tile({4500, 96, 2080});
+  check_tile({70, 144, 33 * 1024}, {.zero_point = -3});
+  check_tile({33 * 1024 + 5, 272, 64}, {.zero_point = 5});
+}
+
+TEST_P(Int8Tiles, LongSumsOfSaturatedValues) {
+  for (const std::int32_t zero_point : {127, -128, 0})
+    check_tile({70, 65792, 64}, {.zero_point = zero_point, .saturated = true});
+  check_tile({70, kInt8MaxTerms / 16 * 16, 64}, {.saturated = true});
+}
+
+TEST_P(Int8Tiles, EveryEpilogue) {
+  for (const Int8Setting& setting : test::int8_settings()) {
+    check_tile({333, 144, 352}, setting);
+    if (testing::Test::HasFailure()) return;
+  }
+}
+
+TEST_P(Int8Tiles, RefusesWhatItsCopiesCannotRead) {
+  const auto tile = static_cast<cuda::Int8Tile>(GetParam());
+  const DeviceArray<std::int8_t> bytes(64 * 1024);
+  const DeviceArray<float> scales(1024);
+  const Int8Epilogue epilogue{.weight_scales = scales.get(), .out = {bytes.get() + 32768, Int8OutKind::kInt8}};
+  const auto runs = [&](Int8LinearShape shape, std::size_t offset) {
+    return cuda::int8_linear_by_tile(tile, shape, bytes.get() + offset, bytes.get() + 16384, nullptr, epilogue,
+                                     {stream_});
+  };
+  EXPECT_TRUE(runs({64, 64, 64}, 0));
+  EXPECT_FALSE(runs({64, 64, 64}, 8));
+  EXPECT_FALSE(runs({64, 72, 64}, 0));
+  EXPECT_FALSE(runs({64, 64, 48}, 0));
+  EXPECT_FALSE(runs({0, 64, 64}, 0));
+  EXPECT_FALSE(runs({64, 0, 64}, 0));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Int8Tiles, testing::Range(0, cuda::kInt8Tiles));
+
+// Its share of the processors decides: one large tile each is better than many small ones, and the other way round.
+TEST(Int8TileChoice, FollowsTheSize) {
+  using cuda::Int8Tile;
+  EXPECT_EQ(cuda::int8_tile_for({8192, 8192, 8192}, 132), Int8Tile::kPair256x256);
+  EXPECT_EQ(cuda::int8_tile_for({64, 4096, 4096}, 132), Int8Tile::k64x64);
+  EXPECT_EQ(cuda::int8_tile_for({512, 4096, 4096}, 132), Int8Tile::kPair256x128);
 }
 
 TEST_F(Int8Cuda, AnyAlignment) {

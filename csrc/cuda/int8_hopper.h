@@ -1,0 +1,17 @@
+// The int8 product of rows by Hopper's warpgroup products, where that can run.
+#pragma once
+
+#include "int8_epilogue.cuh"
+#include "int8_tiles.h"
+
+namespace halfstep::cuda {
+
+// The fastest tile for this size, kNone where this product cannot run: it takes a GPU of compute capability 9.0 and a
+// library built for 90a, terms, weights and input at multiples of 16 bytes, and channels that are a multiple of 32.
+Int8Tile hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
+                     const Int8Finish& finish);
+
+void launch_int8_hopper(Int8Tile tile, const Int8LinearShape& shape, const std::int8_t* input,
+                        const std::int8_t* weight, const Int8Finish& finish, cudaStream_t stream);
+
+}  // namespace halfstep::cuda

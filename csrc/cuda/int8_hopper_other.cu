@@ -1,0 +1,11 @@
+// Instances of the Hopper product: gelu by tanh, silu and hardswish.
+#include "int8_hopper_launch.cuh"
+
+namespace halfstep::cuda {
+
+void launch_hopper_other(Int8Tile tile, const Int8LinearShape& shape, const std::int8_t* input,
+                         const std::int8_t* weight, const Int8Finish& finish, cudaStream_t stream) {
+  launch_hopper(tile, shape, input, weight, finish, OtherActivation{finish.epilogue.activation}, stream);
+}
+
+}  // namespace halfstep::cuda
