@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class InferencePrecisionOptimizer:
     fold_batch_norm: fold batch norms into the convolutions before them, where the traced graph proves that it may.
     speed_guard: give back what is slower in int8 than in the fastest float type, at last the whole model. False keeps
         every layer that is accurate enough, for its size.
+    compiled: compare the whole model's time after torch.compile with that of the compiled float model, which takes as
+        long as compiling both does. None: if the model that is given is a compiled one. What comes back is not.
     strict: raise ValueError if a layer that has weights stays float, or a parameter by which a forward multiplies.
     bits: levels of weights and inputs, 8 or fewer; they are stored as int8 all the same.
     recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
@@ -77,6 +80,7 @@ class InferencePrecisionOptimizer:
         bias_correction: bool = True,
         fold_batch_norm: bool = True,
         speed_guard: bool = True,
+        compiled: bool | None = None,
         strict: bool = False,
         bits: int = 8,
         recurrent_weights: bool = False,
@@ -106,8 +110,9 @@ class InferencePrecisionOptimizer:
             raise TypeError(f"bits is {bits!r}, expected an integer from 2 to 8")
         if not 2 <= bits <= 8:
             raise ValueError(f"bits is {bits!r}, expected an integer from 2 to 8")
-        if progress is not None and not isinstance(progress, bool):
-            raise TypeError(f"progress is {progress!r}, expected True, False or None")
+        for name, value in (("progress", progress), ("compiled", compiled)):
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, expected True, False or None")
         if calibration_file is not None and not isinstance(calibration_file, (str, os.PathLike)):
             raise TypeError(f"calibration_file is {type(calibration_file).__name__}, expected a path")
         self.target_precision = target_precision
@@ -124,14 +129,14 @@ class InferencePrecisionOptimizer:
             bias_correction=bias_correction,
             fold_batch_norm=fold_batch_norm,
             speed_guard=speed_guard,
+            compiled=bool(compiled),
             strict=strict,
             bits=bits,
             recurrent_weights=recurrent_weights,
             progress=progress,
         )
-        if not isinstance(calibration_file, (str, os.PathLike, type(None))):
-            raise TypeError(f"calibration_file is {type(calibration_file).__name__}, expected a path")
         self._calibration_file = calibration_file
+        self._compiled = compiled
         self._report: Report | None = None
         self._saved: SavedResult | None = None
 
@@ -149,7 +154,10 @@ class InferencePrecisionOptimizer:
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("model is a TorchScript module, expected the torch.nn.Module that it was made of")
         device = checked_device(target_device, "target_device")
-        model = unwrapped(model)[1]
+        outer, model = unwrapped(model)
+        options = self._options
+        if self._compiled is None and outer is not model:
+            options = replace(options, compiled=True)
         file = None
         if self._calibration_file is not None and self.target_precision == "int8":
             file = CalibrationFile(self._calibration_file, model)
@@ -170,7 +178,7 @@ class InferencePrecisionOptimizer:
                 )
         form = None
         if self.target_precision == "int8":
-            run = Int8Run(reference, calibration, guard, device, self._options, report, file)
+            run = Int8Run(reference, calibration, guard, device, options, report, file)
             result, form = run.run(), run.form
         else:
             result = self._half(reference, guard, device, report)

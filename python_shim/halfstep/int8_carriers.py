@@ -21,12 +21,13 @@ class Carriers:
     """The reference and its form by type: `own` is the reference's type, `carrier` that of what is not int8.
 
     reference: the float model that users know. form: the one whose layers are replaced, in the same type.
+    `fastest` is the type of the float model that int8 has to beat, and the carrier unless int8 is faster in its own.
     `inners` holds the form in the types in which regions are timed: its own, the carrier, and the faster of the halves.
     """
 
     def __init__(self, reference: nn.Module, form: nn.Module) -> None:
         self.own = float_dtype(reference)
-        self.carrier = self.own
+        self.fastest = self.carrier = self.own
         self.inners = {self.own: form}
         self._models = {self.own: reference}
 
@@ -62,7 +63,7 @@ class Carriers:
         timings = time_in_turns(calls_of(list(models.values()), batch), device)
         times = {dtype: timing.median for dtype, timing in zip(models, timings, strict=True)}
         report.milliseconds = {name_of(dtype): milliseconds for dtype, milliseconds in times.items()}
-        self.carrier = min(times, key=times.__getitem__)
+        self.fastest = self.carrier = min(times, key=times.__getitem__)
         halves = sorted((dtype for dtype in times if dtype != self.own), key=times.__getitem__)
         if halves:  # the better of them is timed in every region, whether it is the carrier or not
             self.inners[halves[0]] = half_model(self.inners[self.own], halves[0]).module

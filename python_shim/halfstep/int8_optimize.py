@@ -49,6 +49,7 @@ class Options:
     bias_correction: bool
     fold_batch_norm: bool
     speed_guard: bool
+    compiled: bool
     strict: bool
     bits: int
     recurrent_weights: bool
@@ -107,7 +108,6 @@ class Int8Run:
             raise ValueError(_not_strict(report.left))
         if options.speed_guard:
             self.carriers.choose(self.batches[0], self._probe, self.device, report)
-        report.carrier = name_of(self.carriers.carrier)
         self.metric = choose_metric(options.eval_fn, self.guard, call, self.reference)
         report.metric, report.proxy = self.metric.kind, self.metric.proxy
         if report.proxy and any(batch.labels is not None for batch in self.guard):
@@ -118,6 +118,7 @@ class Int8Run:
         self.use(calibration, self.methods[0])
         if options.speed_guard:
             names = self.speed.faster(names)
+        report.carrier = name_of(self.carriers.carrier)
         self.judge = Judge(self, self.metric)
         chosen = self.search(calibration, names)
         return self.finish(chosen)
@@ -129,7 +130,7 @@ class Int8Run:
         if not names:
             return names
         # Behind the search come the biases and, where it has another type than the reference, the float model.
-        left = report.budget - self.options.bias_correction - (self.carriers.carrier != self.own)
+        left = report.budget - self.options.bias_correction - (self.carriers.fastest != self.own)
         tried: dict[str, Verdict] = {}
         for method in self.methods:
             self.use(calibration, method)
@@ -236,13 +237,13 @@ class Int8Run:
 
     def best_float(self) -> tuple[nn.Module, Verdict | None, str]:
         """Return the fastest float model if it keeps the threshold, else the reference, which needs no verdict."""
-        carrier = self.carriers.carrier
-        if carrier != self.own:
+        fastest = self.carriers.fastest
+        if fastest != self.own:
             verdict = self.judge.judge(frozenset())
             if verdict.kept(self.options.threshold):
-                return self.carriers.model(carrier), verdict, name_of(carrier)
+                return self.carriers.model(fastest), verdict, name_of(fastest)
             most = f"{self.options.threshold:g} or less"
-            self.report.notes.append(f"{name_of(carrier)} is faster, but cannot be shown to keep the drop at {most}")
+            self.report.notes.append(f"{name_of(fastest)} is faster, but cannot be shown to keep the drop at {most}")
         return self.reference, None, name_of(self.own)
 
     def describe(self, chosen: frozenset[str], verdict: Verdict | None, result: str) -> None:
@@ -281,10 +282,10 @@ class Int8Run:
     # -------------------------------------------------------------------------------------------- the models in between
 
     def build(self, names: frozenset[str]) -> nn.Module:
-        """Return a model in which these layers are int8, called as the reference is."""
+        """Return a model in which these layers are int8, called as the reference is; without any, the float one."""
         carriers = self.carriers
         if not names:
-            return carriers.model(carriers.carrier)
+            return carriers.model(carriers.fastest)
         return carriers.outside(self.form.build(carriers.inner, self.layers(names), carriers.carrier))
 
     def regions(self, names: frozenset[str]) -> list[Region]:

@@ -13,7 +13,7 @@ from halfstep.int8_metric import Verdict
 from halfstep.int8_model import replace_layers
 from halfstep.int8_recurrent import int8_recurrent
 from halfstep.int8_report import RegionReport
-from halfstep.int8_speed import time_in_turns
+from halfstep.int8_speed import calls_of, time_in_turns
 
 if TYPE_CHECKING:
     from halfstep.int8_optimize import Int8Run
@@ -98,7 +98,7 @@ class RecurrentWeights:
             times = self._times(before, module, layer, dtype)
             report.regions.append(RegionReport([name], "int8", kernel=_KERNEL, why=sizes, milliseconds=times))
         if report.milliseconds:  # of the model that comes back
-            (timing,) = time_in_turns([partial(run.batches[0], after)], run.device, _ROUNDS)
+            (timing,) = time_in_turns(calls_of([after], run.batches[0]), run.device, _ROUNDS)
             report.milliseconds["int8"] = timing.median
         return after
 

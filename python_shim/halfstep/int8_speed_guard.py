@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from halfstep.half_model import name_of
@@ -23,16 +24,47 @@ class SpeedGuard:
         self._times: dict[tuple[str, ...], dict[str, float]] = {}
 
     def faster(self, names: frozenset[str]) -> frozenset[str]:
-        """Return the layers of those regions that are not slower in int8 than in the float types."""
+        """Return the layers of those regions that are not slower in int8 than in the float types.
+
+        Regions are timed alone, so the casts between them are nobody's: the model with these layers, and the one with
+        all of them, each in the carrier and in the model's own type, are timed in turns, and the fastest is taken.
+        """
         kept = set(names)
+        slower: dict[str, str] = {}
         for region in self._run.regions(names):
             timed = self._time(region, names)
             rivals = [timing for key, timing in timed.items() if key != "int8"]
             if rivals and loses(timed["int8"], rival := min(rivals, key=lambda timing: timing.median)):
                 kept.difference_update(region.layers)
-                for name in region.layers:
-                    self._run.report.given_back[name] = f"slower: int8 {timed['int8']}, float {rival}"
-        return frozenset(kept)
+                slower.update(dict.fromkeys(region.layers, f"slower: int8 {timed['int8']}, float {rival}"))
+        chosen = self._fastest_whole(frozenset(kept), names)
+        self._run.report.given_back.update((name, why) for name, why in slower.items() if name not in chosen)
+        return chosen
+
+    def _fastest_whole(self, kept: frozenset[str], names: frozenset[str]) -> frozenset[str]:
+        """Return one of both sets, and set the carrier with which it is fastest."""
+        run, carriers = self._run, self._run.carriers
+        dtypes = dict.fromkeys((carriers.fastest, carriers.own))
+        ways = [(layers, dtype) for dtype in dtypes for layers in dict.fromkeys((kept, names)) if layers]
+        if (kept, carriers.fastest) not in ways:
+            ways.insert(0, (kept, carriers.fastest))  # the float model
+        if len(ways) == 1:
+            return kept
+        models = []
+        for layers, dtype in ways:
+            carriers.carrier = dtype
+            models.append(run.build(layers))
+        timings = time_in_turns(calls_of(models, run.batches[0]), run.device)
+        best = min(range(len(ways)), key=lambda way: timings[way].median)
+        if not loses(timings[0], timings[best]):
+            best = 0
+        chosen, carriers.carrier = ways[best]
+        if chosen != kept:
+            run.report.notes.append(
+                f"with all regions in int8 the model takes {timings[best]}, without those that are slower alone "
+                f"{timings[0]}: all are kept"
+            )
+        return chosen
 
     def milliseconds(self, region: Region, names: frozenset[str]) -> dict[str, float]:
         """Return the times of a region of these int8 layers by type; it is timed now if it was part of a larger one."""
@@ -50,17 +82,35 @@ class SpeedGuard:
         With it come its verdict, None for the reference, and what it is: "int8" or the name of its type.
         """
         run, carriers, report = self._run, self._run.carriers, self._run.report
-        kinds = list(dict.fromkeys((carriers.own, carriers.carrier)))
+        kinds = list(dict.fromkeys((carriers.own, carriers.fastest)))
         models = [*(carriers.model(dtype) for dtype in kinds), model]
+        if run.options.compiled:
+            models = self._compiled(models)
         *rivals, mine = time_in_turns(calls_of(models, run.batches[0]), run.device)
         report.milliseconds.update({name_of(dtype): t.median for dtype, t in zip(kinds, rivals, strict=True)})
         report.milliseconds["int8"] = mine.median
         if loses(mine, rivals[-1]):
             best = run.best_float()
-            if best[2] == name_of(carriers.carrier) or loses(mine, rivals[0]):
-                report.notes.append(f"int8 takes {mine}, {name_of(carriers.carrier)} {rivals[-1]}: int8 is not used")
+            if best[2] == name_of(carriers.fastest) or loses(mine, rivals[0]):
+                report.notes.append(f"int8 takes {mine}, {name_of(carriers.fastest)} {rivals[-1]}: int8 is not used")
                 return best
         return model, verdict, "int8"
+
+    def _compiled(self, models: list[nn.Module]) -> list[nn.Module]:
+        """Return the models compiled, as they are going to be used; as they are if one of them cannot be compiled."""
+        compiled = [torch.compile(model) for model in models]
+        try:
+            with torch.inference_mode():
+                for model in compiled:
+                    self._run.batches[0](model)
+        except Exception as error:  # a compiler may fail in any way
+            said = (str(error).splitlines() or [""])[0]
+            self._run.report.notes.append(
+                f"models are timed without torch.compile, which fails: {type(error).__name__}: {said}"
+            )
+            return models
+        self._run.report.notes.append("whole models are timed compiled; what came back is not compiled yet")
+        return compiled
 
     def _time(self, region: Region, names: frozenset[str]) -> dict[str, Timing]:
         run = self._run

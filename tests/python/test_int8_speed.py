@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from halfstep import InferencePrecisionOptimizer, int8_carriers, int8_speed_guard
 from halfstep.calibration_data import Batch, batch_of
-from halfstep.int8_speed import calls_of, time_in_turns
+from halfstep.half_model import CastModel
+from halfstep.int8_form import Form
+from halfstep.int8_layers import Int8Layer
+from halfstep.int8_speed import Timing, calls_of, time_in_turns
 from inference_cases import batches, trained_mlp
 from torch import nn
 
@@ -81,4 +85,106 @@ def test_no_copy_of_a_batch_is_in_the_times_of_whole_models(monkeypatch: pytest.
     inference = InferencePrecisionOptimizer(progress=False)
     inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
     assert inference.report()["result"] == "int8"
-    assert during == [0, 0]  # the float types, and int8 against them
+    assert len(during) >= 2  # the float types, perhaps int8 in them, and int8 against them
+    assert set(during) == {0}
+
+
+def int8_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, Int8Layer) for module in model.modules())
+
+
+def timed_by(milliseconds: Callable[[int], float]) -> Callable[..., list[Timing]]:
+    """Return a time_in_turns() that says how long a model takes by the number of its int8 layers."""
+    return lambda calls, *_: [Timing((milliseconds(int8_layers(call.func)),) * 3) for call in calls]
+
+
+@pytest.mark.parametrize("whole_wins", [True, False])
+def test_the_whole_model_decides_about_regions_that_are_slower_alone(
+    monkeypatch: pytest.MonkeyPatch, whole_wins: bool
+) -> None:
+    slower = {"int8": Timing((2.0,) * 3), "float32": Timing((1.0,) * 3)}
+    monkeypatch.setattr(Form, "time_region", lambda *_args: slower)
+    for module in (int8_carriers, int8_speed_guard):
+        monkeypatch.setattr(module, "time_in_turns", timed_by(lambda n: 10.0 - n if whole_wins else 10.0 + n))
+    inference = InferencePrecisionOptimizer(progress=False, accuracy_threshold=0.5)
+    model = inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
+    report = inference.report()
+    if whole_wins:
+        assert report["result"] == "int8"
+        assert int8_layers(model) == len([r for r in report["regions"] for _ in r["layers"]])
+        assert any("all are kept" in note for note in report["notes"])
+    else:
+        assert report["result"] != "int8"
+        assert int8_layers(model) == 0
+        assert all("slower" in region["why"] for region in report["regions"])
+
+
+@pytest.mark.parametrize("carrier", ["bfloat16", "float32"])
+def test_the_carrier_is_the_type_in_which_the_int8_model_is_fastest(
+    monkeypatch: pytest.MonkeyPatch, carrier: str
+) -> None:
+    def timed(calls: Any, *_: Any) -> list[Timing]:
+        found = []
+        for call in calls:
+            types = {p.dtype for p in call.func.parameters()}
+            half = isinstance(call.func, CastModel) and "bfloat16" in str(call.func.dtype)
+            if int8_layers(call.func):
+                found.append(1.0 if half == (carrier == "bfloat16") else 2.0)
+            else:
+                found.append(3.0 if half else 4.0 if types <= {torch.float32} else 5.0)
+        return [Timing((t,) * 3) for t in found]
+
+    monkeypatch.setattr(Form, "time_region", lambda *_args: {"int8": Timing((1.0,)), "float32": Timing((2.0,))})
+    for module in (int8_carriers, int8_speed_guard):
+        monkeypatch.setattr(module, "time_in_turns", timed)
+    inference = InferencePrecisionOptimizer(progress=False, accuracy_threshold=0.5)
+    inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
+    assert inference.report()["result"] == "int8"
+    assert inference.report()["carrier"] == carrier
+
+
+class Compiled(nn.Module):
+    """What a test has torch.compile return."""
+
+    def __init__(self, model: nn.Module, fails: bool) -> None:
+        super().__init__()
+        self.model, self.fails = model, fails
+
+    def forward(self, *args: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("no compiler")
+        return self.model(*args)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("asked", [True, None])
+def test_compiled_models_are_compared_with_compiled_ones(
+    monkeypatch: pytest.MonkeyPatch, asked: bool | None, fails: bool
+) -> None:
+    timed: list[list[nn.Module]] = []
+
+    def time(calls: Any, *_: Any) -> list[Timing]:
+        timed.append([call.func for call in calls])
+        return [Timing((10.0 - int8_layers(call.func),) * 3) for call in calls]
+
+    model = trained_mlp()
+    given = model if asked else torch.compile(model)  # it is not called, so nothing is compiled
+    monkeypatch.setattr(torch, "compile", lambda each: Compiled(each, fails))
+    for module in (int8_carriers, int8_speed_guard):
+        monkeypatch.setattr(module, "time_in_turns", time)
+    monkeypatch.setattr(Form, "time_region", lambda *_args: {"int8": Timing((1.0,)), "float32": Timing((2.0,))})
+    inference = InferencePrecisionOptimizer(progress=False, accuracy_threshold=0.5, compiled=asked)
+    result = inference.optimize_for_inference(given, batches(), "cpu")
+    assert not isinstance(result, Compiled)
+    assert all(isinstance(each, Compiled) != fails for each in timed[-1])
+    assert not any(isinstance(each, Compiled) for each in timed[0])
+    notes = inference.report()["notes"]
+    assert any(("no compiler" if fails else "timed compiled") in note for note in notes)
+
+
+def test_an_eager_model_is_compared_with_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda _model: pytest.fail("was compiled"))
+    for compiled in (None, False):
+        InferencePrecisionOptimizer(progress=False, compiled=compiled).optimize_for_inference(
+            trained_mlp(), batches(), "cpu"
+        )
