@@ -1,6 +1,6 @@
 """int8 inference of real models: accuracy on data that was held out, bytes of weights, and time, beside its peers.
 
-    python bench/int8_models.py [--device cuda|cpu] [--models minilm,resnet18,...,layers] [--rounds 25]
+    python bench/int8_models.py [--device cuda|cpu] [--models minilm,resnet18,...] [--rounds 25]
         [--threads N] [--batch 64] [--threshold 0.02] [--minilm FILE] [--peers onnxruntime,torchao] [--compile]
         [--out FILE.json]
 
@@ -14,7 +14,7 @@ On a GPU the time in brackets is that of a CUDA graph's replay.
 
 Accuracy is top-1 for digits and the mean reciprocal rank of a query's document for MiniLM. "agreement" is the share of
 digits of one class as in float32, or the mean cosine between both vectors of a sentence (in brackets the least).
-"layers" is a table of its own: one linear layer of several sizes.
+Single layers are in bench/int8_gemm.py.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ import int8_model_zoo as zoo
 import int8_sentences as sentences
 import torch
 from halfstep import InferencePrecisionOptimizer
-from int8_layer_times import layer_tables
 from int8_peers import Inputs, bytes_of, onnx_models, torchao_model
 from timing import machine, measure_in_turns, replayed
 from torch import nn
 
 SIZED = ("bert-base", "vit-b")
-MODELS = ("minilm", *zoo.RECIPES, *SIZED, "layers")
+MODELS = ("minilm", *zoo.RECIPES, *SIZED)
 
 
 @dataclass
@@ -286,15 +285,9 @@ def main() -> None:
     if unknown := set(chosen) - set(MODELS):
         parser.error(f"--models has {', '.join(sorted(unknown))}, expected some of {', '.join(MODELS)}")
     print(f"{machine(device)}, batches of {options.batch}, threshold {options.threshold:g}\n")
-    result: dict[str, Any] = {"machine": machine(device), "models": [], "layers": []}
-
-    def save() -> None:
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1))
-
-    if chosen != ["layers"]:
-        print(HEAD)
-    for name in [name for name in chosen if name != "layers"]:
+    result: dict[str, Any] = {"machine": machine(device), "models": []}
+    print(HEAD)
+    for name in chosen:
         if name == "minilm" and not options.minilm.exists():
             print(f"minilm: left out, there is no {options.minilm}; see bench/int8_sentences.py", file=sys.stderr)
             continue
@@ -303,10 +296,8 @@ def main() -> None:
         else:
             case = (sized if name in SIZED else digits)(name, device, options.batch)
         result["models"] += table(case, options)
-        save()
-    if "layers" in chosen:
-        result["layers"] = layer_tables(device, options.rounds, options.peers)
-        save()
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
