@@ -141,12 +141,12 @@ class ViT(nn.Module):
     """A vision transformer with torch's encoder, which reads patches and answers with the mean of its tokens."""
 
     def __init__(
-        self, width: int = 192, layers: int = 4, size: int = 32, patch: int = 4, heads: int = 6, channels: int = 1
+        self, width: int = 192, layers: int = 4, size: int = 32, patch: int = 4, heads: int = 0, channels: int = 1
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.places = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(width, heads or width // 32, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, 10)
 
