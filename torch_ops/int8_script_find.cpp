@@ -85,10 +85,25 @@ std::string name_of(const AttributePath& path) {
   return path.module.empty() ? name : path.module + "." + name;
 }
 
+// Integers that are known, as a constant or as a list of constants.
+std::optional<std::vector<std::int64_t>> integers_of(const Value* value) {
+  if (value->node()->kind() != prim::ListConstruct) {
+    const auto constant = torch::jit::toIValue(value);
+    return constant && constant->isIntList() ? std::optional(constant->toIntVector()) : std::nullopt;
+  }
+  std::vector<std::int64_t> list;
+  for (const Value* const element : value->node()->inputs()) {
+    const auto constant = torch::jit::toIValue(element);
+    if (!constant || !constant->isInt()) return std::nullopt;
+    list.push_back(constant->toInt());
+  }
+  return list;
+}
+
 std::optional<std::array<std::int64_t, 2>> pair_of(const Value* value, bool one_dimension, std::int64_t first) {
-  const auto constant = torch::jit::toIValue(value);
-  if (!constant || !constant->isIntList()) return std::nullopt;
-  const auto list = constant->toIntVector();
+  const auto integers = integers_of(value);
+  if (!integers) return std::nullopt;
+  const std::vector<std::int64_t>& list = *integers;
   if (one_dimension) return list.size() == 1 ? std::optional(std::array{first, list[0]}) : std::nullopt;
   if (list.size() == 1) return std::array{list[0], list[0]};
   return list.size() == 2 ? std::optional(std::array{list[0], list[1]}) : std::nullopt;
@@ -104,7 +119,8 @@ class Finder {
       add(node, "linear", 1, 2, {});
     } else if (op == "embedding") {
       if (constants_.source_of(node->input(0))) add(node, "embedding", 0, 0, {});
-    } else if (op == "conv1d" || op == "conv2d" || op == "_convolution" || op == "convolution") {
+    } else if (op == "conv1d" || op == "conv2d" || op == "_convolution" || op == "convolution" ||
+               op == "_convolution_mode") {
       visit_convolution(node);
     }
     for (const Unsupported& one : kUnsupported) {
@@ -191,8 +207,7 @@ class Finder {
     note_layer(node, known->second);
     if (!is_new) return;
     unnamed_ += source ? 0 : 1;
-    layers_.push_back({name, kind, kind == "conv1d" ? weight->unsqueeze(2) : *weight, bias, geometry,
-                       source.value_or(AttributePath())});
+    layers_.push_back({name, kind, kind == "conv1d" ? weight->unsqueeze(2) : *weight, bias, geometry});
   }
 
   static std::string obstacle(const at::Tensor& weight, const std::string& kind) {

@@ -143,12 +143,7 @@ ScriptForm::Built ScriptForm::build(const std::map<std::size_t, ScriptSettings>&
     const auto packed_value = [&](std::size_t layer) {
       Value*& value = values[layer];
       if (value == nullptr) {
-        const AttributePath& path = layers_[layer].path;
-        const bool unnamed = path.name.empty();
-        value = insert_attribute(module, *graph,
-                                 {unnamed ? layers_[layer].name : path.module,
-                                  unnamed || path.name.starts_with("weight") ? "packed" : path.name + "_packed"},
-                                 settings.at(layer).packed);
+        value = insert_attribute(module, *graph, {layers_[layer].name, "packed"}, settings.at(layer).packed);
       }
       return value;
     };

@@ -50,7 +50,7 @@ std::optional<AttributePath> path_of(const torch::jit::Value* attribute);
 torch::jit::Module with_used_attributes(const ModuleObject& root, torch::jit::Graph& graph);
 
 // Gives the module another attribute and returns its value at the beginning of the graph. `path.module` may name
-// submodules that are not there yet; an underscore is put behind a name that is taken.
+// submodules that are not there yet; underscores are put behind names that are taken.
 torch::jit::Value* insert_attribute(torch::jit::Module& module, torch::jit::Graph& graph, AttributePath path,
                                     const c10::IValue& value, bool is_parameter = false);
 
@@ -65,7 +65,6 @@ struct ScriptLayer {
   at::Tensor weight;               // [out, in] or [out, in / groups, height, width]; a conv1d has height 1
   std::optional<at::Tensor> bias;  // [out]
   PackedInt8::Geometry geometry;
-  AttributePath path;  // of the weight; an empty name if it is a constant of the graph
 
   // The dimension of the channels of input and output, from the end.
   std::int64_t channel_dim() const { return kind == "conv1d" ? -2 : kind == "conv2d" ? -3 : -1; }

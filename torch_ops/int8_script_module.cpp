@@ -121,7 +121,8 @@ Value* insert_attribute(torch::jit::Module& module, torch::jit::Graph& graph, At
   torch::jit::Module inner = module;
   for (std::size_t begin = 0; begin < path.module.size();) {
     const std::size_t end = std::min(path.module.find('.', begin), path.module.size());
-    const std::string name = path.module.substr(begin, end - begin);
+    std::string name = path.module.substr(begin, end - begin);
+    while (inner.hasattr(name) && !is_module(inner.type()->getAttribute(name))) name += "_";
     if (!inner.hasattr(name)) {
       torch::jit::Module empty(c10::QualifiedName("__torch__.Int8Layer"), inner._ivalue()->compilation_unit(),
                                /*shouldMangle=*/true);

@@ -130,6 +130,10 @@ class SavedResult:
 
 def save_result(path: str | os.PathLike[str], saved: SavedResult) -> None:
     """Write the file. What was there is replaced when all is written. ValueError for what it cannot hold."""
+    if isinstance(saved.inner, torch.jit.ScriptModule):
+        raise ValueError(
+            "the model is TorchScript, whose code a file of weights and a plan does not hold: use save_torchscript()"
+        )
     safetensors = _package("safetensors.torch")
     if recurrent := [name for name, module in saved.inner.named_modules() if isinstance(module, Int8Recurrent)]:
         raise ValueError(

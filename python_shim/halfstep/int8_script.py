@@ -18,6 +18,7 @@ from halfstep.half_model import CastModel
 from halfstep.int8_files import replacing
 from halfstep.int8_form import Arguments, call_with
 from halfstep.int8_runs import disagreement
+from halfstep.signatures import signature_of
 
 
 def save_script(path: str | os.PathLike[str], model: nn.Module, example: Arguments) -> None:
@@ -78,7 +79,7 @@ def _by_name(model: nn.Module, original: nn.Module, example: Arguments) -> tuple
     It has the parameters' names of the original's forward: a trace takes no others, nor keywords of any name.
     """
     inner = original.module if isinstance(original, CastModel) else original
-    bound = inspect.signature(inner.forward).bind(*example[0], **example[1])
+    bound = signature_of(inner).bind(*example[0], **example[1])
     graph = Graph()
     tensors: list[Any] = []
 
