@@ -136,8 +136,9 @@ class InferencePrecisionOptimizer:
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         device = checked_device(target_device, "target_device")
         model = unwrapped(model)[1]
-        reference = copy.deepcopy(model).eval().to(device)
-        for parameter in reference.parameters():  # requires_grad_() is refused by scripts
+        with torch.no_grad():  # a script's parameters would be copied as an operation of the graph
+            reference = copy.deepcopy(model).eval().to(device)
+        for parameter in reference.parameters():  # scripts have no requires_grad_()
             parameter.requires_grad_(False)
         batches = collect(reference, calibration_data, self.calibration_samples)
         calibration, guard = split(batches)
