@@ -31,7 +31,6 @@ void to_eval(const ModuleObject& module) {
 }  // namespace
 
 torch::jit::Module copied_for_inference(const torch::jit::Module& module) {
-  TORCH_CHECK_VALUE(module._ivalue() != nullptr, "quantize: module is empty, expected a scripted or traced module");
   const std::string name = module.type()->name()->name();
   TORCH_CHECK_VALUE(module.find_method("forward"), "quantize: module is a ", name,
                     " without a method forward, which is what is quantized");

@@ -27,8 +27,8 @@ struct QuantizeOptions {
   bool dynamic = false;                           // inputs by row of a linear layer and image of a convolution
   bool fold_batch_norm = true;
   // Globs (POSIX fnmatch) of layers' names. A glob names what is inside of a module with it.
-  std::vector<std::string> include;  // empty: all
-  std::vector<std::string> exclude;
+  std::vector<std::string> include = {};  // empty: all
+  std::vector<std::string> exclude = {};
   // The largest accepted share of noise in the power of the outputs: 0.02 are 17 dB, 0.001 are 30 dB.
   double accuracy_threshold = 0.02;
 };
@@ -45,7 +45,7 @@ struct QuantizedLayer {
   double noise = -1;   // share of noise in the module's output with this layer alone in int8; negative: not measured
 };
 
-struct QuantizeReport {
+struct HALFSTEP_API QuantizeReport {
   std::vector<QuantizedLayer> layers;
   std::vector<std::string> folded;  // "bn into conv"
   // Of the module that came back, on the samples that judge: the mean share of noise in its outputs, what that of all
@@ -85,7 +85,7 @@ struct Quantized {
 // threads at once if the module may.
 //
 // Throws c10::Error (a ValueError in Python): calibration is empty; options are out of range; a glob names no layer;
-// the module is empty, has no forward, or has forward hooks of its own; something in forward cannot be inlined (methods
+// the module has no forward, or has forward hooks of its own; something in forward cannot be inlined (methods
 // of interfaces or of modules that are chosen at run time, fork, Python functions, autocast regions); outputs hold no
 // floating-point tensors or are not finite. Errors of the module's own code come through.
 HALFSTEP_API Quantized quantize(const torch::jit::Module& module,
