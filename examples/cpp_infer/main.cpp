@@ -7,6 +7,7 @@
 // percentiles. A model that runs with intra-op threads of its own would have these compete, so each call uses one.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>

@@ -16,6 +16,7 @@ from halfstep.int8_folding import fold_batch_norms
 from halfstep.int8_graph import subgraph
 from halfstep.int8_layers import Int8Linear, pack
 from halfstep.int8_model import share
+from halfstep.int8_nodes import pools_int8
 from halfstep.int8_runs import capture, shapes_of
 from int8_graph_cases import MODELS, call, made, run, traced, with_int8
 from torch import nn
@@ -465,10 +466,10 @@ def test_pooling(pool: Any, passes: bool) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.b((self.pool if isinstance(pool, nn.Module) else pool)(self.a(x)))
 
-    x = torch.randn(3, 3, 10, 9)
+    x = torch.randn(3, 3, 20, 19)  # of small pictures torch's int8 pooling takes all, of these not on every device
     _, unfused = prepared(Model().eval(), x)
     result, _ = fused(unfused, x)
-    assert (result.a.out_scale is not None) == passes
+    assert (result.a.out_scale is not None) == (passes and pools_int8("cpu"))
     assert torch.equal(run(result, x), run(unfused, x))
 
 
