@@ -37,11 +37,11 @@ auto op_of(const char* name) {
 }
 
 c10::intrusive_ptr<PackedInt8> pack(const ScriptLayer& layer, int bits) {
-  static const auto quantize_weight =
-      op_of<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, std::int64_t, bool)>("halfstep::quantize_int8_weight");
+  static const auto quantize_weight = op_of<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, std::int64_t, bool)>(
+      "halfstep::quantize_int8_weight");
   const auto [weight, scales] = quantize_weight.call(layer.weight, bits, false);
-  return c10::make_intrusive<PackedInt8>(weight, scales, layer.bias ? std::optional(layer.bias->to(at::kFloat)) : std::nullopt,
-                                         layer.geometry);
+  return c10::make_intrusive<PackedInt8>(
+      weight, scales, layer.bias ? std::optional(layer.bias->to(at::kFloat)) : std::nullopt, layer.geometry);
 }
 
 // ------------------------------------------------------------------------------------------------------- the choice
@@ -90,7 +90,8 @@ class Guard {
   Guard(const torch::jit::Module& reference, std::vector<const Arguments*> batches) : batches_(std::move(batches)) {
     for (const Arguments* const batch : batches_) {
       references_.push_back(outputs(reference, *batch));
-      TORCH_CHECK_VALUE(!references_.back().empty(), "quantize: the module's output holds no floating-point tensor, "
+      TORCH_CHECK_VALUE(!references_.back().empty(),
+                        "quantize: the module's output holds no floating-point tensor, "
                         "by which the int8 module could be judged");
       for (const at::Tensor& tensor : references_.back())
         TORCH_CHECK_VALUE(std::isfinite(tensor.sum(at::kDouble).item<double>()),
@@ -143,8 +144,7 @@ void check_options(const QuantizeOptions& options, const std::vector<Arguments>&
 
 class Quantizer {
  public:
-  Quantizer(const torch::jit::Module& module, const std::vector<Arguments>& calibration,
-            const QuantizeOptions& options)
+  Quantizer(const torch::jit::Module& module, const std::vector<Arguments>& calibration, const QuantizeOptions& options)
       : options_(options), form_(module, options.fold_batch_norm) {
     for (std::size_t i = 0; i < calibration.size(); ++i) {
       const bool judges = calibration.size() < 3 || i % 3 == 2;
@@ -221,7 +221,7 @@ class Quantizer {
   ScriptForm::Built built(const Layers& layers) const {
     std::map<std::size_t, ScriptSettings> settings;
     for (const std::size_t layer : layers) settings.emplace(layer, settings_.at(layer));
-    return form_.build(settings, at::kFloat);
+    return form_.build(settings);
   }
 
   // The layers with which the threshold is kept: all, or as many as are left when the most harmful are given back.
@@ -298,7 +298,8 @@ std::ostream& operator<<(std::ostream& out, const QuantizeReport& report) {
   out << "share of noise in the outputs: " << report.noise << ", at most " << report.bound << ": the threshold is "
       << (report.kept ? "kept" : "NOT kept") << '\n';
   if (report.bound_everywhere != report.bound)
-    out << "with all candidates in int8: " << report.noise_everywhere << ", at most " << report.bound_everywhere << '\n';
+    out << "with all candidates in int8: " << report.noise_everywhere << ", at most " << report.bound_everywhere
+        << '\n';
   for (const std::string& folded : report.folded) out << "batch norm " << folded << '\n';
   for (const QuantizedLayer& layer : report.layers) {
     out << "  " << layer.name << ": ";

@@ -51,9 +51,10 @@ std::tuple<c10::IValue, std::vector<Region>> build(const Self& self, const std::
                                                    const std::vector<c10::intrusive_ptr<PackedInt8>>& packed,
                                                    const std::vector<double>& scales, const Sizes& zero_points,
                                                    at::ScalarType out_dtype) {
-  TORCH_CHECK_VALUE(packed.size() == names.size() && scales.size() == names.size() && zero_points.size() == names.size(),
-                    "ScriptForm.build: got ", names.size(), " names, ", packed.size(), " weights, ", scales.size(),
-                    " scales and ", zero_points.size(), " zero points, expected as many of each");
+  TORCH_CHECK_VALUE(
+      packed.size() == names.size() && scales.size() == names.size() && zero_points.size() == names.size(),
+      "ScriptForm.build: got ", names.size(), " names, ", packed.size(), " weights, ", scales.size(), " scales and ",
+      zero_points.size(), " zero points, expected as many of each");
   std::map<std::size_t, ScriptSettings> settings;
   const std::vector<ScriptLayer>& all = self->form.layers();
   for (std::size_t i = 0; i < names.size(); ++i) {
@@ -77,9 +78,10 @@ std::tuple<c10::IValue, std::vector<Region>> build(const Self& self, const std::
 }  // namespace
 
 void define_int8_script(torch::Library& library) {
-  library.class_<Watch>("ScriptWatch").def("see", [](const c10::intrusive_ptr<Watch>& self, std::int64_t layer, const at::Tensor& input) {
-    if (self->see) self->see(static_cast<std::size_t>(layer), input);
-  });
+  library.class_<Watch>("ScriptWatch")
+      .def("see", [](const c10::intrusive_ptr<Watch>& self, std::int64_t layer, const at::Tensor& input) {
+        if (self->see) self->see(static_cast<std::size_t>(layer), input);
+      });
   // A layer of a form's calling(). Python implements it: halfstep/int8_script_form.py.
   library.def("script_layer(Tensor input, str name) -> Tensor");
   library.class_<ScriptFormClass>("ScriptForm")

@@ -22,8 +22,9 @@ const c10::Symbol kLayer = c10::Symbol::attr("halfstep_int8_layer");
 
 // Of which the result has the first input's elements, whatever the others are.
 constexpr auto kViews = std::to_array<std::string_view>(
-    {"chunk", "contiguous", "detach", "expand", "narrow", "numpy_T", "permute", "reshape", "select", "slice", "split",
-     "split_with_sizes", "squeeze", "t", "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view"});
+    {"chunk",        "contiguous", "detach", "expand",    "narrow",           "numpy_T", "permute",
+     "reshape",      "select",     "slice",  "split",     "split_with_sizes", "squeeze", "t",
+     "tensor_split", "transpose",  "unbind", "unflatten", "unsqueeze",        "view"});
 
 // Products that have no int8 kernel, and the input that has their weights.
 struct Unsupported {
@@ -68,7 +69,8 @@ std::optional<AttributePath> path_in(std::string name) {
   if (!name.starts_with("self.")) return std::nullopt;
   name.erase(0, 5);
   const auto last = [&] { return name.substr(name.rfind('.') + 1); };
-  while (name.find('.') != std::string::npos && std::ranges::all_of(last(), [](char c) { return c >= '0' && c <= '9'; }))
+  while (name.find('.') != std::string::npos &&
+         std::ranges::all_of(last(), [](char c) { return c >= '0' && c <= '9'; }))
     name.erase(name.rfind('.'));
   const std::size_t dot = name.rfind('.');
   if (dot == std::string::npos) return AttributePath{"", name};

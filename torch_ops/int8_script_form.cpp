@@ -135,7 +135,7 @@ torch::jit::Module ScriptForm::calling() const {
 }
 
 ScriptForm::Built ScriptForm::build(const std::map<std::size_t, ScriptSettings>& settings,
-                                    at::ScalarType out_dtype) const {
+                                    std::optional<at::ScalarType> out_dtype) const {
   Built built;
   built.module = finished([&](torch::jit::Module& module, const GraphPtr& graph) {
     std::map<std::size_t, Value*> values;

@@ -126,10 +126,10 @@ struct ScriptRegion {
 };
 
 // Makes these layers int8, in the graph of a module that with_used_attributes() gave. `out_dtype` is the type of what
-// is not int8.
+// is not int8; none: that of each layer's weight.
 std::vector<ScriptRegion> make_int8(torch::jit::Graph& graph, const std::vector<ScriptLayer>& layers,
-                                    const std::map<std::size_t, ScriptSettings>& settings, at::ScalarType out_dtype,
-                                    at::Device device,
+                                    const std::map<std::size_t, ScriptSettings>& settings,
+                                    std::optional<at::ScalarType> out_dtype, at::Device device,
                                     const std::function<torch::jit::Value*(std::size_t layer)>& packed_value);
 
 // ------------------------------------------------------------------------------------------------------- the whole
@@ -165,7 +165,8 @@ class ScriptForm {
     torch::jit::Module module;
     std::vector<ScriptRegion> regions;
   };
-  Built build(const std::map<std::size_t, ScriptSettings>& settings, at::ScalarType out_dtype) const;
+  Built build(const std::map<std::size_t, ScriptSettings>& settings,
+              std::optional<at::ScalarType> out_dtype = std::nullopt) const;
 
  private:
   torch::jit::Module finished(const std::function<void(torch::jit::Module&, const GraphPtr&)>& edit) const;

@@ -86,9 +86,8 @@ class Rebuilder {
       return;
     }
     // Objects of C++ classes have no state that forward changes: packed weights, and what watches.
-    copy.register_attribute(name, of->type()->getAttribute(i),
-                            value.isCustomClass() ? value : value.deepcopy(copies_), is_parameter,
-                            of->type()->is_buffer(i));
+    copy.register_attribute(name, of->type()->getAttribute(i), value.isCustomClass() ? value : value.deepcopy(copies_),
+                            is_parameter, of->type()->is_buffer(i));
   }
 
   std::unordered_map<const Value*, std::vector<Node*>> accesses_;

@@ -67,7 +67,8 @@ void take_bias(torch::jit::Graph& graph, const Constants& constants, Node* node)
   if (node->kind() != aten::linear || !node->input(2)->mustBeNone()) return;
   const auto weight = constants(node->input(1));
   Node* const add = only_reader(node->output());
-  if (!weight || weight->dim() != 2 || add == nullptr || (add->kind() != aten::add && add->kind() != aten::add_)) return;
+  if (!weight || weight->dim() != 2 || add == nullptr || (add->kind() != aten::add && add->kind() != aten::add_))
+    return;
   if (add->inputs().size() != 3 || !is_one(add->input(2))) return;
   const bool first = add->input(0) == node->output();
   if (!first && add->kind() == aten::add_) return;
@@ -87,11 +88,10 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 Folded call_fold(const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& var,
                  const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("halfstep::fold_batch_norm", "")
-          .typed<Folded(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
-                        const OptionalTensor&, const OptionalTensor&, double)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::fold_batch_norm", "")
+                             .typed<Folded(const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                                           const at::Tensor&, const OptionalTensor&, const OptionalTensor&, double)>();
   return op.call(weight, bias, mean, var, norm_weight, norm_bias, eps);
 }
 
@@ -113,7 +113,8 @@ void to_linear(const GraphPtr& graph, const ModuleObject& root) {
     if (dropout && torch::jit::toIValue(node->input(2)) == c10::IValue(false)) {
       replace(node, node->input(0));
     } else if (node->kind() == aten::view && node->input(1)->type()->kind() == c10::TypeKind::ListType) {
-      // int8 convolutions answer in channels last, of which few views can be taken; a reshape is a view where it can be.
+      // int8 convolutions answer in channels last, of which few views can be taken; a reshape is a view where it can
+      // be.
       const torch::jit::WithInsertPoint before(node);
       replace(node, graph->insert(aten::reshape, {node->input(0), node->input(1)}));
     } else {
@@ -150,8 +151,7 @@ std::vector<std::pair<std::string, std::string>> fold_batch_norms(const GraphPtr
     if (!optional(conv->input(2), bias) || !optional(norm->input(1), norm_weight) ||
         !optional(norm->input(2), norm_bias))
       continue;
-    const auto [new_weight, new_bias] =
-        call_fold(*weight, bias, *mean, *var, norm_weight, norm_bias, eps->toDouble());
+    const auto [new_weight, new_bias] = call_fold(*weight, bias, *mean, *var, norm_weight, norm_bias, eps->toDouble());
     conv->replaceInput(1, insert_attribute(module, *graph, *source, new_weight, /*is_parameter=*/true));
     conv->replaceInput(2, insert_attribute(module, *graph, {source->module, "bias"}, new_bias, /*is_parameter=*/true));
     replace(norm, conv->output());

@@ -67,7 +67,8 @@ struct Site {
 class Rewriter {
  public:
   Rewriter(torch::jit::Graph& graph, const std::vector<ScriptLayer>& layers,
-           const std::map<std::size_t, ScriptSettings>& settings, at::ScalarType out_dtype, at::Device device)
+           const std::map<std::size_t, ScriptSettings>& settings, std::optional<at::ScalarType> out_dtype,
+           at::Device device)
       : graph_(graph), layers_(layers), settings_(settings), out_dtype_(out_dtype), pools_int8_(pools_int8(device)) {
     for_each_node(graph.block(), [&](Node* node) {
       const auto layer = noted_layer(node);
@@ -191,11 +192,12 @@ class Rewriter {
     const std::string& kind = layers_[site.layer].kind;
     Value* input = input_of_product(site.node);
     const auto op = [](const char* name) { return c10::Symbol::fromQualString(name); };
+    const at::ScalarType type = out_dtype_.value_or(layers_[site.layer].weight.scalar_type());
     if (kind == "embedding")
-      return graph_.insert(op("halfstep::int8_embedding"), {input, packed, static_cast<std::int64_t>(out_dtype_)});
+      return graph_.insert(op("halfstep::int8_embedding"), {input, packed, static_cast<std::int64_t>(type)});
     // A product that reads int8 would not know what is around it.
     const bool is_float = site.out == nullptr;
-    const c10::IValue out_dtype = is_float && site.reads_int8 ? c10::IValue(out_dtype_) : c10::IValue();
+    const c10::IValue out_dtype = is_float && site.reads_int8 ? c10::IValue(type) : c10::IValue();
     const c10::IValue out_scale = is_float ? c10::IValue() : c10::IValue(*site.out->input_scale);
     const c10::IValue scale = own.input_scale ? c10::IValue(*own.input_scale) : c10::IValue();
     if (kind == "conv1d") input = graph_.insert(aten::unsqueeze, {input, -2});
@@ -219,7 +221,7 @@ class Rewriter {
   torch::jit::Graph& graph_;
   const std::vector<ScriptLayer>& layers_;
   const std::map<std::size_t, ScriptSettings>& settings_;
-  at::ScalarType out_dtype_;
+  std::optional<at::ScalarType> out_dtype_;
   bool pools_int8_;
   std::vector<Site> sites_;
   std::unordered_map<const Node*, Site*> by_node_;
@@ -230,8 +232,9 @@ class Rewriter {
 }  // namespace
 
 std::vector<ScriptRegion> make_int8(torch::jit::Graph& graph, const std::vector<ScriptLayer>& layers,
-                                    const std::map<std::size_t, ScriptSettings>& settings, at::ScalarType out_dtype,
-                                    at::Device device, const std::function<Value*(std::size_t layer)>& packed_value) {
+                                    const std::map<std::size_t, ScriptSettings>& settings,
+                                    std::optional<at::ScalarType> out_dtype, at::Device device,
+                                    const std::function<Value*(std::size_t layer)>& packed_value) {
   Rewriter rewriter(graph, layers, settings, out_dtype, device);
   rewriter.take_activations();
   rewriter.pass_int8();

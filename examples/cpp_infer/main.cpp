@@ -115,10 +115,11 @@ int run(const std::string& path, const std::vector<int64_t>& sizes, std::size_t 
     same_bits = same_bits && own.same_bits;
   }
   std::sort(all.begin(), all.end());
-  const auto percentile = [&](double share) { return all[static_cast<std::size_t>(share * static_cast<double>(all.size() - 1))]; };
+  const auto percentile = [&](double share) {
+    return all[static_cast<std::size_t>(share * static_cast<double>(all.size() - 1))];
+  };
   std::printf("%zu threads, %zu calls: p50 %.2f ms, p90 %.2f ms, p99 %.2f ms; %s\n", threads, all.size(),
-              percentile(0.5), percentile(0.9), percentile(0.99),
-              same_bits ? "all have the same bits" : "BITS DIFFER");
+              percentile(0.5), percentile(0.9), percentile(0.99), same_bits ? "all have the same bits" : "BITS DIFFER");
   return same_bits ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 

@@ -195,9 +195,7 @@ class ScriptForm:
         """Return the regions that these layers make."""
         return self._build(layers, dtype)[1]
 
-    def _build(
-        self, layers: dict[str, nn.Module], dtype: torch.dtype
-    ) -> tuple[torch.jit.ScriptModule, list[Region]]:
+    def _build(self, layers: dict[str, nn.Module], dtype: torch.dtype) -> tuple[torch.jit.ScriptModule, list[Region]]:
         module, regions = self._form.build(
             list(layers),
             [layer.packed for layer in layers.values()],

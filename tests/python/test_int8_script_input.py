@@ -68,10 +68,7 @@ class Branching(nn.Module):
 
     def forward(self, x: torch.Tensor, turns: int = 3) -> torch.Tensor:
         for _ in range(turns):
-            if float(x.sum()) > 0:
-                x = F.gelu(self.turn(x))
-            else:
-                x = self.other(x)
+            x = F.gelu(self.turn(x)) if float(x.sum()) > 0 else self.other(x)
         y = self.lstm(x.unsqueeze(1))[0][:, 0]
         return F.silu(self.signal(x.unsqueeze(1)).mean(1) @ self.mix) + y
 
@@ -148,7 +145,8 @@ def test_int8_of_a_script(kind: str, way: Callable[..., Any], device: str, tmp_p
     script = way(model, batch(8))
     inference, result = optimized(script, batch, device)
     report = inference.report()
-    assert report["result"] == "int8" and report["kept"]
+    assert report["result"] == "int8"
+    assert report["kept"]
     int8 = [name for region in report["regions"] if region["state"] == "int8" for name in region["layers"]]
     least = {"mlp": 3, "cnn": 4, "encoder": 6, "branching": 3, "tied": 3}[kind]
     if (kind, way) == ("encoder", frozen):  # whose fast path of attention can no longer be turned off
@@ -191,11 +189,14 @@ def test_batch_norms_fold_and_int8_passes_on() -> None:
     assert regions["inner", "last"] == ["inner + relu + int8 out"]
     assert regions["stem",] == ["stem + relu"]  # what it gives is added too
     assert calls(result, "aten::batch_norm") == calls(result, "aten::conv2d") == calls(result, "aten::dropout") == 0
-    assert not hasattr(result, "norm") and not hasattr(result.stem, "weight")
+    assert not hasattr(result, "norm")
+    assert not hasattr(result.stem, "weight")
 
 
 def test_int8_stays_int8_between_layers() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 36, 8), nn.Unflatten(1, (2, 4)))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 36, 8), nn.Unflatten(1, (2, 4))
+    )
     model.append(nn.Linear(4, 2))
     inference, result = optimized(scripted(model.eval(), None), lambda n: torch.randn(n, 3, 8, 8))
     (region,) = inference.report()["regions"]
@@ -243,7 +244,8 @@ def test_the_bits_of_eager_layers() -> None:
     _, result = optimized(scripted(Encoder().eval(), None), CASES["encoder"][1], include="words")
     ids = torch.randint(0, 20, (4, 6))
     table = Int8Embedding(result.words.packed)
-    assert calls(result, "halfstep::int8_") == 1 and table(ids).shape == (4, 6, 16)
+    assert calls(result, "halfstep::int8_") == 1
+    assert table(ids).shape == (4, 6, 16)
 
     conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, groups=1).eval()
     _, result = optimized(torch.jit.script(conv), lambda n: torch.randn(n, 3, 8, 8), activations="dynamic")
@@ -277,7 +279,8 @@ def test_products_of_old_traces() -> None:
     inference, result = optimized(traced(model, torch.randn(8, 8)), lambda n: torch.randn(n, 8))
     regions = [region["layers"] for region in inference.report()["regions"]]
     assert regions == [["a", "b", "c"]]
-    assert calls(result, "aten::") == 0 and calls(result, "halfstep::int8_linear") == 3
+    assert calls(result, "aten::") == 0
+    assert calls(result, "halfstep::int8_linear") == 3
     x = torch.randn(5, 8)
     assert noise(model(x), result(x)) < 0.01
 
@@ -315,11 +318,14 @@ def test_the_guard_gives_layers_back_or_the_float_model() -> None:
     threshold = 0.8 * inference.report()["bound"]
     inference, result = optimized(script, batch, bits=5, accuracy_threshold=threshold)
     report = inference.report()
-    assert report["kept"] and report["bound"] <= threshold
-    assert 0 < len(report["given_back"]) < 3 and calls(result, "halfstep::int8_") == 3 - len(report["given_back"])
+    assert report["kept"]
+    assert report["bound"] <= threshold
+    assert 0 < len(report["given_back"]) < 3
+    assert calls(result, "halfstep::int8_") == 3 - len(report["given_back"])
     assert "number 1 of the most harmful" in inference.explain()
     inference, result = optimized(script, batch, accuracy_threshold=0.0)
-    assert inference.report()["result"] == "float32" and calls(result, "halfstep::int8_") == 0
+    assert inference.report()["result"] == "float32"
+    assert calls(result, "halfstep::int8_") == 0
 
 
 def test_labels_and_top1(tmp_path: Path) -> None:
@@ -334,7 +340,8 @@ def test_labels_and_top1(tmp_path: Path) -> None:
     assert inference.report()["metric"] == "top-1"
     seen = []
     inference, _ = optimized(script, batch, eval_fn=lambda model: seen.append(type(model)) or 1.0)
-    assert inference.report()["metric"] == "score" and all(issubclass(each, nn.Module) for each in seen)
+    assert inference.report()["metric"] == "score"
+    assert all(issubclass(each, nn.Module) for each in seen)
     with pytest.raises(ValueError, match=r"TorchScript.*use save_torchscript\(\)"):
         inference.save(tmp_path / "model.safetensors")
 
@@ -348,10 +355,9 @@ def test_integers_that_forward_takes_are_no_labels() -> None:
         def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
             return self.layer(x) / lengths.unsqueeze(1)
 
-    inference, _ = optimized(
-        scripted(Lengths().eval(), None), lambda n: (torch.randn(n, 8), torch.randint(1, 9, (n,)))
-    )
-    assert inference.report()["metric"] == "agreement" and inference.report()["result"] == "int8"
+    inference, _ = optimized(scripted(Lengths().eval(), None), lambda n: (torch.randn(n, 8), torch.randint(1, 9, (n,))))
+    assert inference.report()["metric"] == "agreement"
+    assert inference.report()["result"] == "int8"
 
 
 @pytest.mark.parametrize("kind", ["cnn", "encoder"])
@@ -360,11 +366,13 @@ def test_int8_in_a_half_carrier(kind: str, tmp_path: Path, monkeypatch: pytest.M
     make, batch = CASES[kind]
     model = make().eval()
     inference, result = optimized(scripted(model, None), batch, speed_guard=True, eval_fn=lambda _model: 1.0)
-    assert inference.report()["carrier"] == "bfloat16" and inference.report()["result"] == "int8"
+    assert inference.report()["carrier"] == "bfloat16"
+    assert inference.report()["result"] == "int8"
     x = batch(5)
     with torch.no_grad():
         got = result(x)
-        assert got.dtype == torch.float32 and noise(model(x), got) < 0.01
+        assert got.dtype == torch.float32
+        assert noise(model(x), got) < 0.01
         inference.save_torchscript(tmp_path / "model.pt")
         assert torch.equal(torch.jit.load(tmp_path / "model.pt")(x), got)
     assert inference.report()["regions"][0]["milliseconds"].keys() >= {"int8", "float32"} or kind == "encoder"

@@ -193,6 +193,18 @@ TEST_P(Int8Script, SavedLoadedAndCalledFromSeveralThreads) {
   EXPECT_EQ(differences, std::vector<int>(4, 0));
 }
 
+TEST_P(Int8Script, AHalfModuleStaysHalf) {
+  mlp_.to(at::kBFloat16);
+  std::vector<std::vector<c10::IValue>> batches = rows();
+  for (auto& batch : batches) batch[0] = batch[0].toTensor().to(at::kBFloat16);
+  const Quantized result = quantize(mlp_, batches);
+  EXPECT_EQ(entry(result.report, "first").fused, "first + relu + int8 out");
+  mlp_.eval();
+  const at::Tensor got = call(result.module, batches[0]);
+  EXPECT_EQ(got.scalar_type(), at::kBFloat16);
+  EXPECT_LT(noise(call(mlp_, batches[0]).to(at::kFloat), got.to(at::kFloat)), 0.01);
+}
+
 TEST_P(Int8Script, TheModuleStaysAsItIs) {
   const auto batches = rows();
   const at::Tensor before = call(mlp_, batches[0]);

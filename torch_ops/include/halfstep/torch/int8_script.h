@@ -37,7 +37,7 @@ struct QuantizeOptions {
 // "weight" that follows: "attention.in_proj". A weight that is a constant without a name gives "linear_0".
 struct QuantizedLayer {
   std::string name;
-  std::string kind;    // "linear", "conv1d", "conv2d", "embedding"; empty for what never was a candidate
+  std::string kind;  // "linear", "conv1d", "conv2d", "embedding"; empty for what never was a candidate
   bool int8 = false;
   std::string why;     // why it stayed float
   std::string kernel;  // what the products run on
