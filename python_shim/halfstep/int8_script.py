@@ -26,8 +26,12 @@ def save_script(path: str | os.PathLike[str], model: nn.Module, example: Argumen
 
     A traced model takes the tensors of `example` by the names that they have in the model; numbers and strings stay
     what they are there. The script must give the model's bits on the example and on a batch of another size; else
-    ValueError says why not. What was at `path` is replaced when all is written.
+    ValueError says why not. A model that is a script already is written as it is. What was at `path` is replaced when
+    all is written.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        _save(path, model)
+        return
     example = _two_samples(example)
     reasons: list[str] = []
     for way in (_scripted, _traced):
@@ -40,10 +44,14 @@ def save_script(path: str | os.PathLike[str], model: nn.Module, example: Argumen
         if different := disagreement(script, same, [arguments], call_with):
             reasons.append(f"{way.__name__[1:]}: it differs {different}")
             continue
-        with replacing(path) as part, _quiet():
-            torch.jit.save(script, str(part))
+        _save(path, script)
         return
     raise ValueError("the model cannot be made a TorchScript file: " + "; ".join(reasons))
+
+
+def _save(path: str | os.PathLike[str], script: torch.jit.ScriptModule) -> None:
+    with replacing(path) as part, _quiet():
+        torch.jit.save(script, str(part))
 
 
 @contextlib.contextmanager

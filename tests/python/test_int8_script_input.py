@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, NamedTuple  # noqa: UP035
 
 import pytest
 import torch
@@ -422,6 +422,53 @@ def test_scripts_that_cannot_be_taken_apart() -> None:
 
     with pytest.raises(ValueError, match=r"quantize: the module uses prim::fork; that cannot be quantized"):
         optimized(scripted(Forking().eval(), None), CASES["tied"][1])
+
+
+def test_a_script_without_forward() -> None:
+    with pytest.raises(ValueError, match="module is a LSTM without a method forward"):
+        optimized(torch.jit.script(nn.LSTM(4, 4)), lambda n: torch.randn(n, 3, 4))
+
+
+class Answer(NamedTuple):
+    logits: torch.Tensor
+    parts: Dict[str, torch.Tensor]  # noqa: UP006 (what scripts read)
+
+
+def test_structures_and_state(tmp_path: Path) -> None:
+    """Named results, optional arguments, and buffers that forward writes: calibration leaves no mark in the result."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+            self.register_buffer("steps", torch.zeros(1))
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Answer:
+            self.steps += 1
+            self.calls += 1
+            for layer in self.layers:
+                x = F.relu(layer(x), inplace=True)
+            if mask is not None:
+                x = x * mask
+            return Answer(x, {"first": x[:, :1]})
+
+    script = torch.jit.script(Counting().eval())
+    inference, result = optimized(
+        script, lambda n: {"x": torch.randn(n, 8), "mask": torch.ones(n, 1)}, accuracy_threshold=1.0
+    )
+    assert [region["layers"] for region in inference.report()["regions"]] == [["layers.0", "layers.1"]]
+    assert script.steps == 0
+    assert script.calls == 0
+    inference.save_torchscript(tmp_path / "model.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    x = torch.randn(5, 8)
+    before = int(loaded.calls)
+    out = loaded(x)
+    assert torch.equal(out.logits, result(x).logits)
+    assert torch.equal(out.parts["first"], out.logits[:, :1])
+    assert loaded.calls == before + 1
+    assert noise(script(x).logits, out.logits) < 0.02
 
 
 def test_signals_and_pictures_without_a_batch_stay_float() -> None:
