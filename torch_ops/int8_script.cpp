@@ -190,6 +190,7 @@ class Quantizer {
       if (const std::string why = torch_ops::refused_input(layer, input); !why.empty()) report_.layers[i].why = why;
       if (layer.kind != "embedding" && report_.layers[i].why.empty()) observers[i].observe(input);
     };
+    for (std::size_t i = 0; i < std::min<std::size_t>(2, calibrating_.size()); ++i) form_.probe(*calibrating_[i]);
     const torch::jit::Module watched = form_.watched(watch);
     for (const Arguments* const batch : calibrating_) torch_ops::call_module(watched, *batch);
     for (std::size_t i = 0; i < observers.size(); ++i) {

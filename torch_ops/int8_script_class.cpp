@@ -78,9 +78,14 @@ std::tuple<c10::IValue, std::vector<Region>> build(const Self& self, const std::
 }  // namespace
 
 void define_int8_script(torch::Library& library) {
+  using WatchSelf = c10::intrusive_ptr<Watch>;
   library.class_<Watch>("ScriptWatch")
-      .def("see", [](const c10::intrusive_ptr<Watch>& self, std::int64_t layer, const at::Tensor& input) {
-        if (self->see) self->see(static_cast<std::size_t>(layer), input);
+      .def("see",
+           [](const WatchSelf& self, std::int64_t layer, const at::Tensor& input) {
+             if (self->see) self->see(static_cast<std::size_t>(layer), input);
+           })
+      .def("compare", [](const WatchSelf& self, std::int64_t sum, const at::Tensor& one, const at::Tensor& other) {
+        if (self->compare) self->compare(static_cast<std::size_t>(sum), one, other);
       });
   // A layer of a form's calling(). Python implements it: halfstep/int8_script_form.py.
   library.def("script_layer(Tensor input, str name) -> Tensor");
@@ -89,6 +94,9 @@ void define_int8_script(torch::Library& library) {
       .def("layers", &layers)
       .def("left", [](const Self& self) { return pairs(self->form.left()); })
       .def("folded", [](const Self& self) { return pairs(self->form.folded()); })
+      // arguments: a tuple
+      .def("probe", [](const Self& self,
+                       const c10::IValue& arguments) { self->form.probe(arguments.toTupleRef().elements().vec()); })
       .def("calling", [](const Self& self) { return c10::IValue(self->form.calling()._ivalue()); })
       .def("floating", [](const Self& self) { return c10::IValue(self->form.floating()._ivalue()); })
       .def("build", &build);

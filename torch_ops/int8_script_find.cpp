@@ -19,6 +19,7 @@ using torch::jit::Node;
 using torch::jit::Value;
 
 const c10::Symbol kLayer = c10::Symbol::attr("halfstep_int8_layer");
+const c10::Symbol kSum = c10::Symbol::attr("halfstep_int8_sum");
 
 // Of which the result has the first input's elements, whatever the others are.
 constexpr auto kViews = std::to_array<std::string_view>(
@@ -317,9 +318,27 @@ std::optional<std::size_t> noted_layer(const Node* node) {
   return static_cast<std::size_t>(node->i(kLayer));
 }
 
+void note_sums(torch::jit::Graph& graph) {
+  std::int64_t sums = 0;
+  for_each_node(graph.block(), [&](Node* node) {
+    const std::string_view op = op_of(node);
+    if ((op != "add" && op != "add_") || node->inputs().size() != 3) return;
+    const auto is_tensor = [&](std::size_t i) { return node->input(i)->type()->kind() == c10::TypeKind::TensorType; };
+    const auto alpha = torch::jit::toIValue(node->input(2));
+    if (!is_tensor(0) || !is_tensor(1) || !alpha || !alpha->isScalar()) return;
+    if (alpha->toScalar().toDouble() == 1.0) node->i_(kSum, sums++);
+  });
+}
+
+std::optional<std::size_t> noted_sum(const Node* node) {
+  if (!node->hasAttribute(kSum)) return std::nullopt;
+  return static_cast<std::size_t>(node->i(kSum));
+}
+
 void remove_layer_notes(torch::jit::Graph& graph) {
   for_each_node(graph.block(), [](Node* node) {
-    if (node->hasAttribute(kLayer)) node->removeAttribute(kLayer);
+    for (const c10::Symbol note : {kLayer, kSum})
+      if (node->hasAttribute(note)) node->removeAttribute(note);
   });
 }
 

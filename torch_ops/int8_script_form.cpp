@@ -67,6 +67,18 @@ GraphPtr inlined(const torch::jit::Module& module) {
   return graph;
 }
 
+// self.method(number, values...) before a node.
+void insert_call(torch::jit::Graph& graph, Node* before, Value* self, const char* method, std::size_t number,
+                 at::ArrayRef<Value*> values) {
+  const torch::jit::WithInsertPoint insert(before);
+  std::vector<Value*> inputs{self, graph.insertConstant(static_cast<std::int64_t>(number))};
+  inputs.insert(inputs.end(), values.begin(), values.end());
+  Node* const call = graph.create(prim::CallMethod, inputs);
+  call->s_(c10::attr::name, method);
+  call->output()->setType(c10::NoneType::get());
+  graph.insertNode(call);
+}
+
 }  // namespace
 
 ScriptForm::ScriptForm(const torch::jit::Module& module, bool fold_batch_norm) {
@@ -79,7 +91,28 @@ ScriptForm::ScriptForm(const torch::jit::Module& module, bool fold_batch_norm) {
   if (fold_batch_norm) folded_ = fold_batch_norms(graph_, root_);
   torch::jit::EliminateDeadCode(graph_);
   layers_ = find_layers(graph_, root_._ivalue(), left_);
+  note_sums(*graph_);
   graph_->lint();
+}
+
+void ScriptForm::probe(const std::vector<c10::IValue>& arguments) {
+  const auto watch = c10::make_intrusive<Watch>();
+  watch->compare = [&](std::size_t sum, const at::Tensor& one, const at::Tensor& other) {
+    const bool same = one.sizes() == other.sizes() && one.scalar_type() == other.scalar_type();
+    // Of a batch of one a constant may have the shape by chance, and be expanded to the next.
+    if (!same) different_.insert(sum);
+    if (same && one.is_floating_point() && one.dim() > 1 && one.size(0) > 1) alike_.insert(sum);
+  };
+  const torch::jit::Module probing = finished([&](torch::jit::Module& module, const GraphPtr& graph) {
+    Value* const self = insert_attribute(module, *graph, {"", "halfstep_watch"}, c10::IValue(watch));
+    for_each_node(graph->block(), [&](Node* node) {
+      const auto sum = noted_sum(node);
+      if (sum) insert_call(*graph, node, self, "compare", *sum, {node->input(0), node->input(1)});
+    });
+  });
+  const at::NoGradGuard inference;
+  call_module(probing, arguments);
+  for (const std::size_t sum : different_) alike_.erase(sum);
 }
 
 at::Device ScriptForm::device() const {
@@ -109,13 +142,7 @@ torch::jit::Module ScriptForm::watched(const c10::intrusive_ptr<Watch>& watch) c
     Value* const self = insert_attribute(module, *graph, {"", "halfstep_watch"}, object);
     for_each_node(graph->block(), [&](Node* node) {
       const auto layer = noted_layer(node);
-      if (!layer) return;
-      const torch::jit::WithInsertPoint before(node);
-      Value* const number = graph->insertConstant(static_cast<std::int64_t>(*layer));
-      Node* const see = graph->create(prim::CallMethod, {self, number, input_of_product(node)});
-      see->s_(c10::attr::name, "see");
-      see->output()->setType(c10::NoneType::get());
-      graph->insertNode(see);
+      if (layer) insert_call(*graph, node, self, "see", *layer, {input_of_product(node)});
     });
   });
 }
@@ -146,7 +173,7 @@ ScriptForm::Built ScriptForm::build(const std::map<std::size_t, ScriptSettings>&
       }
       return value;
     };
-    built.regions = make_int8(*graph, layers_, settings, out_dtype, device(), packed_value);
+    built.regions = make_int8(graph, layers_, settings, out_dtype, device(), alike_, packed_value);
   });
   return built;
 }

@@ -99,6 +99,9 @@ std::vector<std::pair<std::string, std::string>> fold_batch_norms(const GraphPtr
 std::vector<ScriptLayer> find_layers(const GraphPtr& graph, const ModuleObject& root, Reasons& left);
 void note_layer(torch::jit::Node* node, std::size_t layer);
 std::optional<std::size_t> noted_layer(const torch::jit::Node* node);
+// The same for sums of two tensors, to which an int8 product may add what it gives.
+void note_sums(torch::jit::Graph& graph);
+std::optional<std::size_t> noted_sum(const torch::jit::Node* node);
 void remove_layer_notes(torch::jit::Graph& graph);
 
 // "" or why a layer with such an input cannot be int8.
@@ -126,10 +129,11 @@ struct ScriptRegion {
 };
 
 // Makes these layers int8, in the graph of a module that with_used_attributes() gave. `out_dtype` is the type of what
-// is not int8; none: that of each layer's weight.
-std::vector<ScriptRegion> make_int8(torch::jit::Graph& graph, const std::vector<ScriptLayer>& layers,
+// is not int8; none: that of each layer's weight. `alike`: the noted sums whose summands are always of one shape.
+std::vector<ScriptRegion> make_int8(const GraphPtr& graph, const std::vector<ScriptLayer>& layers,
                                     const std::map<std::size_t, ScriptSettings>& settings,
                                     std::optional<at::ScalarType> out_dtype, at::Device device,
+                                    const std::unordered_set<std::size_t>& alike,
                                     const std::function<torch::jit::Value*(std::size_t layer)>& packed_value);
 
 // ------------------------------------------------------------------------------------------------------- the whole
@@ -152,11 +156,15 @@ class ScriptForm {
   const std::vector<std::pair<std::string, std::string>>& folded() const { return folded_; }
   at::Device device() const;  // of the first layer; the CPU without layers
 
+  // Learns from a call which sums are of tensors of one shape: without it no layer takes over an addition.
+  void probe(const std::vector<c10::IValue>& arguments);
+
   // The float form itself; each of these is a module of its own that shares the parameters' memory.
   torch::jit::Module floating() const;
   // What is called with each layer's input before the layer is.
   struct Watch : torch::CustomClassHolder {  // torch.classes.halfstep.ScriptWatch
     std::function<void(std::size_t layer, const at::Tensor& input)> see;
+    std::function<void(std::size_t sum, const at::Tensor& one, const at::Tensor& other)> compare;
   };
   torch::jit::Module watched(const c10::intrusive_ptr<Watch>& watch) const;
   // Calls halfstep::script_layer(input, name) in place of each layer: for Python, which implements it.
@@ -176,7 +184,8 @@ class ScriptForm {
   std::vector<ScriptLayer> layers_;
   Reasons left_;
   std::vector<std::pair<std::string, std::string>> folded_;
-  std::vector<c10::FunctionSchema> schema_;  // forward's; one
+  std::vector<c10::FunctionSchema> schema_;            // forward's; one
+  std::unordered_set<std::size_t> alike_, different_;  // sums, by what was probed
 };
 
 }  // namespace halfstep::torch_ops

@@ -7,6 +7,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/max_pool2d.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/jit/ir/alias_analysis.h>
 #include <torch/csrc/jit/ir/constants.h>
 
 #include "int8_script_graph.h"
@@ -60,6 +61,7 @@ struct Site {
   Node* node;  // the float product, until all is decided
   std::size_t layer;
   std::string activation = "none";
+  Value* residual = nullptr;
   const ScriptSettings* out = nullptr;  // of the readers, where int8 passes on
   bool reads_int8 = false;
 };
@@ -79,18 +81,31 @@ class Rewriter {
 
   void take_activations() {
     for (Site& site : sites_) {
-      if (is_embedding(site)) continue;
-      const std::vector<Node*> readers = readers_of(site.node->output());
-      if (readers.size() != 1 || readers[0]->owningBlock() != site.node->owningBlock()) continue;
-      site.activation = activation_of(readers[0]);
-      if (site.activation.empty()) {
-        site.activation = "none";
-        continue;
-      }
-      note(site, site.activation);
-      readers[0]->output()->replaceAllUsesWith(site.node->output());
-      readers[0]->destroy();
+      Node* const reader = only_reader(site);
+      if (reader == nullptr || site.activation != "none") continue;
+      const std::string activation = activation_of(reader);
+      if (activation.empty()) continue;
+      site.activation = activation;
+      take_over(site, reader, activation);
     }
+  }
+
+  // The addition of a tensor of the same shape. The product moves to where that is computed, if nothing is written that
+  // it reads.
+  void take_residuals(const GraphPtr& graph, const std::unordered_set<std::size_t>& alike) {
+    std::ranges::for_each(sites_, [&](Site& site) {
+      Node* const sum = only_reader(site);
+      if (sum == nullptr || site.activation != "none" || site.residual != nullptr) return;
+      const auto number = noted_sum(sum);
+      if (!number || !alike.contains(*number)) return;
+      const bool first = sum->input(0) == site.node->output();
+      if (!first && sum->kind() == aten::add_) return;        // others may see what the addition writes
+      torch::jit::AliasDb aliases(graph, /*isFrozen=*/true);  // a new one each time, as nodes are destroyed
+      if (!aliases.moveBeforeTopologicallyValid(site.node, sum)) return;
+      site.residual = sum->input(first ? 1 : 0);
+      site.node->addInput(site.residual);  // it is read, by what is no product
+      take_over(site, sum, "residual");
+    });
   }
 
   void pass_int8() {
@@ -136,6 +151,23 @@ class Rewriter {
 
  private:
   bool is_embedding(const Site& site) const { return layers_[site.layer].kind == "embedding"; }
+
+  // Who alone reads more of a product than its sizes; null if it is in another block, or the product an embedding.
+  Node* only_reader(const Site& site) const {
+    if (is_embedding(site)) return nullptr;
+    const std::vector<Node*> readers = readers_of(site.node->output());
+    const bool one = readers.size() == 1 && readers[0]->owningBlock() == site.node->owningBlock();
+    return one && readers[0]->kind() != torch::jit::prim::Return &&
+                   std::ranges::count(readers[0]->inputs(), site.node->output()) == 1
+               ? readers[0]
+               : nullptr;
+  }
+
+  void take_over(const Site& site, Node* gone, const std::string& part) {
+    note(site, part);
+    gone->output()->replaceAllUsesWith(site.node->output());
+    gone->destroy();
+  }
 
   void note(const Site& site, const std::string& part) {
     std::vector<std::string>& parts = parts_[site.layer];
@@ -200,10 +232,15 @@ class Rewriter {
     const c10::IValue out_dtype = is_float && site.reads_int8 ? c10::IValue(type) : c10::IValue();
     const c10::IValue out_scale = is_float ? c10::IValue() : c10::IValue(*site.out->input_scale);
     const c10::IValue scale = own.input_scale ? c10::IValue(*own.input_scale) : c10::IValue();
-    if (kind == "conv1d") input = graph_.insert(aten::unsqueeze, {input, -2});
+    Value* residual = site.residual;
+    if (kind == "conv1d") {
+      input = graph_.insert(aten::unsqueeze, {input, -2});
+      if (residual != nullptr) residual = graph_.insert(aten::unsqueeze, {residual, -2});
+    }
+    if (residual == nullptr) residual = graph_.insertConstant(c10::IValue());
     Value* result = graph_.insert(op(kind == "linear" ? "halfstep::int8_linear" : "halfstep::int8_conv2d"),
-                                  {input, packed, scale, own.input_zero_point, c10::IValue(), site.activation,
-                                   out_dtype, out_scale, is_float ? 0 : site.out->input_zero_point});
+                                  {input, packed, scale, own.input_zero_point, residual, site.activation, out_dtype,
+                                   out_scale, is_float ? 0 : site.out->input_zero_point});
     return kind == "conv1d" ? graph_.insert(aten::squeeze, {result, -2}) : result;
   }
 
@@ -231,11 +268,14 @@ class Rewriter {
 
 }  // namespace
 
-std::vector<ScriptRegion> make_int8(torch::jit::Graph& graph, const std::vector<ScriptLayer>& layers,
+std::vector<ScriptRegion> make_int8(const GraphPtr& graph, const std::vector<ScriptLayer>& layers,
                                     const std::map<std::size_t, ScriptSettings>& settings,
                                     std::optional<at::ScalarType> out_dtype, at::Device device,
+                                    const std::unordered_set<std::size_t>& alike,
                                     const std::function<Value*(std::size_t layer)>& packed_value) {
-  Rewriter rewriter(graph, layers, settings, out_dtype, device);
+  Rewriter rewriter(*graph, layers, settings, out_dtype, device);
+  rewriter.take_activations();
+  rewriter.take_residuals(graph, alike);
   rewriter.take_activations();
   rewriter.pass_int8();
   rewriter.insert_ops(packed_value);

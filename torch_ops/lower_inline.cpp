@@ -93,7 +93,7 @@ class Inliner {
         const auto type = node->input(0)->type()->cast<c10::ClassType>();
         const bool autocast = type != nullptr && type->name()->name().find("autocast") != std::string::npos;
         refuse_if(autocast, node, name,
-                  "enters an autocast region of its own, where it would not be known what is computed in which type");
+                  "enters an autocast region of its own");
         break;
       }
       default:

@@ -28,6 +28,7 @@ from halfstep.int8_model import Candidate, not_selected
 from halfstep.int8_report import Report
 from halfstep.int8_speed import Timing, time_in_turns
 from halfstep.int8_uses import uses_of
+from halfstep.signatures import signature_of
 
 load_library()
 
@@ -136,7 +137,9 @@ class ScriptForm:
         self.norms = [(convolution, norm) for norm, convolution in self._form.folded()]
         report.graph = "TorchScript: products are taken one by one out of its graph"
         report.folded = [f"{norm} into {convolution}" for convolution, norm in self.norms]
-        self._obstacle = self._disagreement(reference, batches[0].part(0, _PROBED))
+        probe = batches[0].part(0, _PROBED)
+        self._obstacle = self._disagreement(reference, probe)
+        self._probe(reference, probe)
 
     def _disagreement(self, reference: torch.jit.ScriptModule, batch: Batch) -> str:
         """Return "" if the form gives the model's outputs but for rounding."""
@@ -146,6 +149,17 @@ class ScriptForm:
         if noise <= _ROUNDING or self._own != torch.float32:  # in half precision rounding alone is more than that
             return ""
         return f"the script computes something else when its calls are inlined: outputs differ by {noise:.2g}"
+
+    def _probe(self, reference: torch.jit.ScriptModule, probe: Batch) -> None:
+        """Let the form learn which tensors are added that have one shape, whatever the size of the batch."""
+        for part in (probe, probe.part(0, max(1, probe.size - 1))):
+            args, kwargs = part.arguments()
+            bound = signature_of(reference).bind(*args, **kwargs)
+            bound.apply_defaults()
+            if not bound.kwargs:
+                # A model that does not take fewer samples is left to what the first size tells.
+                with contextlib.nullcontext() if part is probe else contextlib.suppress(RuntimeError):
+                    self._form.probe(bound.args)
 
     def candidates(
         self, batches: list[Batch], include: tuple[str, ...], exclude: tuple[str, ...]

@@ -186,11 +186,67 @@ def test_batch_norms_fold_and_int8_passes_on() -> None:
     report = inference.report()
     assert report["folded"] == ["norm into stem", "inner_norm into inner", "last_norm into last"]
     regions = {tuple(region["layers"]): region["fused"] for region in report["regions"]}
-    assert regions["inner", "last"] == ["inner + relu + int8 out"]
+    assert regions["inner", "last"] == ["inner + relu + int8 out", "last + residual + relu"]
     assert regions["stem",] == ["stem + relu"]  # what it gives is added too
     assert calls(result, "aten::batch_norm") == calls(result, "aten::conv2d") == calls(result, "aten::dropout") == 0
+    assert calls(result, "aten::add") == 0
     assert not hasattr(result, "norm")
     assert not hasattr(result.stem, "weight")
+
+
+class Sums(nn.Module):
+    """Additions that no layer may take over, and two that one may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(8, 8) for _ in range(5))
+        self.shift = nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.a(x) + self.shift)  # expanded
+        y = x + torch.ones(8)
+        y += self.b(x)  # written to what others may see: in eager code y is the one of the next line too
+        y = y.mul_(0.5)
+        z = torch.relu(self.c(y)) + x  # an activation stands between
+        z = torch.add(self.d(z), z, alpha=2)
+        w = self.e(z)
+        z.mul_(0.5)  # what e reads is written before the addition
+        return w + z
+
+
+def test_additions_that_no_layer_may_take_over() -> None:
+    model = Sums().eval()
+    inference, result = optimized(scripted(model, None), CASES["tied"][1], accuracy_threshold=1.0)
+    fused = [line for region in inference.report()["regions"] for line in region["fused"]]
+    assert fused == ["c + relu"]
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        assert noise(model(x), result(x)) < 0.02
+        assert noise(model(x[:1]), result(x[:1])) < 0.02
+
+
+def test_additions_of_one_shape_are_taken_over() -> None:
+    class Residuals(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            y += x
+            x = torch.sigmoid(y)
+            x = x + self.b(x)
+            z = x.unsqueeze(1)
+            return torch.add(self.c(z), z).relu()
+
+    model = Residuals().eval()
+    inference, result = optimized(scripted(model, None), CASES["tied"][1])
+    fused = [line for region in inference.report()["regions"] for line in region["fused"]]
+    assert fused == ["a + residual", "b + residual", "c + residual + relu"]
+    for size in (1, 5):
+        x = torch.randn(size, 8)
+        with torch.no_grad():
+            assert noise(model(x), result(x)) < 0.02
 
 
 def test_int8_stays_int8_between_layers() -> None:

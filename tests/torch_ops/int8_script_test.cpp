@@ -55,6 +55,10 @@ class Int8Script : public test::DeviceTest {
       def forward(self, x):
         return torch.conv2d(x, self.weight, self.bias, [1, 1], [0, 0], [1, 1], 1)
     )"));
+    cnn_.register_module("last", layer("Conv2d", random({8, 8, 1, 1}), random({8}), R"(
+      def forward(self, x):
+        return torch.conv2d(x, self.weight, self.bias, [1, 1], [0, 0], [1, 1], 1)
+    )"));
     torch::jit::Module norm = layer("BatchNorm2d", random({8}) + 1, random({8}), nullptr);
     norm.register_buffer("mean", random({8}));
     norm.register_buffer("var", random({8}).abs() + 0.5);
@@ -67,7 +71,8 @@ class Int8Script : public test::DeviceTest {
     cnn_.define(R"(
       def forward(self, x):
         y = torch.relu(self.norm.forward(self.conv.forward(x)))
-        return torch.mean(self.next.forward(y), [2, 3])
+        y = torch.relu(self.next.forward(y))
+        return torch.mean(self.last.forward(y) + y, [2, 3])
     )");
   }
 
@@ -137,7 +142,10 @@ TEST_P(Int8Script, BatchNormsAreFoldedAndInt8PassesOn) {
   const Quantized result = quantize(cnn_, batches);
   EXPECT_EQ(result.report.folded, std::vector<std::string>{"norm into conv"});
   EXPECT_EQ(entry(result.report, "conv").fused, "conv + relu + int8 out");
+  EXPECT_EQ(entry(result.report, "next").fused, "next + relu") << "the addition reads it too";
+  EXPECT_EQ(entry(result.report, "last").fused, "last + residual");
   EXPECT_EQ(calls_of(result.module, "aten::batch_norm"), 0);
+  EXPECT_EQ(calls_of(result.module, "aten::add"), 0);
   EXPECT_FALSE(result.module.attr("conv").toModule().hasattr("weight"));
   EXPECT_FALSE(result.module.hasattr("norm"));
   cnn_.eval();
