@@ -61,7 +61,7 @@ struct Site {
   Node* node;  // the float product, until all is decided
   std::size_t layer;
   std::string activation = "none";
-  Value* residual = nullptr;
+  bool residual = false;                // the node's last input, which other sites may replace
   const ScriptSettings* out = nullptr;  // of the readers, where int8 passes on
   bool reads_int8 = false;
 };
@@ -95,15 +95,15 @@ class Rewriter {
   void take_residuals(const GraphPtr& graph, const std::unordered_set<std::size_t>& alike) {
     std::ranges::for_each(sites_, [&](Site& site) {
       Node* const sum = only_reader(site);
-      if (sum == nullptr || site.activation != "none" || site.residual != nullptr) return;
+      if (sum == nullptr || site.activation != "none" || site.residual) return;
       const auto number = noted_sum(sum);
       if (!number || !alike.contains(*number)) return;
       const bool first = sum->input(0) == site.node->output();
       if (!first && sum->kind() == aten::add_) return;        // others may see what the addition writes
       torch::jit::AliasDb aliases(graph, /*isFrozen=*/true);  // a new one each time, as nodes are destroyed
       if (!aliases.moveBeforeTopologicallyValid(site.node, sum)) return;
-      site.residual = sum->input(first ? 1 : 0);
-      site.node->addInput(site.residual);  // it is read, by what is no product
+      site.residual = true;
+      site.node->addInput(sum->input(first ? 1 : 0));  // it is read, by what is no product
       take_over(site, sum, "residual");
     });
   }
@@ -232,7 +232,7 @@ class Rewriter {
     const c10::IValue out_dtype = is_float && site.reads_int8 ? c10::IValue(type) : c10::IValue();
     const c10::IValue out_scale = is_float ? c10::IValue() : c10::IValue(*site.out->input_scale);
     const c10::IValue scale = own.input_scale ? c10::IValue(*own.input_scale) : c10::IValue();
-    Value* residual = site.residual;
+    Value* residual = site.residual ? site.node->inputs().back() : nullptr;
     if (kind == "conv1d") {
       input = graph_.insert(aten::unsqueeze, {input, -2});
       if (residual != nullptr) residual = graph_.insert(aten::unsqueeze, {residual, -2});
