@@ -98,7 +98,6 @@ void define_int8_script(torch::Library& library) {
       .def("probe", [](const Self& self,
                        const c10::IValue& arguments) { self->form.probe(arguments.toTupleRef().elements().vec()); })
       .def("calling", [](const Self& self) { return c10::IValue(self->form.calling()._ivalue()); })
-      .def("floating", [](const Self& self) { return c10::IValue(self->form.floating()._ivalue()); })
       .def("build", &build);
 }
 

@@ -132,10 +132,6 @@ torch::jit::Module ScriptForm::finished(const std::function<void(torch::jit::Mod
   return module;
 }
 
-torch::jit::Module ScriptForm::floating() const {
-  return finished([](torch::jit::Module&, const GraphPtr&) {});
-}
-
 torch::jit::Module ScriptForm::watched(const c10::intrusive_ptr<Watch>& watch) const {
   return finished([&](torch::jit::Module& module, const GraphPtr& graph) {
     const c10::IValue object(watch);

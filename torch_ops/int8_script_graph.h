@@ -159,9 +159,8 @@ class ScriptForm {
   // Learns from a call which sums are of tensors of one shape: without it no layer takes over an addition.
   void probe(const std::vector<c10::IValue>& arguments);
 
-  // The float form itself; each of these is a module of its own that shares the parameters' memory.
-  torch::jit::Module floating() const;
-  // What is called with each layer's input before the layer is.
+  // Each of these gives a module of its own that shares the parameters' memory. A watch is called with each layer's
+  // input before the layer is.
   struct Watch : torch::CustomClassHolder {  // torch.classes.halfstep.ScriptWatch
     std::function<void(std::size_t layer, const at::Tensor& input)> see;
     std::function<void(std::size_t sum, const at::Tensor& one, const at::Tensor& other)> compare;

@@ -70,9 +70,10 @@ struct Quantized {
 
 // Returns a copy of a scripted or traced module whose products with constant weights are int8: linear, conv1d, conv2d,
 // embedding, and the matrix products with constants that old traces have (addmm, matmul, mm), wherever they are in the
-// graph, loops and branches included. Activations behind them become part of them, batch norms part of the convolutions
-// before; where every reader of a layer's output is int8, so is the output. Attention is computed by its slow path,
-// whose projections are layers. Layers that stay float are told with the reason.
+// graph, loops and branches included. Activations behind them and additions of tensors that have their shape become
+// part of them, batch norms part of the convolutions before; where every reader of a layer's output is int8, so is the
+// output. Attention is computed by its slow path, whose projections are layers. Layers that stay float are told with
+// the reason.
 //
 // calibration: argument lists of forward, on the module's device; each is called under no_grad. Of three or more every
 // third one judges and does not calibrate; of fewer all do both. The first dimension of an output is the samples'.
