@@ -146,7 +146,9 @@ class ViT(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.places = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
-        layer = nn.TransformerEncoderLayer(width, heads or width // 32, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads or width // 32, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, 10)
 
