@@ -179,10 +179,20 @@ __device__ inline std::uint32_t quantize_four(const float* values, float inverse
   return packed;
 }
 
-// Writes 8 neighbouring channels of one row. `at` is their first element of the output, on a pack's boundary.
+// 8 halves as they lie in memory.
+template <class Storage>
+__device__ void widen_eight(const uint4& halves, float (&values)[8]) {
+  Storage elements[8];
+  std::memcpy(elements, &halves, 16);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) values[e] = widen_device(elements[e]);
+}
+
+// Writes 8 neighbouring channels of one row. `at` is their first element of the output, on a pack's boundary;
+// `halves` what is added to them, if that is of 16 bits.
 template <class Out, bool kPlain, class Activate>
 __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const std::int32_t (&sums)[8],
-                             const float (&scales)[8], const float (&biases)[8], float row_scale,
+                             const float (&scales)[8], const float (&biases)[8], float row_scale, const uint4& halves,
                              const Activate& activate_values) {
   const Int8Epilogue& epilogue = finish.epilogue;
   void* const out = epilogue.out.data;
@@ -191,8 +201,13 @@ __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const st
   } else {
     float residual[8] = {};
     if (!kPlain && epilogue.residual) {
-      with_storage(epilogue.residual_dtype,
-                   [&](auto storage) { load_widened<decltype(storage)>(epilogue.residual, at, true, 8, residual); });
+      if (epilogue.residual_dtype == DType::kFloat16) {
+        widen_eight<Half>(halves, residual);
+      } else if (epilogue.residual_dtype == DType::kBFloat16) {
+        widen_eight<BFloat16>(halves, residual);
+      } else {
+        load_widened<float>(epilogue.residual, at, true, 8, residual);
+      }
     }
     float values[8];
 #pragma unroll
@@ -230,9 +245,20 @@ __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kCha
       row_scale[below] = row_scales[(row + below * 8) / call.finish.rows_per_scale];
   const std::int64_t at[2] = {row * call.channels + start + place, (row + 8) * call.channels + start + place};
   const int groups = static_cast<int>(min(call.channels - start, std::int64_t{Tile::kChannels})) / 32;
+  // A residual of 16 bits is loaded for some groups of channels at once: one by one each would wait for the memory.
+  constexpr int kAhead = kPlain ? 1 : Tile::kChannels / 32 < 4 ? Tile::kChannels / 32 : 4;
+  const auto* const residual = static_cast<const std::uint8_t*>(call.finish.epilogue.residual);
+  const bool is_half = !kPlain && residual && call.finish.epilogue.residual_dtype != DType::kFloat32;
+  uint4 halves[kAhead][2] = {};
 #pragma unroll
   for (int q = 0; q < Tile::kChannels / 32; ++q) {
     if (q >= groups) break;
+    if (is_half && q % kAhead == 0) {
+#pragma unroll
+      for (int i = 0; i < 2 * kAhead; ++i)
+        if (q + i / 2 < groups && valid[i % 2])
+          halves[i / 2][i % 2] = *reinterpret_cast<const uint4*>(residual + 2 * (at[i % 2] + (q + i / 2) * 32));
+    }
     float scales[8];
     float biases[8];
     std::int32_t shifts[8] = {};
@@ -246,7 +272,7 @@ __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kCha
       for (int e = 0; e < 8; ++e) own[e] = sums[(q * 4 + e / 2) * 4 + below * 2 + e % 2] - shifts[e];
       if (valid[below])
         finish_eight<Out, kPlain>(call.finish, at[below] + q * 32, own, scales, biases, row_scale[below],
-                                  activate_values);
+                                  halves[q % kAhead][below], activate_values);
     }
   }
 }
