@@ -52,13 +52,28 @@ at::ScalarType checked_out_dtype(const at::Tensor& input, std::optional<at::Scal
 }
 
 void check_input(const at::Tensor& input, std::optional<double> input_scale, std::int64_t input_zero_point,
-                 std::string_view op) {
+                 std::string_view op, bool row_scales = false) {
   TORCH_CHECK_VALUE(input.layout() == at::kStrided, op, ": input has layout ", input.layout(), ", expected strided");
   TORCH_CHECK_TYPE(is_float(input.scalar_type()) || input.scalar_type() == at::kChar, op, ": input has dtype ",
                    input.scalar_type(), ", expected Float, Half, BFloat16 or Char");
-  TORCH_CHECK_VALUE(input.scalar_type() != at::kChar || input_scale, op, ": input is int8, which needs input_scale");
+  TORCH_CHECK_VALUE(input.scalar_type() != at::kChar || input_scale || row_scales, op,
+                    ": input is int8, which needs input_scale");
   TORCH_CHECK_VALUE(input_scale || input_zero_point == 0, op, ": input_zero_point is ", input_zero_point,
                     ", expected 0 where input_scale is absent");
+}
+
+void check_row_scales(const OptionalTensor& row_scales, const at::Tensor& input, std::optional<double> input_scale,
+                      std::string_view op) {
+  if (!row_scales) return;
+  TORCH_CHECK_VALUE(input.scalar_type() == at::kChar && !input_scale, op, ": got input_row_scales",
+                    input_scale ? " beside input_scale" : "", ", expected them for an int8 input without input_scale");
+  TORCH_CHECK_TYPE(row_scales->scalar_type() == at::kFloat, op, ": input_row_scales has dtype ",
+                   row_scales->scalar_type(), ", expected Float");
+  const auto sizes = input.sym_sizes().slice(0, input.dim() - 1);
+  TORCH_CHECK_VALUE(row_scales->sym_sizes() == sizes, op, ": input_row_scales has shape ", row_scales->sym_sizes(),
+                    ", expected ", sizes, ", one for each row of input");
+  TORCH_CHECK_VALUE(row_scales->device() == input.device(), op, ": input_row_scales is on ", row_scales->device(),
+                    ", expected ", input.device(), ", the device of input");
 }
 
 void check_residual(const OptionalTensor& residual, const at::Tensor& input, c10::SymIntArrayRef sizes,
@@ -121,10 +136,12 @@ struct Cuda {
 #endif
 
 // Quantizes a dense input of `rows` rows (of a convolution: images) if it is not int8 yet, and multiplies.
+// `row_scales`: those of an int8 input whose rows have each its own.
 template <class Backend, class Shape>
 void multiply(const Shape& shape, std::int64_t rows, const at::Tensor& input, const Weight& weight,
               std::optional<double> input_scale, std::int64_t input_zero_point, const OptionalTensor& residual,
-              Activation activation, const at::Tensor& out, const Int8Parameters& out_parameters, std::string_view op) {
+              Activation activation, const at::Tensor& out, const Int8Parameters& out_parameters, std::string_view op,
+              at::Tensor row_scales = {}) {
   const auto form = weight->form(input.device());
   Int8Epilogue epilogue;
   epilogue.weight_scales = form->scales.template const_data_ptr<float>();
@@ -146,7 +163,6 @@ void multiply(const Shape& shape, std::int64_t rows, const at::Tensor& input, co
   }
 
   at::Tensor quantized = input;
-  at::Tensor row_scales;
   if (input_scale) epilogue.input = checked_parameters(*input_scale, input_zero_point, op, "input_scale");
   if (input.scalar_type() != at::kChar) {
     quantized = at::empty({input.numel()}, input.options().dtype(at::kChar));
@@ -159,24 +175,25 @@ void multiply(const Shape& shape, std::int64_t rows, const at::Tensor& input, co
     } else {
       row_scales = at::empty({rows}, input.options().dtype(at::kFloat));
       Backend::quantize_rows(input, factors, rows, q, row_scales.template data_ptr<float>());
-      epilogue.row_scales = row_scales.template const_data_ptr<float>();
     }
   }
+  if (row_scales.defined()) epilogue.row_scales = row_scales.template const_data_ptr<float>();
   as_value_error([&] { Backend::run(shape, quantized.template const_data_ptr<std::int8_t>(), *form, epilogue); });
 }
 
 template <class Backend>
 at::Tensor linear(const at::Tensor& input, const Weight& weight, std::optional<double> input_scale,
                   std::int64_t input_zero_point, const OptionalTensor& residual, std::string_view activation_name,
-                  std::optional<at::ScalarType> out_dtype, std::optional<double> out_scale,
-                  std::int64_t out_zero_point) {
+                  std::optional<at::ScalarType> out_dtype, std::optional<double> out_scale, std::int64_t out_zero_point,
+                  const OptionalTensor& input_row_scales) {
   constexpr std::string_view op = "int8_linear";
-  check_input(input, input_scale, input_zero_point, op);
+  check_input(input, input_scale, input_zero_point, op, input_row_scales.has_value());
   TORCH_CHECK_VALUE(!weight->is_convolution(), op, ": weight is of a convolution, expected [out, in]");
   const std::int64_t channels = weight->weight().size(0);
   const std::int64_t terms = weight->weight().size(1);
   TORCH_CHECK_VALUE(input.dim() >= 1 && input.sym_size(-1) == terms, op, ": input has shape ", input.sym_sizes(),
                     ", expected one that ends in ", terms);
+  check_row_scales(input_row_scales, input, input_scale, op);
   c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
   sizes.back() = channels;
   check_residual(residual, input, sizes, op);
@@ -188,7 +205,7 @@ at::Tensor linear(const at::Tensor& input, const Weight& weight, std::optional<d
   const std::int64_t rows = out.numel() / channels;
   multiply<Backend>(Int8LinearShape{rows, terms, channels}, rows, input.contiguous(), weight, input_scale,
                     input_zero_point, residual ? OptionalTensor(residual->contiguous()) : std::nullopt, activation, out,
-                    out_parameters, op);
+                    out_parameters, op, input_row_scales ? input_row_scales->contiguous() : at::Tensor());
   return out;
 }
 
@@ -241,9 +258,9 @@ at::Tensor guarded(const at::Tensor& input, Arguments... arguments) {
 at::Tensor cuda_linear(const at::Tensor& input, const Weight& weight, std::optional<double> input_scale,
                        std::int64_t input_zero_point, const OptionalTensor& residual, std::string_view activation,
                        std::optional<at::ScalarType> out_dtype, std::optional<double> out_scale,
-                       std::int64_t out_zero_point) {
+                       std::int64_t out_zero_point, const OptionalTensor& input_row_scales) {
   return guarded<&linear<Cuda>>(input, weight, input_scale, input_zero_point, residual, activation, out_dtype,
-                                out_scale, out_zero_point);
+                                out_scale, out_zero_point, input_row_scales);
 }
 at::Tensor cuda_conv2d(const at::Tensor& input, const Weight& weight, std::optional<double> input_scale,
                        std::int64_t input_zero_point, const OptionalTensor& residual, std::string_view activation,
@@ -272,12 +289,6 @@ std::string int8_kernel(const at::Device& device) {
   return "halfstep";
 }
 
-at::Tensor call_op(const char* name, const at::Tensor& input, const Weight& weight, const Int8Call& call) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<decltype(linear<Cpu>)>();
-  return op.call(input, weight, call.input_scale, call.input_zero_point, call.residual, call.activation, call.out_dtype,
-                 call.out_scale, call.out_zero_point);
-}
-
 }  // namespace
 
 void define_int8_products(torch::Library& library) {
@@ -285,7 +296,7 @@ void define_int8_products(torch::Library& library) {
   library.def(
       "int8_linear(Tensor input, __torch__.torch.classes.halfstep.PackedInt8 weight, float? input_scale=None, "
       "int input_zero_point=0, Tensor? residual=None, str activation=\"none\", ScalarType? out_dtype=None, "
-      "float? out_scale=None, int out_zero_point=0) -> Tensor");
+      "float? out_scale=None, int out_zero_point=0, Tensor? input_row_scales=None) -> Tensor");
   library.def(
       "int8_conv2d(Tensor input, __torch__.torch.classes.halfstep.PackedInt8 weight, float? input_scale=None, "
       "int input_zero_point=0, Tensor? residual=None, str activation=\"none\", ScalarType? out_dtype=None, "
@@ -309,10 +320,19 @@ void implement_int8_products_cuda(torch::Library& library) {
 }  // namespace torch_ops
 
 at::Tensor int8_linear(const at::Tensor& input, const c10::intrusive_ptr<PackedInt8>& weight, const Int8Call& call) {
-  return torch_ops::call_op("halfstep::int8_linear", input, weight, call);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::int8_linear", "")
+                             .typed<decltype(torch_ops::linear<torch_ops::Cpu>)>();
+  return op.call(input, weight, call.input_scale, call.input_zero_point, call.residual, call.activation, call.out_dtype,
+                 call.out_scale, call.out_zero_point, call.input_row_scales);
 }
 at::Tensor int8_conv2d(const at::Tensor& input, const c10::intrusive_ptr<PackedInt8>& weight, const Int8Call& call) {
-  return torch_ops::call_op("halfstep::int8_conv2d", input, weight, call);
+  TORCH_CHECK_VALUE(!call.input_row_scales, "int8_conv2d: got input_row_scales, expected none for a convolution");
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::int8_conv2d", "")
+                             .typed<decltype(torch_ops::conv2d<torch_ops::Cpu>)>();
+  return op.call(input, weight, call.input_scale, call.input_zero_point, call.residual, call.activation, call.out_dtype,
+                 call.out_scale, call.out_zero_point);
 }
 
 }  // namespace halfstep

@@ -15,7 +15,7 @@
 
 #include "conversions.h"
 #include "differentiable.h"
-#include "halfstep/norms.h"
+#include "norm_checks.h"
 #include "registration.h"
 #ifdef HALFSTEP_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -24,22 +24,31 @@
 
 namespace halfstep {
 namespace torch_ops {
+
+SymShape last_dimensions(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, std::string_view op) {
+  const c10::SymIntArrayRef sizes = input.sym_sizes();
+  TORCH_CHECK_VALUE(!normalized_shape.empty() && normalized_shape.size() <= sizes.size() &&
+                        sizes.slice(sizes.size() - normalized_shape.size()) == normalized_shape,
+                    op, ": input has shape ", sizes, ", expected one that ends in normalized_shape ", normalized_shape);
+  SymShape shape{1, 1, 1, 1};
+  for (const c10::SymInt& size : sizes.slice(0, sizes.size() - normalized_shape.size())) shape.rows *= size;
+  for (const c10::SymInt& size : normalized_shape) shape.channels *= size;
+  return shape;
+}
+
+void check_affine(const std::optional<at::Tensor>& parameter, std::string_view op, std::string_view argument,
+                  const at::Tensor& input, c10::SymIntArrayRef shape) {
+  if (!parameter) return;
+  check_floating(*parameter, op, argument, input.device());
+  TORCH_CHECK_VALUE(parameter->sym_sizes() == shape, op, ": ", argument, " has shape ", parameter->sym_sizes(),
+                    ", expected ", shape);
+}
+
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using Tensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using torch::autograd::variable_list;
-
-// NormShape before its sizes are known for sure.
-struct SymShape {
-  c10::SymInt rows;
-  c10::SymInt channels;
-  c10::SymInt spatial;
-  std::int64_t groups;
-
-  NormShape known() const { return {rows.expect_int(), channels.expect_int(), spatial.expect_int(), groups}; }
-  c10::SymInt parameters() const { return channels * groups; }
-};
 
 // --------------------------------------------------------------------------------- norm_forward and norm_backward
 
@@ -58,16 +67,6 @@ void check_parameter(const OptionalTensor& parameter, const SymShape& shape, std
   check_floating(*parameter, op, argument, device);
   TORCH_CHECK_VALUE(parameter->sym_numel() == shape.parameters(), op, ": ", argument, " has ", parameter->sym_numel(),
                     " elements, expected ", shape.parameters());
-}
-
-at::Tensor dense(const at::Tensor& tensor) {
-  return tensor.contiguous();
-}
-OptionalTensor dense(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-TensorView view_or_none(const OptionalTensor& tensor) {
-  return tensor ? view_of(*tensor) : TensorView{};
 }
 
 struct Cpu {
@@ -109,7 +108,7 @@ Tensors norm_forward(const at::Tensor& input, const OptionalTensor& weight, cons
   at::Tensor mean = at::empty_symint({center ? shape.rows : c10::SymInt(0)}, floats);
   at::Tensor rstd = at::empty_symint({shape.rows}, floats);
   if constexpr (!std::is_same_v<Backend, Meta>) {
-    const at::Tensor x = dense(input);
+    const at::Tensor x = input.contiguous();
     const OptionalTensor w = dense(weight);
     const OptionalTensor b = dense(bias);
     Backend::run(NormForward{shape.known(), center, eps, view_of(x), view_or_none(w), view_or_none(b), view_of(out),
@@ -143,8 +142,8 @@ Tensors norm_backward(const at::Tensor& grad_out, const at::Tensor& input, const
   at::Tensor grad_weight = output_mask[1] ? at::empty_symint({shape.parameters()}, floats) : at::Tensor();
   at::Tensor grad_bias = output_mask[2] ? at::empty_symint({shape.parameters()}, floats) : at::Tensor();
   if constexpr (!std::is_same_v<Backend, Meta>) {
-    const at::Tensor g = dense(grad_out);
-    const at::Tensor x = dense(input);
+    const at::Tensor g = grad_out.contiguous();
+    const at::Tensor x = input.contiguous();
     const OptionalTensor w = dense(weight);
     Backend::run(NormBackward{shape.known(), center, view_of(g), view_of(x), view_or_none(w),
                               center ? mean.const_data_ptr<float>() : nullptr, rstd.const_data_ptr<float>(),
@@ -227,26 +226,6 @@ at::ScalarType check_dtypes(const at::Tensor& input, std::optional<at::ScalarTyp
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op, ": out_dtype is ", dtype,
                    ", expected Float, Half or BFloat16");
   return dtype;
-}
-
-void check_affine(const OptionalTensor& parameter, std::string_view op, std::string_view argument,
-                  const at::Tensor& input, c10::SymIntArrayRef shape) {
-  if (!parameter) return;
-  check_floating(*parameter, op, argument, input.device());
-  TORCH_CHECK_VALUE(parameter->sym_sizes() == shape, op, ": ", argument, " has shape ", parameter->sym_sizes(),
-                    ", expected ", shape);
-}
-
-// The rows of an input that ends in `normalized_shape`.
-SymShape last_dimensions(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, std::string_view op) {
-  const c10::SymIntArrayRef sizes = input.sym_sizes();
-  TORCH_CHECK_VALUE(!normalized_shape.empty() && normalized_shape.size() <= sizes.size() &&
-                        sizes.slice(sizes.size() - normalized_shape.size()) == normalized_shape,
-                    op, ": input has shape ", sizes, ", expected one that ends in normalized_shape ", normalized_shape);
-  SymShape shape{1, 1, 1, 1};
-  for (const c10::SymInt& size : sizes.slice(0, sizes.size() - normalized_shape.size())) shape.rows *= size;
-  for (const c10::SymInt& size : normalized_shape) shape.channels *= size;
-  return shape;
 }
 
 at::Tensor layer_norm_op(const at::Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,

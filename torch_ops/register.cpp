@@ -34,6 +34,7 @@ struct Registration {
     define_gradients(definitions);
     define_packed_int8(definitions);  // whose type the schemas name
     define_int8(definitions);
+    define_int8_norms(definitions);
     define_int8_prepare(definitions);
     define_int8_products(definitions);
     define_int8_script(definitions);
@@ -50,6 +51,7 @@ struct Registration {
     implement_cross_entropy_cpu(cpu);
     implement_gradients_cpu(cpu);
     implement_int8_cpu(cpu);
+    implement_int8_norms_cpu(cpu);
     implement_int8_products_cpu(cpu);
     implement_norms_cpu(cpu);
     implement_optimizer_cpu(cpu);
@@ -57,6 +59,7 @@ struct Registration {
     implement_cross_entropy_cuda(cuda);
     implement_gradients_cuda(cuda);
     implement_int8_cuda(cuda);
+    implement_int8_norms_cuda(cuda);
     implement_int8_products_cuda(cuda);
     implement_norms_cuda(cuda);
     implement_optimizer_cuda(cuda);
@@ -68,6 +71,7 @@ struct Registration {
     implement_cross_entropy_meta(meta);
     implement_gradients_meta(meta);
     implement_int8_meta(meta);
+    implement_int8_norms_meta(meta);
     implement_norms_meta(meta);
     implement_optimizer_meta(meta);
     implement_scaling_meta(meta);

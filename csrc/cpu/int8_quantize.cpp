@@ -66,15 +66,6 @@ void for_pieces(std::int64_t items, std::int64_t size, const Executor& executor,
   }
 }
 
-HS_CLONES std::uint32_t largest_magnitude_bits(const float* x, std::int64_t count) {
-  std::uint32_t largest = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffU;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
-}
-
 HS_CLONES void dequantize_run(const std::int8_t* __restrict q, std::int64_t count, std::int32_t zero_point, float scale,
                               float* __restrict out) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(q[i] - zero_point) * scale;

@@ -48,6 +48,15 @@ HS_ACTIVATE_RUN(hardswish)
 
 }  // namespace
 
+HS_CLONES std::uint32_t largest_magnitude_bits(const float* x, std::int64_t count) {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffU;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
 HS_CLONES void quantize_run(const float* __restrict x, std::int64_t count, float inverse_scale, std::int32_t zero_point,
                             std::int8_t* __restrict out) {
   const auto lowest = static_cast<float>(-128 - zero_point);

@@ -10,6 +10,9 @@ namespace halfstep::cpu {
 // quantize_value() of each element.
 void quantize_run(const float* x, std::int64_t count, float inverse_scale, std::int32_t zero_point, std::int8_t* out);
 
+// The bits of the largest magnitude without its sign, for row_scale(): those of a NaN are larger than any. 0 of none.
+std::uint32_t largest_magnitude_bits(const float* x, std::int64_t count);
+
 // activate() of each element, in place; the exponentials are this file's own, to a few units in the last place.
 void activate_run(Activation activation, float* x, std::int64_t count);
 

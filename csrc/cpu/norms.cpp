@@ -11,13 +11,13 @@
 
 #include "clones.h"
 #include "convert.h"
-#include "halfstep/status.h"
 #include "lanes.h"
+#include "norm_rows.h"
 
 namespace halfstep::cpu {
 namespace {
 
-constexpr std::int64_t kBlock = 4096;
+constexpr std::int64_t kBlock = kNormBlock;
 constexpr std::int64_t kElementsPerTask = 16384;
 constexpr std::int64_t kStrips = 64;
 
@@ -114,40 +114,6 @@ Moments moments(const float* x, std::int64_t count, bool center) {
   return {n, near + shifted.first / n, squares < 0.0 ? 0.0 : squares};  // below 0 by rounding alone; a NaN stays
 }
 
-// Calls visit(begin, count) for a row's blocks.
-template <class Visit>
-void for_blocks(std::int64_t cols, const Visit& visit) {
-  for (std::int64_t begin = 0; begin < cols; begin += kBlock) visit(begin, std::min(kBlock, cols - begin));
-}
-
-// A weight or bias in float32, and its values for the elements of a block.
-class Parameters {
- public:
-  Parameters(const TensorView& view, const NormShape& shape) : shape_(shape) {
-    if (!view.data) return;
-    values_.resize(static_cast<std::size_t>(shape.parameters()));
-    widen_run(view.dtype, view.data, 0, shape.parameters(), values_.data());
-  }
-
-  // Null if there is none. `scratch` has room for kBlock elements.
-  const float* block(std::int64_t row, std::int64_t begin, std::int64_t count, float* scratch) const {
-    if (values_.empty()) return nullptr;
-    const float* const of_row = values_.data() + row % shape_.groups * shape_.channels;
-    if (shape_.spatial == 1) return of_row + begin;
-    for (std::int64_t i = 0; i < count;) {
-      const std::int64_t channel = (begin + i) / shape_.spatial;
-      const std::int64_t end = std::min(count, (channel + 1) * shape_.spatial - begin);
-      std::fill(scratch + i, scratch + end, of_row[channel]);
-      i = end;
-    }
-    return scratch;
-  }
-
- private:
-  NormShape shape_;
-  std::vector<float> values_;
-};
-
 void run_tasks(const NormShape& shape, std::int64_t tasks, const Executor& executor,
                const std::function<void(std::int64_t)>& task) {
   if (shape.rows * shape.cols() <= 2 * kElementsPerTask) {  // not worth waking a thread
@@ -155,29 +121,6 @@ void run_tasks(const NormShape& shape, std::int64_t tasks, const Executor& execu
   } else {
     executor.for_each(tasks, task);
   }
-}
-
-void normalize_row(const NormForward& call, const Parameters& weight, const Parameters& bias, std::int64_t row) {
-  const std::int64_t cols = call.shape.cols();
-  float x[kBlock];
-  float scratch[kBlock];
-  Moments total;
-  for_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
-    widen_run(call.input.dtype, call.input.data, row * cols + begin, count, x);
-    total.merge(moments(x, count, call.center));
-  });
-  const auto mean = static_cast<float>(total.mean);
-  const double variance = cols > 0 ? total.squares / total.count : 0.0;
-  const auto rstd = static_cast<float>(1.0 / std::sqrt(variance + call.eps));
-  if (call.center) call.mean[row] = mean;
-  call.rstd[row] = rstd;
-  for_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
-    if (cols > kBlock) widen_run(call.input.dtype, call.input.data, row * cols + begin, count, x);
-    standardize(x, count, mean, rstd);
-    if (const float* const w = weight.block(row, begin, count, scratch)) multiply(x, w, count);
-    if (const float* const b = bias.block(row, begin, count, scratch)) add(x, b, count);
-    narrow_run(call.out.dtype, x, count, call.out.data, row * cols + begin);
-  });
 }
 
 // The sums of weight and bias gradients of one row, added to [channels] each; null ones are left out.
@@ -198,7 +141,7 @@ void add_parameter_gradients(const NormShape& shape, const float* grad, const fl
   }
 }
 
-void backward_row(const NormBackward& call, const Parameters& weight, std::int64_t row, float* grad_weight,
+void backward_row(const NormBackward& call, const NormParameters& weight, std::int64_t row, float* grad_weight,
                   float* grad_bias) {
   const std::int64_t cols = call.shape.cols();
   const float mean = call.center ? call.mean[row] : 0.0F;
@@ -212,7 +155,7 @@ void backward_row(const NormBackward& call, const Parameters& weight, std::int64
     standardize(h, count, mean, rstd);
   };
   Sums total;
-  for_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
+  for_norm_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
     load(begin, count);
     add_parameter_gradients(call.shape, grad, h, begin, count, grad_weight, grad_bias);
     if (!call.grad_input) return;
@@ -224,7 +167,7 @@ void backward_row(const NormBackward& call, const Parameters& weight, std::int64
   const auto n = static_cast<double>(cols);
   const auto mean_g = call.center ? static_cast<float>(total.first / n) : 0.0F;
   const auto mean_gh = static_cast<float>(total.second / n);
-  for_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
+  for_norm_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
     if (cols > kBlock) load(begin, count);
     if (const float* const w = weight.block(row, begin, count, scratch)) multiply(grad, w, count);
     finish_gradient(grad, h, count, rstd, mean_g, mean_gh);
@@ -246,15 +189,71 @@ void add_strips(const std::vector<float>& partials, std::int64_t strips, std::in
 
 }  // namespace
 
-void normalize(const NormForward& call, const Executor& executor) {
-  const NormShape& shape = call.shape;
-  const Parameters weight(call.weight, shape);
-  const Parameters bias(call.bias, shape);
+NormParameters::NormParameters(const TensorView& view, const NormShape& shape) : shape_(shape) {
+  if (!view.data) return;
+  values_.resize(static_cast<std::size_t>(shape.parameters()));
+  widen_run(view.dtype, view.data, 0, shape.parameters(), values_.data());
+}
+
+const float* NormParameters::block(std::int64_t row, std::int64_t begin, std::int64_t count, float* scratch) const {
+  if (values_.empty()) return nullptr;
+  const float* const of_row = values_.data() + row % shape_.groups * shape_.channels;
+  if (shape_.spatial == 1) return of_row + begin;
+  for (std::int64_t i = 0; i < count;) {
+    const std::int64_t channel = (begin + i) / shape_.spatial;
+    const std::int64_t end = std::min(count, (channel + 1) * shape_.spatial - begin);
+    std::fill(scratch + i, scratch + end, of_row[channel]);
+    i = end;
+  }
+  return scratch;
+}
+
+NormRows::NormRows(const NormForward& call)
+    : call_(call), weight_(call.weight, call.shape), bias_(call.bias, call.shape) {}
+
+RowStatistics NormRows::statistics(std::int64_t row, float* x) const {
+  const std::int64_t cols = call_.shape.cols();
+  Moments total;
+  for_norm_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
+    widen_run(call_.input.dtype, call_.input.data, row * cols + begin, count, x);
+    total.merge(moments(x, count, call_.center));
+  });
+  const double variance = cols > 0 ? total.squares / total.count : 0.0;
+  const RowStatistics found{static_cast<float>(total.mean), static_cast<float>(1.0 / std::sqrt(variance + call_.eps))};
+  if (call_.center && call_.mean) call_.mean[row] = found.mean;
+  if (call_.rstd) call_.rstd[row] = found.rstd;
+  return found;
+}
+
+void NormRows::results(const RowStatistics& of_row, std::int64_t row, std::int64_t begin, std::int64_t count,
+                       bool loaded, float* x) const {
+  float scratch[kBlock];
+  if (!loaded) widen_run(call_.input.dtype, call_.input.data, row * call_.shape.cols() + begin, count, x);
+  standardize(x, count, of_row.mean, of_row.rstd);
+  if (const float* const w = weight_.block(row, begin, count, scratch)) multiply(x, w, count);
+  if (const float* const b = bias_.block(row, begin, count, scratch)) add(x, b, count);
+}
+
+void NormRows::for_each(const Executor& executor, const std::function<void(std::int64_t)>& visit) const {
+  const NormShape& shape = call_.shape;
   const std::int64_t rows_per_task =
       std::max<std::int64_t>(1, kElementsPerTask / std::max<std::int64_t>(1, shape.cols()));
   run_tasks(shape, (shape.rows + rows_per_task - 1) / rows_per_task, executor, [&](std::int64_t task) {
     const std::int64_t end = std::min(shape.rows, (task + 1) * rows_per_task);
-    for (std::int64_t row = task * rows_per_task; row < end; ++row) normalize_row(call, weight, bias, row);
+    for (std::int64_t row = task * rows_per_task; row < end; ++row) visit(row);
+  });
+}
+
+void normalize(const NormForward& call, const Executor& executor) {
+  const NormRows rows(call);
+  const std::int64_t cols = call.shape.cols();
+  rows.for_each(executor, [&](std::int64_t row) {
+    float x[kBlock];
+    const RowStatistics of_row = rows.statistics(row, x);
+    for_norm_blocks(cols, [&](std::int64_t begin, std::int64_t count) {
+      rows.results(of_row, row, begin, count, /*loaded=*/cols <= kBlock, x);
+      narrow_run(call.out.dtype, x, count, call.out.data, row * cols + begin);
+    });
   });
 }
 
@@ -265,7 +264,7 @@ void normalize_backward(const NormBackward& call, const Executor& executor) {
   const auto partial_count = static_cast<std::size_t>(strips * shape.parameters());
   std::vector<float> weights(call.grad_weight ? partial_count : 0);
   std::vector<float> biases(call.grad_bias ? partial_count : 0);
-  const Parameters weight(call.weight, shape);
+  const NormParameters weight(call.weight, shape);
   // One task per strip and group: no two of them add to the same place.
   run_tasks(shape, strips * shape.groups, executor, [&](std::int64_t task) {
     const std::int64_t strip = task / shape.groups;

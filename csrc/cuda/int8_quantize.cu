@@ -86,10 +86,6 @@ __global__ __launch_bounds__(kBlock) void dequantize_kernel(const std::int8_t* i
   });
 }
 
-struct MaxBits {
-  __device__ std::uint32_t operator()(std::uint32_t a, std::uint32_t b) const { return a > b ? a : b; }
-};
-
 // A thread holds kHold packs of kWidth elements of its row; with none held it reads the row twice.
 template <class Storage, int kWidth, int kThreads, int kHold>
 __global__ __launch_bounds__(kRowBlock<kThreads>) void quantize_rows_kernel(const void* input, ChannelFactors factors,

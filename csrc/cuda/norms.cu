@@ -1,182 +1,29 @@
 // The norms on the GPU. Contract: halfstep/norms.h.
 //
-// A warp or a block works on one row. It reads the row once with 16-byte loads and keeps it in registers; rows too long
-// for that are read a second time, mostly from the L2 cache. The gradients of weight and bias take a second kernel,
-// which leaves one partial sum per strip of samples in the workspace, and a third that adds the strips in order.
+// How rows are read and normalised: norm_rows.cuh. The gradients of weight and bias take a second kernel, which leaves
+// one partial sum per strip of samples in the workspace, and a third that adds the strips in order.
 //
 // Limit: the bytes of input and output over the memory bandwidth; backward reads two tensors and writes one, and reads
 // the two once more for the parameters' gradients.
 #include <algorithm>
-#include <type_traits>
 
 #include "halfstep/norms.h"
+#include "norm_rows.cuh"
 #include "pack.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
 #include "try.h"
 
 namespace halfstep::cuda {
-
-// How a row is divided: kThreads threads (a warp, or a block), each of which holds `hold` packs of kWidth elements of
-// it; with none held the row is read again, by groups of kUnroll packs.
-constexpr int kUnroll = 4;
-
-template <int width, int threads, int hold>
-struct Layout {
-  static constexpr int kWidth = width;
-  static constexpr int kThreads = threads;
-  static constexpr bool kHeld = hold > 0;
-  static constexpr int kGroup = kHeld ? hold : kUnroll;
-  static constexpr int kBlock = kRowBlock<threads>;
-
-  // Calls visit(base) for the groups of packs base, base + kThreads, ... that this thread works on.
-  template <class Visit>
-  static __device__ void for_groups(std::int64_t packs, const Visit& visit) {
-    const std::int64_t lane = threadIdx.x % kThreads;
-    if constexpr (kHeld) {
-      visit(lane);
-    } else {
-      for (std::int64_t base = lane; base < packs; base += kThreads * kGroup) visit(base);
-    }
-  }
-};
-
 namespace {
-
-// How the weights or biases of the elements col .. col + kWidth - 1 of a row are found; `neutral` without any.
-struct Neutral {
-  template <int kWidth>
-  static __device__ void fill(float neutral, float (&values)[kWidth]) {
-#pragma unroll
-    for (float& value : values) value = neutral;
-  }
-};
-
-// One for each element of a row, stored as Stored: layer norm and RMS norm.
-template <class Stored>
-struct ByColumn : Neutral {
-  template <int kWidth>
-  static __device__ void load(const TensorView& view, const NormShape&, std::int64_t, std::int64_t col, float neutral,
-                              float (&values)[kWidth]) {
-    if (!view.data) return fill(neutral, values);
-    const auto pack = load_pack<Stored, kWidth>(view.data, col);
-#pragma unroll
-    for (int e = 0; e < kWidth; ++e) values[e] = widen_device(pack.elements[e]);
-  }
-};
-
-// One for the pack, whose elements are of the same channel: group norm on images, and everything by packs of one.
-struct ByPack : Neutral {
-  template <int kWidth>
-  static __device__ void load(const TensorView& view, const NormShape& shape, std::int64_t row, std::int64_t col,
-                              float neutral, float (&values)[kWidth]) {
-    if (!view.data) return fill(neutral, values);
-    const std::int64_t channel = row % shape.groups * shape.channels + col / shape.spatial;
-    float value;
-    with_storage(view.dtype, [&](auto storage) {
-      value = widen_device(static_cast<const decltype(storage)*>(view.data)[channel]);
-    });
-    fill(value, values);
-  }
-};
-
-// Elements of one thread, and their sum and sum of squares about their own mean.
-struct Moments {
-  float count = 0.0F;
-  float mean = 0.0F;
-  float squares = 0.0F;
-
-  __device__ void merge(const Moments& other) {
-    const float total = count + other.count;
-    const float delta = other.mean - mean;
-    const float share = other.count / total;
-    mean += delta * share;
-    squares += other.squares + delta * delta * count * share;
-    count = total;
-  }
-};
 
 template <class Storage, class Layout, class Parameters>
 __global__ __launch_bounds__(Layout::kBlock) void normalize_kernel(const __grid_constant__ NormForward call) {
   constexpr int kWidth = Layout::kWidth;
-  constexpr int kGroup = Layout::kGroup;
-  constexpr int kThreads = Layout::kThreads;
-  const std::int64_t cols = call.shape.cols();
-  const std::int64_t packs = cols / kWidth;
-  const auto n = static_cast<float>(cols > 0 ? cols : 1);
-
   for_rows<Layout::kThreads>(call.shape.rows, [&](std::int64_t row) {
-    Pack<Storage, kWidth> x[kGroup];
-    const auto load = [&](std::int64_t base) {
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k)
-        if (base + k * kThreads < packs)
-          x[k] = load_pack<Storage, kWidth>(call.input.data, row * cols + (base + k * kThreads) * kWidth);
-    };
-    const auto for_elements = [&](std::int64_t base, const auto& visit) {
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-        if (base + k * kThreads < packs) {
-#pragma unroll
-          for (int e = 0; e < kWidth; ++e) visit(widen_device(x[k].elements[e]));
-        }
-      }
-    };
-
-    // 1. What each thread has read: about its own mean, or about 0.
-    Moments own;
-    Layout::for_groups(packs, [&](std::int64_t base) {
-      load(base);
-      Moments group;
-      for_elements(base, [&](float value) {
-        group.count += 1.0F;
-        group.mean += value;
-      });
-      if (group.count == 0.0F) return;
-      group.mean = call.center ? group.mean / group.count : 0.0F;
-      float rest = 0.0F;  // what rounding has left of the sum about the mean
-      for_elements(base, [&](float value) {
-        const float away = value - group.mean;
-        rest += away;
-        group.squares += away * away;
-      });
-      if (call.center) {
-        group.mean += rest / group.count;
-        group.squares -= rest * rest / group.count;
-      }
-      own.merge(group);
-    });
-    // 2. The row's: a first mean, then its error and the squares about it.
-    float mean = 0.0F;
-    if (call.center) mean = reduce_row<kThreads>(own.count * own.mean, Add{}, 0.0F) / n;
-    const float away = own.mean - mean;
-    const float2 sums = reduce_row<kThreads>(float2{own.count * away, own.squares + own.count * away * away}, Add{},
-                                             float2{0.0F, 0.0F});
-    const float error = call.center ? sums.x / n : 0.0F;
-    mean += error;
-    const float variance = sums.y / n - error * error;  // below 0 by rounding alone; a NaN stays
-    const float rstd = rsqrtf((variance < 0.0F ? 0.0F : variance) + static_cast<float>(call.eps));
-    if (threadIdx.x % kThreads == 0) {
-      if (call.center) call.mean[row] = mean;
-      call.rstd[row] = rstd;
-    }
-    // 3. The result.
-    Layout::for_groups(packs, [&](std::int64_t base) {
-      if constexpr (!Layout::kHeld) load(base);
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-        const std::int64_t col = (base + k * kThreads) * kWidth;
-        if (col >= cols) break;
-        float weight[kWidth];
-        float bias[kWidth];
-        Parameters::load(call.weight, call.shape, row, col, 1.0F, weight);
-        Parameters::load(call.bias, call.shape, row, col, 0.0F, bias);
-        float out[kWidth];
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) out[e] = (widen_device(x[k].elements[e]) - mean) * rstd * weight[e] + bias[e];
-        with_storage(call.out.dtype,
-                     [&](auto storage) { store_pack<decltype(storage)>(call.out.data, row * cols + col, out); });
-      }
+    NormRow<Storage, Layout, Parameters> of_row(call, row);
+    of_row.for_results([&](std::int64_t at, const float (&out)[kWidth]) {
+      with_storage(call.out.dtype, [&](auto storage) { store_pack<decltype(storage)>(call.out.data, at, out); });
     });
   });
 }
@@ -359,10 +206,6 @@ __global__ __launch_bounds__(kStripWarps* kWarp) void strips_kernel(const float*
   result[i] = static_cast<float>(sum);
 }
 
-bool by_column(const NormShape& shape) {
-  return shape.spatial == 1 && shape.groups == 1;
-}
-
 // How many partial sums each parameter gets: enough strips to fill the GPU, each of enough rows to pay for itself.
 std::int64_t strips_of(const NormShape& shape) {
   if (!by_column(shape)) return shape.samples();
@@ -373,39 +216,11 @@ std::int64_t strips_of(const NormShape& shape) {
                   std::max<std::int64_t>(1, kBlocks / std::max<std::int64_t>(1, tiles)));
 }
 
-// Calls run(Layout, Parameters) with those for the rows of `shape`; parameters are absent or of one dtype each.
-template <class Storage, int kHoldOfWarp, class Run>
-void with_layout(const NormShape& shape, bool aligned, const TensorView& weight, const TensorView& bias,
-                 const Run& run) {
-  constexpr int kWidth = 16 / sizeof(Storage);
-  const std::int64_t cols = shape.cols();
-  const auto narrow = [&] {
-    if (cols <= 1024) return run(Layout<1, kWarp, 0>{}, ByPack{});
-    return run(Layout<1, 512, 0>{}, ByPack{});
-  };
-  const auto wide = [&](auto parameters) {
-    const std::int64_t packs = cols / kWidth;
-    if (packs <= kWarp * kHoldOfWarp) return run(Layout<kWidth, kWarp, kHoldOfWarp>{}, parameters);
-    if (packs <= 256 * 4) return run(Layout<kWidth, 256, 4>{}, parameters);
-    return run(Layout<kWidth, 512, 0>{}, parameters);
-  };
-  if (!aligned || cols % kWidth != 0) return narrow();
-  if (!by_column(shape)) return shape.spatial % kWidth == 0 ? wide(ByPack{}) : narrow();
-  const auto are = [&](DType dtype) {
-    return (!weight.data || weight.dtype == dtype) && (!bias.data || bias.dtype == dtype);
-  };
-  if (are(DType::kFloat32)) return wide(ByColumn<float>{});
-  constexpr DType kOwn = std::is_same_v<Storage, Half> ? DType::kFloat16 : DType::kBFloat16;
-  if constexpr (!std::is_same_v<Storage, float>)
-    if (are(kOwn)) return wide(ByColumn<Storage>{});
-  return narrow();
-}
-
 template <class Storage>
 void launch_forward(const NormForward& call, cudaStream_t stream) {
   const bool aligned = starts_on_16_bytes(call.input.data) && starts_on_16_bytes(call.out.data) &&
                        starts_on_16_bytes(call.weight.data) && starts_on_16_bytes(call.bias.data);
-  with_layout<Storage, /*kHoldOfWarp=*/8>(
+  with_layout<Storage, kHoldOfForward>(
       call.shape, aligned, call.weight, call.bias, [&]<class Layout, class Parameters>(Layout, Parameters) {
         normalize_kernel<Storage, Layout, Parameters>
             <<<blocks_for(call.shape.rows, kRowsPerBlock<Layout::kThreads>), Layout::kBlock, 0, stream>>>(call);

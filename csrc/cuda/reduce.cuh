@@ -1,6 +1,8 @@
 // Sums and maxima over a warp or a block, in a fixed order and without atomics: the same values give the same bits.
 #pragma once
 
+#include <cstdint>
+
 #include <cuda_runtime.h>
 
 namespace halfstep::cuda {
@@ -16,6 +18,11 @@ struct Add {
 };
 struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// Of float32 bits without the sign: they compare as magnitudes do, and a NaN is the largest.
+struct MaxBits {
+  __device__ std::uint32_t operator()(std::uint32_t a, std::uint32_t b) const { return a > b ? a : b; }
 };
 
 template <class Value>

@@ -3,9 +3,11 @@
     activation   relu, relu6, gelu, silu or hardswish, of which the layer's output is the only input
     residual     the addition of another tensor of the same shape
     int8 out     where every reader is an int8 layer that quantizes by the same scale and zero point
+    norm         a layer norm, which writes int8 for the int8 layers that read it, and float for what else does
 
-In float32 none of them changes a bit, but for gelu, silu and hardswish, which torch rounds at other places. In half
-precision the sums are no longer rounded before the activation or the addition.
+In float32 none of them changes a bit, but for gelu, silu, hardswish and norms, which torch rounds at other places: a
+norm is that of halfstep's `layer_norm`, quantized. In half precision the sums are no longer rounded before the
+activation or the addition.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from halfstep.int8_nodes import (
     reads_shape,
     summands_of,
 )
+from halfstep.int8_norms import NormCall, computes_in_float32, float_readers, put_int8_norm, takes_rows
 from halfstep.int8_runs import Shapes
 
 
@@ -59,12 +62,14 @@ def fuse(
     shapes: Shapes,
     out_dtype: torch.dtype,
     norms: Iterable[tuple[str, str]] = (),
+    layer_norms: bool = True,
 ) -> list[Region]:
     """Let the int8 layers in the graph take over what they can, in place, and say what belongs together.
 
     shapes: shapes_of() the graph, before or after its layers became int8, in the dtypes that it will run in.
     out_dtype: what the model runs in beside int8. Layers that read int8 would not know it otherwise.
     norms: the pairs of fold_batch_norms(), which are told with the other parts.
+    layer_norms: whether layer norms are taken over.
 
     A layer that is called several times stays as it is. The layer's node takes the name of the last operation that it
     took over. Int8 max pooling is relied on if torch has it on the layers' device: fuse again for another device.
@@ -76,6 +81,8 @@ def fuse(
     fuser.take_residuals()
     fuser.take_activations()
     fuser.pass_int8(out_dtype)
+    if layer_norms:
+        fuser.take_norms(out_dtype)
     graph_module.graph.lint()
     graph_module.recompile()
     return fuser.regions()
@@ -92,6 +99,7 @@ class _Fuser:
         self._names = {node: [node.name] for node in self._graph.nodes}
         self._parts: dict[str, list[str]] = {}
         self._links: list[tuple[Node, Node]] = []
+        self._added: dict[str, list[str]] = {}  # by the node of the graph as it was, those that it became
 
     def note(self, layer: str, part: str) -> None:
         self._parts.setdefault(layer, []).append(part)
@@ -174,26 +182,97 @@ class _Fuser:
 
     def _int8_readers(self, node: Node, device: torch.device) -> list[Node]:
         """Return the int8 layers that read the node's output, all by one scale; none if anything else reads it."""
+        readers = self._behind(node, device)
+        kinds = {self._taken_as(reader) for reader in readers}
+        static = all(kind is not None and kind[0] is not None for kind in kinds)
+        return readers if static and len(kinds) == 1 else []
+
+    def _behind(self, node: Node, device: torch.device) -> list[Node]:
+        """Return the int8 layers to which all of the node's value goes, also through what only moves it; else none."""
         readers: list[Node] = []
-        waiting = [node]
+        for user in node.users:
+            if not reads_shape(user):
+                found = self._beyond(node, user, device)
+                if not found:
+                    return []
+                readers += found
+        return readers
+
+    def _beyond(self, value: Node, user: Node, device: torch.device) -> list[Node]:
+        """Return the int8 layers to which the user takes the value; none if it does anything else with it."""
+        if input_of(user) is not value or value in user.args[1:]:
+            return []
+        if self._product(user) is not None:
+            return [user]
+        return self._behind(user, device) if moves_values(self._root, user, device) else []
+
+    def _taken_as(self, reader: Node) -> tuple[float | None, int] | None:
+        """Return scale and zero point by which an int8 layer quantizes its input; None if it multiplies it before."""
+        layer = self._product(reader)
+        return None if layer.packed.input_factors() is not None else (layer.input_scale, layer.input_zero_point)
+
+    def take_norms(self, out_dtype: torch.dtype) -> None:
+        """Let layer norms write int8 for the int8 layers that quantize their result alike."""
+        products = [layer for node in self._graph.nodes if (layer := self._product(node)) is not None]
+        if not products:
+            return
+        device = products[0].packed.scales().device
+        for node in list(self._graph.nodes):
+            norm = NormCall.of(self._root, node)
+            if norm is None or (norm.module is not None and self._sites[norm.module] != [node]):
+                continue
+            if not computes_in_float32({dtype for _, dtype in self._shapes.get(node.name, ())}):
+                continue
+            scale, zero_point, readers = self._norm_readers(node, device)
+            if readers and not (float_readers(node, readers) and self._written_before(node, readers)):
+                self._take_norm(node, norm, readers, scale, zero_point, out_dtype)
+
+    def _norm_readers(self, node: Node, device: torch.device) -> tuple[float | None, int, dict[Node, list[Node]]]:
+        """Return how most of the int8 layers quantize that read the node, and its users that lead to those alone."""
+        kinds: dict[tuple[float | None, int], dict[Node, list[Node]]] = {}
+        for user in node.users:
+            found = [] if reads_shape(user) else self._beyond(node, user, device)
+            alike = {self._taken_as(reader) for reader in found}
+            if len(alike) != 1 or None in alike:
+                continue
+            (kind,) = alike
+            if kind[0] is not None or (found == [user] and takes_rows(self._product(user))):
+                kinds.setdefault(kind, {})[user] = found
+        if not kinds:
+            return None, 0, {}
+        (scale, zero_point), readers = max(kinds.items(), key=lambda item: sum(map(len, item[1].values())))
+        return scale, zero_point, readers
+
+    def _written_before(self, node: Node, readers: dict[Node, list[Node]]) -> bool:
+        """Return whether anything may write to the node's value before the last of its readers reads it."""
+        waiting = {reader for found in readers.values() for reader in found}
+        each = node.next
         while waiting:
-            value = waiting.pop()
-            users = [user for user in value.users if not reads_shape(user)]
-            if not users:
-                return []
-            for user in users:
-                if input_of(user) is not value or value in user.args[1:]:
-                    return []
-                if self._product(user) is not None:
-                    readers.append(user)
-                elif moves_values(self._root, user, device):
-                    waiting.append(user)
-                else:
-                    return []
-        layers = [self._product(reader) for reader in readers]
-        static = all(layer.input_scale is not None and layer.packed.input_factors() is None for layer in layers)
-        scales = {(layer.input_scale, layer.input_zero_point) for layer in layers}
-        return readers if static and len(scales) == 1 else []
+            if may_write(self._root, each):
+                return True
+            waiting.discard(each)
+            each = each.next
+        return False
+
+    def _take_norm(
+        self,
+        node: Node,
+        norm: NormCall,
+        readers: dict[Node, list[Node]],
+        scale: float | None,
+        zero_point: int,
+        out_dtype: torch.dtype,
+    ) -> None:
+        layers = [reader for found in readers.values() for reader in found]
+        names = self._names.pop(node)
+        self._added[names[0]] = put_int8_norm(self._root, node, norm, readers, scale, zero_point)
+        self._names[layers[0]] += names
+        self._links += [(layers[0], reader) for reader in layers[1:]]
+        for reader in layers:
+            self._parts.setdefault(str(reader.target), []).insert(0, f"norm {norm.name}")
+            product = self._product(reader)
+            if product.out_scale is None:
+                product.out_dtype = out_dtype
 
     def regions(self) -> list[Region]:
         place = {node: position for position, node in enumerate(self._graph.nodes)}
@@ -229,7 +308,8 @@ class _Fuser:
         for name, readers in reversed(self._readers.items()):
             if not above.isdisjoint(readers):
                 above.add(name)
-        return [name for name in self._readers if name in below and name in above]
+        inside = [name for name in self._readers if name in below and name in above]
+        return inside + [each for name in inside for each in self._added.get(name, [])]
 
 
 def _is_fed(node: Node) -> bool:

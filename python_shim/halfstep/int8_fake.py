@@ -100,6 +100,7 @@ def _int8_linear(
     out_dtype: torch.dtype | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    input_row_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     channels, terms = weight.weight().shape
     torch._check(

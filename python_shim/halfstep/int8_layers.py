@@ -140,9 +140,17 @@ class _Int8Product(Int8Layer):
 
 
 class Int8Linear(_Int8Product):
-    """nn.Linear in int8: [..., in] -> [..., out], plus `residual` before the activation."""
+    """nn.Linear in int8: [..., in] -> [..., out], plus `residual` before the activation.
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    `row_scales`, float32 [...], belong to an int8 input whose rows have each its own scale.
+    """
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        row_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
         return torch.ops.halfstep.int8_linear(
             input,
@@ -154,6 +162,7 @@ class Int8Linear(_Int8Product):
             self.out_dtype,
             self.out_scale,
             self.out_zero_point,
+            row_scales,
         )
 
 

@@ -108,7 +108,8 @@ def input_of(node: Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+def argument(node: Node, position: int, name: str, default: Any) -> Any:
+    """Return an argument of a call by its position or name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
@@ -126,7 +127,7 @@ def activation_of(root: nn.Module, node: Node) -> str | None:
     if node.op == "call_method":
         return "relu" if node.target in ("relu", "relu_") else None
     if node.target is F.gelu:
-        return _GELUS.get(_argument(node, 1, "approximate", "none"))
+        return _GELUS.get(argument(node, 1, "approximate", "none"))
     return _ACTIVATION_FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 
@@ -137,7 +138,7 @@ def summands_of(node: Node) -> tuple[Node, Node] | None:
         return None
     if set(node.kwargs) - {"input", "other", "alpha"} or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         return None
-    left, right = input_of(node), _argument(node, 1, "other", None)
+    left, right = input_of(node), argument(node, 1, "other", None)
     return (left, right) if isinstance(left, Node) and isinstance(right, Node) else None
 
 
@@ -160,8 +161,8 @@ def is_idle(root: nn.Module, node: Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is torch.dropout:
-        return _argument(node, 2, "train", True) is False
-    return node.target in _DROPOUTS and _argument(node, 2, "training", True) is False
+        return argument(node, 2, "train", True) is False
+    return node.target in _DROPOUTS and argument(node, 2, "training", True) is False
 
 
 def reads_shape(node: Node) -> bool:
@@ -184,7 +185,7 @@ def moves_values(root: nn.Module, node: Node, device: torch.device) -> bool:
     if node.op == "call_method":
         return node.target in _MOVING_METHODS and not any(isinstance(each, torch.dtype) for each in _constants(node))
     if node.op == "call_function" and node.target in _POOLS:
-        return not _argument(node, 6, "return_indices", False) and pools_int8(device.type)
+        return not argument(node, 6, "return_indices", False) and pools_int8(device.type)
     return node.op == "call_function" and node.target in _MOVING_FUNCTIONS
 
 

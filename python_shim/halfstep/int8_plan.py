@@ -285,11 +285,11 @@ def decode(example: Any, tensor: typing.Callable[[list[int], torch.dtype], Any])
 
 
 def residuals(model: nn.Module) -> set[str]:
-    """Return the layers of a traced model that add a residual: those that are called with two arguments."""
+    """Return the layers of a traced model that add a residual: those that are called with a second tensor."""
     if not isinstance(model, GraphModule):
         return set()
     calls = [node for node in model.graph.nodes if node.op == "call_module"]
-    return {str(node.target) for node in calls if len(node.args) + len(node.kwargs) == 2}
+    return {str(node.target) for node in calls if len(node.args) + len(node.kwargs.keys() - {"row_scales"}) == 2}
 
 
 def _choice(what: str, value: Any, choices: Collection[str]) -> None:

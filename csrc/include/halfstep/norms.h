@@ -60,7 +60,7 @@ struct NormForward {
   TensorView weight;
   TensorView bias;
   TensorView out;
-  float* mean;  // [rows], null if not center
+  float* mean;  // [rows], null if not center; what is null of the two is not written
   float* rstd;  // [rows]
 };
 

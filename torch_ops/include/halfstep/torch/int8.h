@@ -79,11 +79,12 @@ class HALFSTEP_API PackedInt8 : public torch::CustomClassHolder {
 // How an int8 layer takes its input and gives its output.
 //   input_scale         the scale of the input; without one, each row (of a convolution: each image) of a
 //   floating-point
-//                       input is quantized by its own largest magnitude. An int8 input needs it.
+//                       input is quantized by its own largest magnitude. An int8 input needs it, or input_row_scales
 //   residual            added before the activation; float32, float16 or bfloat16, of the output's shape
 //   activation          "none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish"
 //   out_dtype           Float, Half, BFloat16; Char with out_scale and out_zero_point; Int: the integer sums alone.
 //                       Without one: the input's, or Float for an int8 input.
+//   input_row_scales    float32 [...], of a linear layer's int8 input [..., in] whose rows have each its own scale
 struct Int8Call {
   std::optional<double> input_scale;
   std::int64_t input_zero_point = 0;
@@ -92,6 +93,7 @@ struct Int8Call {
   std::optional<at::ScalarType> out_dtype;
   std::optional<double> out_scale;
   std::int64_t out_zero_point = 0;
+  std::optional<at::Tensor> input_row_scales;
 };
 
 // input [..., in], any strides -> [..., out]
@@ -107,6 +109,20 @@ HALFSTEP_API at::Tensor int8_embedding(const at::Tensor& indices, const c10::int
 // The weight of two dimensions as floating-point, on its own device: each element times the scale of its row, rounded
 // once to out_dtype (Float, Half or BFloat16).
 HALFSTEP_API at::Tensor dequantize_weight(const c10::intrusive_ptr<PackedInt8>& weight, at::ScalarType out_dtype);
+
+// Layer norm over the last dimensions, rounded to the input's dtype and quantized: quantize_int8(layer_norm(...)) in
+// one pass, or without a scale quantize_int8_rows(), of one dimension alone. What was not asked for is empty, [0].
+//   quantized  int8, of the input's shape, contiguous
+//   scales     float32, of the input's shape but for the last dimension, where no scale was given
+//   out        the norm in the input's dtype, if keep_float
+struct Int8NormResult {
+  at::Tensor quantized, scales, out;
+};
+HALFSTEP_API Int8NormResult layer_norm_int8(const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+                                            const std::optional<at::Tensor>& weight = std::nullopt,
+                                            const std::optional<at::Tensor>& bias = std::nullopt, double eps = 1e-5,
+                                            std::optional<double> scale = std::nullopt, std::int64_t zero_point = 0,
+                                            bool keep_float = false);
 
 // int8 of a float32, float16 or bfloat16 tensor, with its strides where it is dense.
 HALFSTEP_API at::Tensor quantize_int8(const at::Tensor& input, double scale, std::int64_t zero_point = 0);

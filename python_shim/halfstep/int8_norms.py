@@ -1,0 +1,173 @@
+"""Layer norms whose result is int8 for the int8 layers that read it, and which norms of a traced model can be such.
+
+Torch adds a row in another order than halfstep does, so such a norm differs from torch's in the last places.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from halfstep.int8_layers import Int8Linear
+from halfstep.int8_nodes import argument, input_of, is_plain, module_of, reads_shape
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Int8LayerNorm(nn.Module):
+    """nn.LayerNorm over one dimension, [..., size] -> (int8 [..., size], scales, float [..., size]).
+
+    `out_scale` and `out_zero_point` are the int8's. Without a scale every row is quantized by its own largest
+    magnitude, and `scales` are float32 [...]; else they are empty. The float result, in the input's dtype, is empty
+    unless `keep_float` asks for it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        eps: float = 1e-5,
+        *,
+        out_scale: float | None = None,
+        out_zero_point: int = 0,
+        keep_float: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.size = size
+        self.eps = eps
+        self.out_scale = out_scale
+        self.out_zero_point = out_zero_point
+        self.keep_float = keep_float
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise, round, quantize."""
+        return torch.ops.halfstep.layer_norm_int8(
+            input,
+            [self.size],
+            self.weight,
+            self.bias,
+            self.eps,
+            self.out_scale,
+            self.out_zero_point,
+            self.keep_float,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer in short."""
+        out = "per row" if self.out_scale is None else f"out_scale={self.out_scale:.3g}"
+        return f"{self.size}, eps={self.eps}, {out}" + (", float too" if self.keep_float else "")
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """A layer norm over the last dimension in a graph: a module's call, or a function's with its weight and bias."""
+
+    name: str  # the module's, or the node's
+    module: nn.LayerNorm | None
+    size: int
+    weight: Node | None = None
+    bias: Node | None = None
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, root: nn.Module, node: Node) -> NormCall | None:
+        """Describe the node; None if it is something else, or a norm that its module's class alone does not define."""
+        if not isinstance(input_of(node), Node):
+            return None
+        module = module_of(root, node)
+        if module is not None:
+            plain = type(module) is nn.LayerNorm and is_plain(module) and len(node.args) + len(node.kwargs) == 1
+            if not plain or len(module.normalized_shape) != 1:
+                return None
+            return cls(str(node.target), module, module.normalized_shape[0], eps=module.eps)
+        if node.op != "call_function" or node.target not in (F.layer_norm, torch.layer_norm):
+            return None
+        shape = argument(node, 1, "normalized_shape", None)
+        weight, bias = argument(node, 2, "weight", None), argument(node, 3, "bias", None)
+        eps = argument(node, 4, "eps", 1e-5)
+        stored = all(each is None or (isinstance(each, Node) and each.op == "get_attr") for each in (weight, bias))
+        known = isinstance(shape, (tuple, list)) and len(shape) == 1 and type(shape[0]) is int
+        if not stored or not known or not isinstance(eps, (int, float)):
+            return None
+        return cls(node.name, None, shape[0], weight, bias, float(eps))
+
+
+def computes_in_float32(dtypes: set[torch.dtype]) -> bool:
+    """Return whether values of these dtypes, one of them alone, can be normalised to int8."""
+    return len(dtypes) == 1 and dtypes <= set(_DTYPES)
+
+
+def put_int8_norm(
+    graph_module: GraphModule,
+    node: Node,
+    norm: NormCall,
+    readers: Collection[Node],
+    scale: float | None,
+    zero_point: int,
+) -> list[str]:
+    """Let a norm give int8 by this scale, or by rows, to some of its readers, and float to what else reads it.
+
+    readers: those that take int8; by rows they are layers of takes_rows(). Returns the names of the nodes that are new;
+    the one that stands for the norm's value has the name of `node`, which is gone.
+    """
+    graph, name = graph_module.graph, node.name
+    keep = bool(float_readers(node, readers))
+    with graph.inserting_before(node):
+        if norm.module is not None:
+            layer = Int8LayerNorm(
+                norm.size,
+                norm.module.weight,
+                norm.module.bias,
+                norm.eps,
+                out_scale=scale,
+                out_zero_point=zero_point,
+                keep_float=keep,
+            ).eval()
+            _replace(graph_module, norm.module, layer)
+            made = graph.call_module(str(node.target), (input_of(node),))
+        else:
+            made = graph.call_function(
+                torch.ops.halfstep.layer_norm_int8,
+                (input_of(node), [norm.size], norm.weight, norm.bias, norm.eps, scale, zero_point, keep),
+            )
+        quantized = graph.call_function(operator.getitem, (made, 0))
+        new = [made, quantized]
+        if scale is None:
+            scales = graph.call_function(operator.getitem, (made, 1))
+            new.append(scales)
+            for reader in readers:
+                reader.kwargs = {**reader.kwargs, "row_scales": scales}
+        for reader in readers:
+            reader.replace_input_with(node, quantized)
+        value = quantized
+        if keep:
+            value = graph.call_function(operator.getitem, (made, 2))
+            new.append(value)
+        node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    value.name = name
+    return [each.name for each in new if each is not value]
+
+
+def float_readers(node: Node, readers: Collection[Node]) -> list[Node]:
+    """Return who reads the node's value beside those that take int8."""
+    return [user for user in node.users if user not in readers and not reads_shape(user)]
+
+
+def takes_rows(layer: nn.Module) -> bool:
+    """Return whether an int8 layer reads int8 whose rows have each its own scale."""
+    return type(layer) is Int8Linear and layer.input_scale is None
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for name, module in list(root.named_modules(remove_duplicate=False)):
+        if module is old:
+            root.set_submodule(name, new)
