@@ -24,7 +24,8 @@ class Batch:
     """The arguments of one call of a model, and what the answer should be.
 
     shared: tensors that are for all samples, though their first dimension may be as long as the batch. whole: part()
-    does not cut the batch, because it cannot be told which tensors are shared.
+    does not cut the batch, because it cannot be told which tensors are shared. left_out: the tensors of samples that
+    forward does not take and that are no labels, in words.
     """
 
     args: tuple[Any, ...]
@@ -35,6 +36,7 @@ class Batch:
     dtype: torch.dtype | None = None
     shared: frozenset[Key] = frozenset()
     whole: bool = False
+    left_out: tuple[str, ...] = ()
 
     def __call__(self, model: nn.Module) -> Any:
         """Call the model on this batch, moved where it was said to be."""
@@ -189,9 +191,9 @@ def batch_of(model: nn.Module, value: Any) -> Batch:
         args, labels = tuple(value), None
         if len(args) > 1 and _is_labels(args[-1], size) and not takes.is_argument(len(args) - 1):
             args, labels = args[:-1], args[-1]
-        if not takes.any_place:
-            args = args[: len(takes.by_place)]
-        return Batch(args, {}, labels, size)
+        taken = len(args) if takes.any_place else len(takes.by_place)
+        left_out = [(f"place {place}", item) for place, item in enumerate(args) if place >= taken]
+        return Batch(args[:taken], {}, labels, size, left_out=_in_words(left_out, size))
     return Batch((value,), {}, None, size)
 
 
@@ -203,9 +205,28 @@ def _of_mapping(takes: _Parameters, kwargs: dict[str, Any], value: Any, size: in
         if key in kwargs and key not in takes.needed and _is_labels(kwargs[key], size):
             labels = kwargs.pop(key)
             break
+    given = kwargs
     if not takes.any_name:
         kwargs = {key: item for key, item in kwargs.items() if key in takes.names}
-    return Batch((), kwargs, labels, size)
+    left_out = [(key, item) for key, item in given.items() if key not in kwargs]
+    return Batch((), kwargs, labels, size, left_out=_in_words(left_out, size))
+
+
+def _in_words(left_out: Iterable[tuple[str, Any]], size: int) -> tuple[str, ...]:
+    """Return where and what the tensors of samples are that forward does not take."""
+    return tuple(
+        f"{where}: {str(item.dtype).removeprefix('torch.')} [{', '.join(map(str, ('batch', *item.shape[1:])))}]"
+        for where, item in left_out
+        if isinstance(item, torch.Tensor) and item.shape[:1] == (size,)
+    )
+
+
+def looks_like_labels(model: nn.Module, batch: Batch) -> str:
+    """Return "" or the parameter of forward that takes the integers [batch] at the end of positional arguments."""
+    place, takes = len(batch.args) - 1, _Parameters(model)
+    if not 0 < place < len(takes.by_place) or not _is_labels(batch.args[place], batch.size):
+        return ""
+    return takes.by_place[place]
 
 
 def collect(model: nn.Module, data: Any, samples: int) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,7 +20,8 @@ from halfstep.int8_calibration import METHODS
 from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_device import checked_device
 from halfstep.int8_form import example_of
-from halfstep.int8_judge import call
+from halfstep.int8_judge import call, tell
+from halfstep.int8_lent import same_random_numbers
 from halfstep.int8_load import load_int8
 from halfstep.int8_metric import choose_metric
 from halfstep.int8_model import check_globs, weight_bytes
@@ -37,11 +39,13 @@ class InferencePrecisionOptimizer:
 
     target_precision: "int8", "float16" or "bfloat16".
     calibration_samples: how many samples of the calibration data are used at most; a third of them is kept to judge by.
-    accuracy_threshold: the largest accepted drop, 0.02 for 2 %. It holds for the drop's 95 % bound, not for the drop
-        alone; layers that cost too much stay float, and where nothing helps the float model comes back with a warning.
-    eval_fn: eval_fn(model) -> a number, the larger the better, or one number for each sample. Without it: top-1
-        accuracy where batches end in integer labels [batch] and outputs are [batch, classes]; else, as a proxy, the
-        share of noise in the power of the outputs.
+    accuracy_threshold: the largest accepted drop, 0.02 for 2 %, or with eval_fn a number in the units of its score. It
+        holds for the drop's 95 % bound, not for the drop alone; layers that cost too much stay float, and where nothing
+        helps the float model comes back with a warning.
+    eval_fn: eval_fn(model) -> a number, the larger the better, or one number for each sample, of five samples at least
+        unless they are 0 or 1. The model is a copy, so it may be left in train mode or with other statistics; each call
+        has the same random numbers. Without it: top-1 accuracy where batches end in integer labels [batch] and outputs
+        are [batch, classes]; else, as a proxy, the share of noise in the power of the outputs.
     include, exclude: a name or glob of layers, such as "encoder.*", or several; what they name includes everything
         inside. Without include every layer is; an empty one is an error.
     calibrator: how the range of a layer's input is estimated: "min_max", "moving_average", "percentile", "entropy",
@@ -89,11 +93,14 @@ class InferencePrecisionOptimizer:
     ) -> None:
         check_choice("int8", *_HALVES)("target_precision", target_precision)
         check_count("calibration_samples", calibration_samples)
-        check_number("a number from 0 to 1, such as 0.02 for 2 %", lambda value: 0.0 <= value <= 1.0)(
-            "accuracy_threshold", accuracy_threshold
-        )
         if eval_fn is not None and not callable(eval_fn):
             raise TypeError(f"eval_fn is {type(eval_fn).__name__}, expected a function of the model")
+        if eval_fn is None:
+            expected = "a number from 0 to 1, such as 0.02 for 2 % (with an eval_fn any from 0, in its score's units)"
+            check_number(expected, lambda value: 0.0 <= value <= 1.0)("accuracy_threshold", accuracy_threshold)
+        else:
+            expected = "a finite number from 0, in the units of eval_fn's score"
+            check_number(expected, lambda value: 0.0 <= value < math.inf)("accuracy_threshold", accuracy_threshold)
         check_choice("auto", *METHODS)("calibrator", calibrator)
         check_choice("static", "dynamic")("activations", activations)
         if not isinstance(smooth_quant, bool) and smooth_quant != "auto":
@@ -178,11 +185,12 @@ class InferencePrecisionOptimizer:
                     "infinite"
                 )
         form = None
-        if self.target_precision == "int8":
-            run = Int8Run(reference, calibration, guard, device, options, report, file)
-            result, form = run.run(), run.form
-        else:
-            result = self._half(reference, guard, device, report)
+        with same_random_numbers([device]):  # a model or an eval_fn may draw some
+            if self.target_precision == "int8":
+                run = Int8Run(reference, calibration, guard, device, options, report, file)
+                result, form = run.run(), run.form
+            else:
+                result = self._half(reference, guard, device, report)
         self._report = report
         self._example = example_of(calibration, device)
         self._saved = SavedResult.of(result.eval(), reference, report, self._example.arguments(), form)
@@ -239,9 +247,10 @@ class InferencePrecisionOptimizer:
         dtype = _HALVES[self.target_precision]
         model = half_model(reference, dtype)
         metric = choose_metric(self._options.eval_fn, [batch.on(device) for batch in guard], call, reference)
-        verdict = metric.judge(model)
-        report.metric, report.proxy, report.evaluations, report.budget = metric.kind, metric.proxy, 1, 1
-        report.everywhere = {"drop": verdict.drop, "bound": verdict.bound}
+        verdict = metric.of_itself() if model is reference else metric.judge(model)
+        tell(report, metric, reference, guard)
+        report.evaluations = report.budget = 1
+        report.everywhere_was(verdict)
         own = name_of(float_dtype(reference))
         report.kept = True
         if verdict.kept(self.accuracy_threshold):
@@ -250,11 +259,14 @@ class InferencePrecisionOptimizer:
         else:
             report.result = report.carrier = own
             report.drop = report.bound = 0.0  # of what came back
-            said = metric.shortage(self.accuracy_threshold) or f"drop {verdict.drop:.3g}, bound {verdict.bound:.3g}"
+            said = metric.shortage(self.accuracy_threshold) or (
+                verdict.note if verdict.unchanged else verdict.in_words()
+            )
             report.warn(
                 f"{self.target_precision} does not keep the drop at {self.accuracy_threshold:g} or less for certain "
                 f"({said}); the float model came back"
             )
             model = reference
+        report.unchanged = model is reference
         report.bytes = {own: weight_bytes(reference), report.result: weight_bytes(model)}
         return model

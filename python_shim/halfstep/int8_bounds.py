@@ -116,6 +116,36 @@ def mean_at_most(values: Sequence[float], confidence: float) -> tuple[float, flo
     return mean, mean + student_t(confidence, count - 1) * math.sqrt(variance / count)
 
 
+def ratios_at_most(ratios: Sequence[Sequence[tuple[float, float]]], confidence: float) -> tuple[float, float]:
+    """Return the mean of ratios of sums, and its upper bound for all samples.
+
+    ratios: for each ratio a part and a whole, 0 or more, of each of the same samples. The bound is Student's t for the
+    linearized ratio (Cochran, Sampling Techniques, 3rd edition, chapter 6): the error of sum(part) / sum(whole) is that
+    of the mean of part - ratio * whole, over the mean of the whole. It promises as little of skewed values as
+    mean_at_most(). Infinity for fewer than two samples, and for something of nothing, which is a ratio of 1.
+    """
+    count = len(ratios[0]) if ratios else 0
+    if count == 0:
+        raise ValueError("ratios is empty, expected at least one of at least one sample")
+    found: list[float] = []
+    deviations = [0.0] * count
+    is_bounded = count > 1
+    for samples in ratios:
+        part, whole = (math.fsum(values) for values in zip(*samples, strict=True))
+        if whole == 0.0:
+            found.append(float(part > 0.0))
+            is_bounded &= part == 0.0
+            continue
+        found.append(part / whole)
+        for i, (a, b) in enumerate(samples):
+            deviations[i] += (a - found[-1] * b) / whole * count / len(ratios)
+    mean = math.fsum(found) / len(found)
+    if not is_bounded:
+        return mean, math.inf
+    variance = math.fsum(deviation**2 for deviation in deviations) / (count - 1)  # their mean is 0
+    return mean, mean + student_t(confidence, count - 1) * math.sqrt(variance / count)
+
+
 def drop_at_most(lost: int, gained: int, samples: int, confidence: float) -> tuple[float, float]:
     """Return the drop (lost - gained) / samples and its upper bound.
 

@@ -10,8 +10,8 @@ from torch import nn
 from halfstep.calibration_data import Batch
 from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform, name_of
 from halfstep.int8_batches import floating_tensors_of
+from halfstep.int8_noise import finite_of, powers_of, share_of
 from halfstep.int8_report import Report
-from halfstep.int8_settings import mean_of
 from halfstep.int8_speed import calls_of, time_in_turns
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -76,7 +76,7 @@ class Carriers:
         try:
             with torch.no_grad():
                 outputs = floating_tensors_of(probe(self.model(dtype)))
-                noise = [mean_of(torch.ops.halfstep.output_noise(*pair)) for pair in zip(wanted, outputs, strict=True)]
+                noise = [share_of(finite_of(powers_of(*pair))) for pair in zip(wanted, outputs, strict=True)]
         except Exception as error:  # the model's own code may refuse half in any way
             return f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return "" if all(map(math.isfinite, noise)) else "is not used: its outputs are not finite"

@@ -10,83 +10,24 @@ chances, which the bound does not know of.
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from halfstep._library import load_library
-from halfstep.int8_batches import floating_tensors_of, size_of, tensors_of, without_labels
+from halfstep.int8_agreement import Agreement
+from halfstep.int8_batches import tensors_of, without_labels
 from halfstep.int8_bounds import drop_at_most, mean_at_most, samples_for, share_at_most
+from halfstep.int8_lent import devices_of, lent, same_random_numbers
+from halfstep.int8_noise import powers_of
+from halfstep.int8_verdict import CONFIDENCE, Call, Metric, Verdict
 
-load_library()
+__all__ = ["CONFIDENCE", "Call", "Metric", "Verdict", "choose_metric"]
 
-CONFIDENCE = 0.95
-
-Call = Callable[[nn.Module, Any], Any]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was measured of one model.
-
-    drop: of the samples. bound: what the drop of all data is at most. samples: how many there were. kind: "score",
-    "scores", "top-1" or "agreement". proxy: whether outputs were compared because nothing says what is right.
-    note: what a reader must know, or "".
-    """
-
-    drop: float
-    bound: float
-    samples: int
-    kind: str
-    proxy: bool = False
-    note: str = ""
-
-    def kept(self, threshold: float) -> bool:
-        """Return whether the drop is at most the threshold, as far as the samples can prove it."""
-        return self.bound <= threshold
-
-
-class Metric(abc.ABC):
-    """Judges models by what the float model did.
-
-    inputs: what the model is called with in each batch, labels left out. reference_bytes: memory of the CPU that is
-    taken by what is kept of the float model.
-    """
-
-    kind: str
-    proxy = False
-    reference_bytes = 0
-
-    def __init__(self, inputs: Sequence[Any], samples: int) -> None:
-        self.inputs = list(inputs)
-        self.samples = samples
-
-    @abc.abstractmethod
-    def judge(self, model: nn.Module) -> Verdict:
-        """Return the verdict on a model. One whose results are NaN or infinite has an infinite drop."""
-
-    @abc.abstractmethod
-    def samples_needed(self, threshold: float) -> int | None:
-        """Return with how many samples a model without any drop would be kept, None if with no number."""
-
-    def shortage(self, threshold: float) -> str:
-        """Return "", or why not even a model without any drop would be kept with these samples."""
-        needed = self.samples_needed(threshold)
-        if needed is not None and needed <= self.samples:
-            return ""
-        said = f"{self.kind} on {self.samples} samples cannot prove a drop of at most {threshold:g}: "
-        return said + (f"{needed} samples are needed" if needed else "no number of samples can")
-
-    def _verdict(self, drop: float, bound: float, note: str = "") -> Verdict:
-        return Verdict(drop, bound, self.samples, self.kind, self.proxy, note)
-
-    def _failed(self, note: str) -> Verdict:
-        return self._verdict(math.inf, math.inf, note)
+_RIGHT_AND_WRONG = frozenset((0.0, 1.0))
+_FEWEST = 5  # scores of samples: fewer are taken for several measures, such as (accuracy, f1)
 
 
 def choose_metric(
@@ -108,11 +49,11 @@ def choose_metric(
         raise ValueError("batches is empty, expected at least one")
     with torch.no_grad():
         metric = _Top1.of(batches, call, model)
-        return metric or _Agreement(batches, call, model)
+        return metric or Agreement(batches, call, model)
 
 
 class _Scores(Metric):
-    """The user's own measure."""
+    """The user's own measure. It is given copies, and each time the same random numbers."""
 
     def __init__(self, eval_fn: Callable[[nn.Module], Any], batches: Sequence[Any], model: nn.Module):
         self._eval_fn = eval_fn
@@ -120,11 +61,21 @@ class _Scores(Metric):
         if not all(map(math.isfinite, self._reference)):
             raise ValueError("eval_fn gives NaN or infinity for the float model, expected finite numbers")
         self.kind = "score" if single else "scores"
+        distinct = set(self._reference)
+        self.is_share = not single and distinct <= _RIGHT_AND_WRONG
+        if not single and not self.is_share and len(self._reference) < _FEWEST:
+            raise ValueError(
+                f"eval_fn returned {len(self._reference)} numbers, expected one, or one for each of {_FEWEST} samples "
+                "or more: of several measures return one"
+            )
+        # By how much one sample can change where scores have two values, as right and wrong have; None if not known.
+        self._size = 1.0 if self.is_share else max(distinct) - min(distinct) or None
+        self._two_valued = len(distinct) <= 2
         super().__init__([without_labels(batch)[0] for batch in batches], len(self._reference))
 
     def _run(self, model: nn.Module) -> tuple[list[float], bool]:
-        with torch.no_grad():
-            value = self._eval_fn(model)
+        with torch.no_grad(), same_random_numbers(devices_of(model)):
+            value = self._eval_fn(lent(model))
         try:
             values = value.tolist() if hasattr(value, "tolist") else value
             single = not isinstance(values, Sequence)
@@ -147,49 +98,51 @@ class _Scores(Metric):
         if self.kind == "score":
             note = "eval_fn gives one number, which has no bound: let it return one score for each sample"
             return self._verdict(drops[0], drops[0], note)
-        low, high = min(*self._reference, *scores), max(*self._reference, *scores)
-        if {low, high}.issuperset({*self._reference, *scores}):
-            size = high - low
+        values = {*self._reference, *scores}
+        size = 1.0 if values <= _RIGHT_AND_WRONG else max(values) - min(values)
+        if not size:
+            return self._verdict(0.0, math.inf, self._why_never())
+        if len(values) <= 2:
             drop, bound = drop_at_most(drops.count(size), drops.count(-size), self.samples, CONFIDENCE)
             return self._verdict(size * drop, size * bound)
-        drop, bound = mean_at_most(drops, CONFIDENCE)
         if not any(drops):  # t would call no difference among few samples certain
-            bound = (high - low) * share_at_most(0, self.samples, CONFIDENCE)
-        return self._verdict(drop, bound)
-
-    def _counts(self) -> bool:
-        """Return whether scores have two values, as right and wrong have: their bound is that of shares."""
-        return len(set(self._reference)) <= 2
+            return self._of_no_difference(size * share_at_most(0, self.samples, CONFIDENCE))
+        return self._verdict(*mean_at_most(drops, CONFIDENCE))
 
     def samples_needed(self, threshold: float) -> int | None:
-        if self.kind == "scores" and self._counts():
-            size = max(self._reference) - min(self._reference)
-            return samples_for(threshold / (size or 1.0), CONFIDENCE)
+        if self.kind == "scores" and self._two_valued:
+            return self._size and samples_for(threshold / self._size, CONFIDENCE)
         if threshold < 0.0:
             return None
         return 1 if self.kind == "score" else 2
 
+    def _why_never(self) -> str:
+        if self._size is None:
+            return f"all scores are {self._reference[0]:g}, so how much a sample can lose is not known"
+        return super()._why_never()
+
 
 class _Top1(Metric):
-    """How many samples are no longer classified as their labels say, less those that now are."""
+    """How many samples are no longer classified as their labels say, less those that now are.
+
+    A sample with a NaN among the float model's logits is left out. Classes that it masks by an infinity may stay so.
+    """
 
     kind = "top-1"
 
     def __init__(
-        self,
-        inputs: Sequence[Any],
-        call: Call,
-        labels: list[torch.Tensor],
-        right: list[list[float]],
-        finite: list[bool],
+        self, inputs: Sequence[Any], call: Call, labels: list[torch.Tensor], answers: list[list[tuple[float, float]]]
     ) -> None:
-        super().__init__(inputs, sum(map(len, right)))
-        self._call, self._labels, self._right, self._finite = call, labels, right, finite
+        """answers: for each sample of each batch 1 if it is right, and the power of its logits."""
+        powers = [power for batch in answers for _, power in batch]
+        left_out = sum(map(math.isnan, powers))
+        super().__init__(inputs, len(powers) - left_out, left_out)
+        self._call, self._labels, self._answers = call, labels, answers
 
     @classmethod
     def of(cls, batches: Sequence[Any], call: Call, model: nn.Module) -> _Top1 | None:
         """Return the metric, None for batches without labels or a model whose outputs are no logits for them."""
-        inputs, labels, right, finite = [], [], [], []
+        inputs, labels, answers = [], [], []
         pairs = [without_labels(batch) for batch in batches]
         if any(label is None for _, label in pairs):
             return None
@@ -205,23 +158,23 @@ class _Top1(Metric):
                 return None
             inputs.append(rest)
             labels.append(label)
-            right.append(torch.ops.halfstep.top1_correct(logits, label).tolist())
-            finite.append(_is_finite([logits]))
-        return cls(inputs, call, labels, right, finite)
+            answers.append(_answers(logits, label))
+        return cls(inputs, call, labels, answers)
 
     def judge(self, model: nn.Module) -> Verdict:
         lost = gained = 0
         with torch.no_grad():
-            for rest, label, before, finite in zip(self.inputs, self._labels, self._right, self._finite, strict=True):
+            for rest, label, answers in zip(self.inputs, self._labels, self._answers, strict=True):
                 logits = _logits_of(self._call(model, rest))
                 if logits is None:
                     raise ValueError("the model's output is no longer [batch, classes]")
-                # Classes that the float model masks by an infinity may stay so.
-                if finite and not _is_finite([logits]):
-                    return self._failed("the outputs hold NaN or infinity")
-                after = torch.ops.halfstep.top1_correct(logits, label).tolist()
-                lost += sum(b > a for b, a in zip(before, after, strict=True))
-                gained += sum(b < a for b, a in zip(before, after, strict=True))
+                for (before, power), (after, now) in zip(answers, _answers(logits, label), strict=True):
+                    if math.isnan(power):
+                        continue
+                    if math.isnan(now) or (math.isinf(now) and not math.isinf(power)):
+                        return self._failed("the outputs hold NaN or infinity")
+                    lost += before > after
+                    gained += before < after
         note = f"{lost} of {self.samples} samples lost, {gained} gained"
         return self._verdict(*drop_at_most(lost, gained, self.samples, CONFIDENCE), note)
 
@@ -229,74 +182,10 @@ class _Top1(Metric):
         return samples_for(threshold, CONFIDENCE)
 
 
-class _Agreement(Metric):
-    """The share of noise in the power of the outputs, for each sample the mean of the outputs that have samples."""
-
-    kind = "agreement"
-    proxy = True
-
-    def __init__(self, batches: Sequence[Any], call: Call, model: nn.Module) -> None:
-        self._call = call
-        inputs, self._references, self._finite = [], [], True
-        for batch in batches:
-            rest, output = _output_of(batch, call, model)
-            found = floating_tensors_of(output)
-            if not any(tensor.numel() for tensor in found):
-                raise TypeError(
-                    f"the model's output is {type(output).__name__} without floating-point values, expected some: "
-                    "pass eval_fn"
-                )
-            self._finite = self._finite and _is_finite(found)
-            # A copy: a model may return a buffer that it writes again.
-            self._references.append([tensor.detach().to("cpu", torch.float32, copy=True) for tensor in found])
-            inputs.append(rest)
-        self._sizes = [
-            size if any(_has_samples(tensor, size) for tensor in reference) else 1
-            for size, reference in zip(map(size_of, inputs), self._references, strict=True)
-        ]
-        self.reference_bytes = sum(each.nbytes for reference in self._references for each in reference)
-        super().__init__(inputs, sum(self._sizes))
-
-    def judge(self, model: nn.Module) -> Verdict:
-        if not self._finite:
-            return self._failed("the float model's own outputs hold NaN or infinity: pass eval_fn")
-        noises: list[float] = []
-        with torch.no_grad():
-            for rest, reference, size in zip(self.inputs, self._references, self._sizes, strict=True):
-                found = floating_tensors_of(self._call(model, rest))
-                if [tensor.shape for tensor in found] != [tensor.shape for tensor in reference]:
-                    return self._failed("the outputs have other shapes than the float model's: pass eval_fn")
-                if not _is_finite(found):
-                    return self._failed("the outputs hold NaN or infinity")
-                noises += _noises(reference, found, size)
-        return self._verdict(*mean_at_most(noises, CONFIDENCE), "share of noise in the outputs' power, a proxy")
-
-    def samples_needed(self, threshold: float) -> int | None:
-        return None if threshold < 0.0 else 2
-
-
-def _has_samples(tensor: torch.Tensor, size: int) -> bool:
-    return tensor.dim() > 0 and tensor.shape[0] == size and tensor.numel() > 0
-
-
-def _noises(reference: list[torch.Tensor], found: list[torch.Tensor], size: int) -> list[float]:
-    """Return the share of noise for each of `size` samples. Without outputs [size, ...] the call is one sample."""
-    pairs = [(a, b) for a, b in zip(reference, found, strict=True) if _has_samples(a, size)]
-    if not pairs:
-        pairs = [(a.reshape(1, -1), b.reshape(1, -1)) for a, b in zip(reference, found, strict=True) if a.numel()]
-    shares = [torch.ops.halfstep.output_noise(a, b).tolist() for a, b in pairs]
-    return [math.fsum(sample) / len(shares) for sample in zip(*shares, strict=True)]
-
-
-def _output_of(batch: Any, call: Call, model: nn.Module) -> tuple[Any, Any]:
-    """Return what the model is called with, and its output: all of the batch, or what is left without labels."""
-    rest, labels = without_labels(batch)
-    if labels is None or rest is batch:
-        return batch, call(model, batch)
-    try:
-        return batch, call(model, batch)
-    except Exception:  # it takes no labels; if the fault is another one it comes again
-        return rest, call(model, rest)
+def _answers(logits: torch.Tensor, label: torch.Tensor) -> list[tuple[float, float]]:
+    """Return for each sample 1 if its largest logit is the label's, and the power of its logits."""
+    right = torch.ops.halfstep.top1_correct(logits, label).tolist()
+    return [(each, power) for each, (_, power) in zip(right, powers_of(logits, logits), strict=True)]
 
 
 def _logits_of(output: Any) -> torch.Tensor | None:
@@ -310,16 +199,3 @@ def _logits_of(output: Any) -> torch.Tensor | None:
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         return None
     return logits
-
-
-def _is_finite(tensors: list[torch.Tensor]) -> bool:
-    """Return whether all values are finite (waits for the device)."""
-    held = [tensor.detach() for tensor in tensors if tensor.numel()]
-    for tensor in held:
-        found = torch.zeros((), dtype=torch.float32, device=tensor.device)
-        norm = torch.empty((), dtype=torch.float32, device=tensor.device)
-        one = torch.full((), 1.0, dtype=torch.float32, device=tensor.device)
-        torch.ops.halfstep.check_gradients_([tensor], one, found, norm)
-        if found.item():
-            return False
-    return True

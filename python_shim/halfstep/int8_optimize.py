@@ -21,8 +21,8 @@ from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_carriers import Carriers
 from halfstep.int8_form import Form, Region
 from halfstep.int8_guard import guard
-from halfstep.int8_judge import Judge, call
-from halfstep.int8_metric import Verdict, choose_metric
+from halfstep.int8_judge import Judge, call, tell
+from halfstep.int8_metric import choose_metric
 from halfstep.int8_model import weight_bytes
 from halfstep.int8_ranking import Ranking, rank_layers
 from halfstep.int8_recurrent import take_recurrent
@@ -32,6 +32,7 @@ from halfstep.int8_script_form import ScriptForm
 from halfstep.int8_search import default_budget
 from halfstep.int8_settings import LayerSettings, Scheme
 from halfstep.int8_speed_guard import SpeedGuard
+from halfstep.int8_verdict import Verdict
 
 _PROBED = 32  # samples by which layers are compared
 
@@ -111,11 +112,10 @@ class Int8Run:
         if options.speed_guard:
             self.carriers.choose(self.batches[0], self._probe, self.device, report)
         self.metric = choose_metric(options.eval_fn, self.guard, call, self.reference)
-        report.metric, report.proxy = self.metric.kind, self.metric.proxy
-        if report.proxy and any(batch.labels is not None for batch in self.guard):
-            report.notes.append(
-                "batches have labels, but not one class of the outputs for each sample: outputs are compared"
-            )
+        tell(report, self.metric, self.reference, self.guard)
+        if not self.candidates and not self.recurrent:
+            reasons = "; ".join(grouped(report.left)) or "it has no such layers"
+            report.warn(f"no layer of the model was left to make int8 ({reasons})")
         names = frozenset(self.candidates)
         self.use(calibration, self.methods[0])
         if options.speed_guard:
@@ -139,17 +139,18 @@ class Int8Run:
             tried[method] = self.judge.judge(names)
             if tried[method].kept(threshold):
                 return names
-            if self.judge.shortage(threshold):
+            if self.judge.shortage(threshold) or tried[method].unchanged:
                 break
         best = min(tried, key=lambda method: tried[method].bound)
-        report.everywhere = {"drop": tried[best].drop, "bound": tried[best].bound}
+        everywhere = tried[best]
+        report.everywhere_was(everywhere)
         self.use(calibration, best)
         found = guard(
             [name for name in self.candidates if name in names],
             self.judge.judge,
             lambda: self.rank(names),
             threshold,
-            self.judge.shortage(threshold),
+            self.judge.shortage(threshold) or (everywhere.note if everywhere.unchanged else ""),
             left - len(tried) + 1,  # what it asks first is known already
         )
         search = found.search
@@ -158,8 +159,7 @@ class Int8Run:
         for place, name in enumerate(search.given_back):
             report.given_back[name] = f"given back for accuracy, number {place + 1} of the most harmful"
         if not search.quantized:
-            drop = report.everywhere["drop"]
-            self.shortage = search.note or f"with all of them it is {drop:.3g}, and no part of them keeps it"
+            self.shortage = search.note or f"with all of them {everywhere.in_words()}; no part of them keeps it"
         if not search.kept:
             report.given_back.update(dict.fromkeys(names, f"the threshold cannot be kept: {search.note}"))
         return search.quantized
@@ -187,6 +187,9 @@ class Int8Run:
         if self.recurrent:
             model = RecurrentWeights(self).store(model)
             result = report.result
+        report.unchanged = model is self.reference
+        if self.metric.kind == "score":
+            report.bound = None
         report.bytes = {name_of(self.own): weight_bytes(self.reference), result: weight_bytes(model)}
         names = sorted((frozenset(self.candidates) - chosen) | (frozenset(self.recurrent) & frozenset(report.left)))
         if options.strict and names:
@@ -257,8 +260,6 @@ class Int8Run:
             report.drop, report.bound, report.kept = verdict.drop, verdict.bound, verdict.kept(self.options.threshold)
         else:
             report.drop, report.bound, report.kept = 0.0, 0.0, True
-        if self.metric.kind == "score":
-            report.bound = None
         if result != "int8":  # what was done to get there is not in what came back
             report.attention, report.folded, report.bias_correction = [], [], ""
         noise = self.settings.noise()

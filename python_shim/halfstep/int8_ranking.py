@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep._library import load_library
 from halfstep.int8_batches import first_samples, floating_tensors_of, size_of
+from halfstep.int8_noise import Powers, powers_of, share_of
 
 load_library()
 
@@ -225,16 +226,16 @@ def _effect(gradient: torch.Tensor, output: torch.Tensor, quantized: torch.Tenso
 def _noises(
     model: nn.Module, pairs: Mapping[str, tuple[nn.Module, nn.Module]], samples: Sequence[Any], call: Any
 ) -> dict[str, float]:
-    """Return the share of noise in each layer's own output: the mean over samples and calls."""
-    shares: dict[str, list[float]] = {name: [] for name in pairs}
+    """Return the share of noise in each layer's own output, of all samples and calls together."""
+    powers: dict[str, list[Powers]] = {name: [] for name in pairs}
     for batch in samples:
         with torch.no_grad(), _watching(pairs) as watches:
             call(model, batch)
             for name, watch in watches.items():
                 for output, quantized in zip(watch.outputs, watch.quantized, strict=True):
                     if output.numel():
-                        shares[name] += torch.ops.halfstep.output_noise(output.detach(), quantized).tolist()
-    return {name: math.fsum(share) / len(share) if share else 0.0 for name, share in shares.items()}
+                        powers[name] += powers_of(output.detach(), quantized)
+    return {name: share_of(samples) for name, samples in powers.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -80,9 +80,7 @@ class RecurrentWeights:
         return self._run.judge.fresh(self._with(model, layers))
 
     def _refuse(self, name: str, verdict: Verdict) -> None:
-        self._report.left[name] = (
-            f"a recurrent layer: with int8 weights the drop is {verdict.drop:.3g}, its bound {verdict.bound:.3g}"
-        )
+        self._report.left[name] = f"a recurrent layer: with int8 weights {verdict.in_words()}"
 
     def _told(self, before: nn.Module, after: nn.Module, stored: dict[str, nn.Module], verdict: Verdict) -> nn.Module:
         """Fill the report for the model after the change, and return it."""

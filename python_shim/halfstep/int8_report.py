@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfstep.int8_verdict import Verdict
 
 _NAMED = 8  # names that stand in one line at most
 
@@ -36,10 +40,13 @@ class Report:
     threshold: float = 0.0
     metric: str = ""
     proxy: bool = False
+    is_share: bool = True  # whether drop, bound and threshold are shares, 0.02 for 2 %, or in the units of a score
     drop: float | None = None
     bound: float | None = None
     kept: bool = False
+    unchanged: bool = False  # whether the float model itself came back
     everywhere: dict[str, float] = field(default_factory=dict)  # "drop" and "bound" with all layers changed
+    everywhere_failed: str = ""  # why these are infinite: NaN, infinity or other shapes
     samples: dict[str, int] = field(default_factory=dict)
     evaluations: int = 0
     budget: int = 0
@@ -63,6 +70,11 @@ class Report:
         self.notes.append(note)
         self.warnings.append(note)
 
+    def everywhere_was(self, verdict: Verdict) -> None:
+        """Note the verdict on the model with all layers changed."""
+        self.everywhere = {"drop": verdict.drop, "bound": verdict.bound}
+        self.everywhere_failed = "" if math.isfinite(verdict.drop) else verdict.note
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as nested dicts and lists of plain values."""
         return dataclasses.asdict(self)
@@ -72,16 +84,14 @@ class Report:
         if self.drop is not None:
             word = "a proxy: " if self.proxy else ""
             kept = "kept" if self.kept else "NOT kept"
-            bound = "no bound (one number)" if self.bound is None else f"95 % bound {_percent(self.bound)}"
-            lines.append(
-                f"accuracy ({word}{self.metric}): drop {_percent(self.drop)}, {bound}, "
-                f"threshold {_percent(self.threshold)}: {kept}"
-            )
+            bound = "no bound (one number)" if self.bound is None else f"95 % bound {self._amount(self.bound)}"
+            said = f"drop {self._amount(self.drop)}, {bound}, threshold {self._amount(self.threshold)}: {kept}"
+            if self.unchanged:
+                said = "no drop (the float model, unchanged)"
+            lines.append(f"accuracy ({word}{self.metric}): {said}")
         if self.everywhere and self.everywhere["bound"] > self.threshold:
-            lines.append(
-                f"{self.target} in every layer: drop {_percent(self.everywhere['drop'])}, "
-                f"bound {_percent(self.everywhere['bound'])}"
-            )
+            said = f"drop {self._amount(self.everywhere['drop'])}, bound {self._amount(self.everywhere['bound'])}"
+            lines.append(f"{self.target} in every layer: {self.everywhere_failed or said}")
         if self.milliseconds:
             lines.append("whole model: " + _times(self.milliseconds))
         if self.bytes:
@@ -113,6 +123,12 @@ class Report:
         lines.extend(f"  {line}" for line in grouped({name: f"float, {why}" for name, why in self.left.items()}))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+    def _amount(self, drop: float) -> str:
+        """Return a drop, a bound or a threshold in its units."""
+        if math.isinf(drop):
+            return "unknown"
+        return _percent(drop) if self.is_share else f"{drop:.3g}"
 
 
 def grouped(reasons: Mapping[str, str], what: str = "layers", most: int = _NAMED) -> list[str]:

@@ -73,7 +73,14 @@ def _difference(graph_module: GraphModule, batch: Any, expected: Any, call: Call
         return f"the output cannot be compared: {error}"
     if forms[0] != forms[1]:
         return "the outputs differ in structure, shape or dtype"
-    return "" if all(map(torch.equal, *tensors)) else "the outputs differ"
+    return "" if all(map(_same, *tensors)) else "the outputs differ"
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype have the same values, a NaN being one."""
+    if torch.equal(a, b):
+        return True
+    return (a.is_floating_point() or a.is_complex()) and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _copy(batch: Any) -> Any:

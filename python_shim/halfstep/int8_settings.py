@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from halfstep.calibration_data import Batch
 from halfstep.int8_calibration import Calibration, first_argument
 from halfstep.int8_layers import pack
 from halfstep.int8_model import Candidate, Int8Settings
+from halfstep.int8_noise import Powers, finite_of, powers_of, share_of
 
 _NOISY = 1e-3  # the share of noise, 30 dB, up to which a layer needs no smoothing
 _FOR_BIASES = 8  # batches by which biases are corrected
@@ -132,16 +132,19 @@ class LayerSettings:
         return {name: shares[0] for name, shares in self.noise_of(variants).items()}
 
     def noise_of(self, variants: Mapping[str, list[Int8Settings]]) -> dict[str, list[float]]:
-        """Return, for layers that the probe calls, the share of noise in the output of each of their int8 variants."""
-        noise: dict[str, list[float]] = {}
+        """Return, for layers that the probe calls, the share of noise in the output of each of their int8 variants.
+
+        All samples and calls together; those for which the float layer gives NaN or infinity are left out.
+        """
+        samples: dict[str, list[list[Powers]]] = {}
 
         def visit(name: str, value: torch.Tensor, output: torch.Tensor) -> None:
-            layers = [settings.layer(self._candidates[name], self._dtype) for settings in variants[name]]
-            shares = [mean_of(torch.ops.halfstep.output_noise(output, layer(value))) for layer in layers]
-            noise.setdefault(name, shares)
+            found = samples.setdefault(name, [[] for _ in variants[name]])
+            for settings, powers in zip(variants[name], found, strict=True):
+                powers += powers_of(output, settings.layer(self._candidates[name], self._dtype)(value))
 
         self._visit(variants, [self._probe], visit)
-        return noise
+        return {name: [share_of(finite_of(powers)) for powers in found] for name, found in samples.items()}
 
     # ------------------------------------------------------------------------------------------------ what they use
 
@@ -190,11 +193,6 @@ class LayerSettings:
         largest = observer.channel_max().to(self._device)
         scale = torch.ops.halfstep.smoothed_scale(largest, packed.input_factors(), levels)
         return scale, -(1 << (bits - 1)) if positive else 0
-
-
-def mean_of(shares: torch.Tensor) -> float:
-    """Return the mean of a tensor's elements, 0 of none."""
-    return math.fsum(shares.tolist()) / max(1, shares.numel())
 
 
 def _is_worth(plain: float, smoothed: float) -> bool:

@@ -65,9 +65,12 @@ class Guarded:
             labels, before, after = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
             return drop_of_top1(before.argmax(1) == labels, after.argmax(1) == labels)
         before, after = (torch.cat(parts).double().numpy() for parts in list(zip(*pairs, strict=True))[1:])
-        noise = ((after - before) ** 2).sum(1) / (before**2).sum(1)
-        t = stats.t.ppf(0.95, len(noise) - 1)
-        return float(noise.mean()), float(noise.mean() + t * noise.std(ddof=1) / math.sqrt(len(noise)))
+        noise, power = ((after - before) ** 2).sum(1), (before**2).sum(1)
+        share = noise.sum() / power.sum()
+        if not share:
+            return 0.0, float(stats.beta.ppf(0.95, 1, len(noise)))
+        error = stats.sem((noise - share * power) / power.mean())
+        return float(share), float(share + stats.t.ppf(0.95, len(noise) - 1) * error)
 
 
 def drop_of_top1(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:

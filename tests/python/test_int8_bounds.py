@@ -10,6 +10,7 @@ from halfstep.int8_bounds import (
     drop_at_most,
     incomplete_beta,
     mean_at_most,
+    ratios_at_most,
     samples_for,
     share_at_least,
     share_at_most,
@@ -102,6 +103,39 @@ def test_the_bound_of_a_mean_holds(samples: int) -> None:
     assert abs(share - 0.95) < 4 * error
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-3, 1e6)), min_size=2, max_size=50))
+def test_bound_of_a_ratio_is_that_of_its_linearization(samples: list[tuple[float, float]]) -> None:
+    part, whole = np.array(samples).T
+    ratio = part.sum() / whole.sum()
+    found, bound = ratios_at_most([samples], 0.95)
+    error = stats.sem((part - ratio * whole) / whole.mean())
+    assert found == pytest.approx(ratio)
+    assert bound == pytest.approx(ratio + stats.t.ppf(0.95, len(part) - 1) * error, rel=1e-6, abs=1e-9)
+    same = [(each, 1.0) for each in part.tolist()]  # of equal wholes it is the mean
+    assert ratios_at_most([same], 0.95) == pytest.approx(mean_at_most(part.tolist(), 0.95), rel=1e-9, abs=1e-9)
+    assert ratios_at_most([samples, samples], 0.95) == pytest.approx((found, bound), rel=1e-9, abs=1e-9)
+
+
+def test_the_bound_of_a_ratio_holds() -> None:
+    """In about 95 % of all samples: wholes vary by half of their mean, and parts with them."""
+    rng = np.random.default_rng(0)
+    trials, truth = 4000, 0.02
+    whole = rng.gamma(4.0, 0.25, (trials, 60))
+    part = whole * truth * rng.gamma(8.0, 1 / 8, (trials, 60))
+    pairs = np.stack([part, whole], 2).tolist()
+    share = np.mean([ratios_at_most([samples], 0.95)[1] >= truth for samples in pairs])
+    assert abs(share - 0.95) < 0.02
+
+
+def test_ratios_of_nothing() -> None:
+    nothing, something = [(0.0, 0.0)] * 4, [(1.0, 2.0)] * 4
+    assert ratios_at_most([nothing], 0.95) == (0.0, 0.0)
+    assert ratios_at_most([[(1.0, 0.0)] * 4], 0.95) == (1.0, math.inf)
+    assert ratios_at_most([nothing, something], 0.95) == (0.25, 0.25)
+    assert ratios_at_most([[(1.0, 2.0)]], 0.95) == (0.5, math.inf)
+
+
 @pytest.mark.parametrize(("samples", "documented"), [(30, 0.85), (300, 0.91)])
 def test_skewed_values_are_covered_as_often_as_documented(samples: int, documented: float) -> None:
     """A limit of Student's t, not a promise."""
@@ -122,6 +156,8 @@ def test_skewed_values_are_covered_as_often_as_documented(samples: int, document
         (student_t, (0.95, 0)),
         (student_t, (0.3, 5)),
         (mean_at_most, ([], 0.95)),
+        (ratios_at_most, ([], 0.95)),
+        (ratios_at_most, ([[]], 0.95)),
     ],
 )
 def test_arguments_are_checked(function, arguments) -> None:

@@ -173,9 +173,21 @@ def test_batches_that_know_their_labels() -> None:
     assert choose_metric(None, without, lambda model, batch: model(batch.x), OneInput()).kind == "agreement"
 
 
-def shares(reference: torch.Tensor, output: torch.Tensor) -> np.ndarray:
-    a, b = reference.double().flatten(1).numpy(), output.double().flatten(1).numpy()
-    return ((a - b) ** 2).sum(1) / (a**2).sum(1)
+def ratio_of_sums(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, np.ndarray]:
+    """The share of noise of all samples together, and what each one adds to its error to first order."""
+    noise, power = [], []
+    for reference, output in pairs:
+        a, b = reference.double().flatten(1).numpy(), output.double().flatten(1).numpy()
+        noise.append(((a - b) ** 2).sum(1))
+        power.append((a**2).sum(1))
+    noise, power = np.concatenate(noise), np.concatenate(power)
+    ratio = noise.sum() / power.sum()
+    return ratio, (noise - ratio * power) / power.mean()
+
+
+def share_bound(samples: int) -> float:
+    """What a share is at most that was never seen."""
+    return stats.binomtest(0, samples).proportion_ci(0.9, method="exact").high
 
 
 def t_bound(values: np.ndarray) -> float:
@@ -197,14 +209,51 @@ def test_agreement_of_several_outputs(dtype: torch.dtype) -> None:
     assert (metric.kind, metric.samples, metric.proxy) == ("agreement", 16, True)
     assert metric.reference_bytes == 4 * (16 * 14 + 2 * 3)
     verdict = metric.judge(Lookup(*outputs(*other)))
-    expected = np.concatenate(
-        [(shares(a[i], other[0][i]) + shares(b[i], other[1][i])) / 2 for i in range(2)],
-    )
-    assert verdict.drop == pytest.approx(expected.mean(), rel=1e-6)
-    assert verdict.bound == pytest.approx(t_bound(expected), rel=1e-6)
+    pairs = [list(zip(a, other[0], strict=True)), list(zip(b, other[1], strict=True))]
+    ratios, errors = zip(*map(ratio_of_sums, pairs), strict=True)
+    assert verdict.drop == pytest.approx(np.mean(ratios), rel=1e-6)
+    assert verdict.bound == pytest.approx(np.mean(ratios) + t_bound(np.mean(errors, 0)), rel=1e-6)
     assert verdict.proxy
     assert "proxy" in verdict.note
-    assert metric.judge(Lookup(*outputs(a, b))) == Verdict(0.0, 0.0, 16, "agreement", True, verdict.note)
+    same = metric.judge(Lookup(*outputs(a, b)))
+    assert (same.drop, same.bound, same.unchanged) == (0.0, pytest.approx(share_bound(16)), True)
+    assert metric.of_itself() == Verdict(0.0, 0.0, 16, "agreement", True, "the float model itself")
+
+
+def test_the_share_of_noise_is_that_of_all_samples_together() -> None:
+    """A sample whose output happens to be near 0 weighs as much as any other in the power of the noise."""
+    reference = torch.linspace(1.0, 3.0, 300)[:, None]
+    reference[7] = 1e-4
+    output = reference + 0.02 * torch.randn(300, 1)
+    verdict = choose_metric(None, [torch.rand(300, 2)], call, Lookup(reference)).judge(Lookup(output))
+    ratio, errors = ratio_of_sums([(reference, output)])
+    assert ratio < 2e-4
+    assert verdict.drop == pytest.approx(ratio, rel=1e-6)
+    assert verdict.bound == pytest.approx(ratio + t_bound(errors), rel=1e-6)
+    numbers = choose_metric(None, [torch.rand(300, 2)], call, Lookup(reference[:, 0])).judge(Lookup(output[:, 0]))
+    assert (numbers.drop, numbers.bound) == pytest.approx((verdict.drop, verdict.bound))
+
+
+def test_samples_and_outputs_without_power() -> None:
+    reference, batches = torch.randn(40, 3), [torch.rand(40, 2)]
+    reference[5] = 0.0
+    output = reference + 0.1
+    ratio, errors = ratio_of_sums([(reference, output)])
+    verdict = choose_metric(None, batches, call, Lookup(reference)).judge(Lookup(output))
+    assert (verdict.drop, verdict.bound) == pytest.approx((ratio, ratio + t_bound(errors)), rel=1e-6)
+    silent = choose_metric(None, batches, call, Lookup(torch.zeros(40, 3)))
+    assert silent.judge(Lookup(torch.zeros(40, 3))).bound == pytest.approx(share_bound(40))
+    assert (silent.judge(Lookup(output)).drop, silent.judge(Lookup(output)).bound) == (1.0, math.inf)
+
+
+def test_decisions_that_do_not_differ_prove_what_their_number_proves() -> None:
+    """Of 20 samples none turns, which happens in a third of all cases where one in 18 does."""
+    decisions = nn.functional.one_hot(torch.randint(4, (20,)), 4).float()
+    verdict = choose_metric(None, [torch.rand(20, 2)], call, Lookup(decisions)).judge(Lookup(decisions))
+    assert verdict.drop == 0
+    assert verdict.bound == pytest.approx(share_bound(20))
+    assert not verdict.kept(0.02)
+    assert "nothing differs in 20 samples" in verdict.note
 
 
 def test_outputs_without_samples_count_once_for_each_batch() -> None:
@@ -213,9 +262,9 @@ def test_outputs_without_samples_count_once_for_each_batch() -> None:
     metric = choose_metric(None, [torch.rand(10, 3)] * 3, call, Lookup(*a))
     assert metric.samples == 3
     verdict = metric.judge(Lookup(*b))
-    expected = np.array([shares(x.reshape(1, -1), y.reshape(1, -1))[0] for x, y in zip(a, b, strict=True)])
-    assert verdict.drop == pytest.approx(expected.mean(), rel=1e-6)
-    assert verdict.bound == pytest.approx(t_bound(expected), rel=1e-6)
+    ratio, errors = ratio_of_sums([(x.reshape(1, -1), y.reshape(1, -1)) for x, y in zip(a, b, strict=True)])
+    assert verdict.drop == pytest.approx(ratio, rel=1e-6)
+    assert verdict.bound == pytest.approx(ratio + t_bound(errors), rel=1e-6)
 
 
 class Reuses(nn.Module):
@@ -273,9 +322,46 @@ def test_classes_that_the_float_model_masks_may_stay_masked() -> None:
     masked[:, 4] = -math.inf
     metric = choose_metric(None, [(torch.rand(8, 2), labels)], call, Lookup(masked))
     assert metric.judge(Lookup(masked)).drop == 0
-    agreement = choose_metric(None, [torch.rand(8, 2)], call, Lookup(masked))
-    assert agreement.judge(Lookup(masked)).drop == math.inf
-    assert "float model's own outputs" in agreement.judge(Lookup(masked)).note
+    broken = masked.clone()
+    broken[2] = math.nan
+    assert metric.judge(Lookup(broken)).drop == math.inf
+    with pytest.raises(ValueError, match="outputs hold NaN or infinity for 8 of 8 samples to judge by, expected some"):
+        choose_metric(None, [torch.rand(8, 2)], call, Lookup(masked))
+
+
+def test_samples_for_which_the_float_model_gives_nan_are_left_out() -> None:
+    labels = [torch.randint(5, (30,)), torch.randint(5, (10,))]
+    before = [logits([True] * 30, labels[0]), logits([True] * 10, labels[1])]
+    after = [logits([False] * 3 + [True] * 27, labels[0]), before[1].clone()]
+    for answers in (before, after):
+        answers[0][2:4] = math.nan
+        answers[1][5, 1] = math.nan
+    after[0][3] = 0.0
+    batches = [torch.rand(30, 2), torch.rand(10, 2)]
+    said = "3 of 40 samples to judge by are left out: the float model's outputs hold NaN or infinity for them"
+    top1 = choose_metric(None, list(zip(batches, labels, strict=True)), call, Lookup(*before))
+    verdict = top1.judge(Lookup(*after))
+    assert (top1.kind, top1.samples, top1.notes) == ("top-1", 37, [said])
+    assert (verdict.drop, verdict.bound) == pytest.approx((2 / 37, bound_of_counts(2, 0, 37)))
+    agreement = choose_metric(None, batches, call, Lookup(*before))
+    verdict = agreement.judge(Lookup(*after))
+    assert (agreement.kind, agreement.samples, agreement.notes) == ("agreement", 37, [said])
+    whole = [x.isfinite().all(1) for x in before]
+    ratio, errors = ratio_of_sums([(a[w], b[w]) for a, b, w in zip(before, after, whole, strict=True)])
+    assert (verdict.drop, verdict.bound) == pytest.approx((ratio, ratio + t_bound(errors)), rel=1e-6)
+    for last in (labels[0], None):
+        batch = (batches[0], last) if last is not None else batches[0]
+        with pytest.raises(ValueError, match="NaN or infinity for 30 of 30 samples"):
+            choose_metric(None, [batch], call, Lookup(torch.full((30, 5), math.nan)))
+
+
+def test_outputs_that_do_not_count_must_stay_finite() -> None:
+    x = torch.rand(8, 3)
+    metric = choose_metric(None, [x], call, Lookup((x, torch.tensor(2.0))))
+    assert metric.judge(Lookup((x + 0.1, torch.tensor(3.0)))).drop < 1
+    assert metric.judge(Lookup((x + 0.1, torch.tensor(math.nan)))).drop == math.inf
+    metric = choose_metric(None, [x], call, Lookup((x, torch.tensor(math.inf))))
+    assert metric.judge(Lookup((x + 0.1, torch.tensor(math.inf)))).drop < 1
 
 
 def test_outputs_of_other_shapes_are_never_kept() -> None:
@@ -314,6 +400,47 @@ def test_scores_of_right_and_wrong_are_counted() -> None:
     assert metric.judge(Scored(before)).bound == pytest.approx(1 - 0.025 ** (1 / 25))
 
 
+def test_scores_that_are_all_right_have_the_bound_of_top1() -> None:
+    metric = choose_metric(lambda model: model.scores, [], call, Scored([1.0] * 20))
+    labels = torch.randint(5, (20,))
+    right = Lookup(logits([True] * 20, labels))
+    top1 = choose_metric(None, [(torch.rand(20, 2), labels)], call, right)
+    assert metric.is_share
+    for scores in ([1.0] * 20, [0.0] * 2 + [1.0] * 18):
+        verdict = metric.judge(Scored(scores))
+        other = top1.judge(Lookup(logits([score == 1.0 for score in scores], labels)))
+        assert (verdict.drop, verdict.bound) == (other.drop, other.bound)
+    assert metric.samples_needed(0.02) == top1.samples_needed(0.02) == 183
+    assert "scores on 20 samples cannot prove a drop of at most 0.02: 183 samples are needed" in metric.shortage(0.02)
+
+
+def test_scores_that_are_all_the_same_have_no_bound() -> None:
+    """How much a sample can lose is not known where none has another score, unless it is right or wrong."""
+    metric = choose_metric(lambda model: model.scores, [], call, Scored([37.5] * 20))
+    verdict = metric.judge(Scored([37.5] * 20))
+    assert (verdict.drop, verdict.bound) == (0.0, math.inf)
+    for said in (verdict.note, metric.shortage(1.0)):
+        assert "all scores are 37.5, so how much a sample can lose is not known" in said
+    assert metric.judge(Scored([36.5] + [37.5] * 19)).bound == pytest.approx(bound_of_counts(1, 0, 20))
+    assert not metric.is_share
+
+
+def test_scores_that_do_not_differ_are_not_certain() -> None:
+    scores = torch.rand(30)
+    metric = choose_metric(lambda model: model.scores, [], call, Scored(scores))
+    verdict = metric.judge(Scored(scores))
+    assert (verdict.drop, verdict.unchanged) == (0.0, True)
+    assert verdict.bound == pytest.approx(float(scores.max() - scores.min()) * share_bound(30))
+
+
+@pytest.mark.parametrize("wrap", [tuple, list, torch.tensor])
+@pytest.mark.parametrize("measures", [(0.9, 0.85), (0.9, 0.85, 0.8, 0.7), (12.0, 12.0)])
+def test_several_measures_are_no_scores_of_samples(wrap: Any, measures: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=f"returned {len(measures)} numbers, expected one, or one for each of 5 sampl"):
+        choose_metric(lambda model: wrap(measures), [], call, nn.Identity())
+    assert choose_metric(lambda model: wrap((1.0, 0.0)), [], call, nn.Identity()).kind == "scores"
+
+
 @pytest.mark.parametrize("wrap", [float, torch.tensor, np.float64, lambda x: torch.tensor([x]), lambda x: [x]])
 def test_one_number_has_no_bound(wrap) -> None:
     metric = choose_metric(lambda model: wrap(model.scores), [], call, Scored(0.9))
@@ -328,7 +455,7 @@ def test_one_number_has_no_bound(wrap) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite(bad: float) -> None:
-    for good, wrong in ((0.5, bad), ([0.5, 0.5], [0.5, bad])):
+    for good, wrong in ((0.5, bad), ([0.5] * 5, [0.5] * 4 + [bad])):
         metric = choose_metric(lambda model: model.scores, [], call, Scored(good))
         assert metric.judge(Scored(wrong)).drop == math.inf
         assert not metric.judge(Scored(wrong)).kept(1e300)
@@ -393,8 +520,8 @@ def test_bad_arguments_are_named() -> None:
         choose_metric(lambda model: None, [], call, nn.Identity())
     with pytest.raises(ValueError, match="no score"):
         choose_metric(lambda model: [], [], call, nn.Identity())
-    metric = choose_metric(lambda model: model.scores, [], call, Scored([1.0, 2.0]))
-    with pytest.raises(ValueError, match="returned 3 scores, expected 2"):
+    metric = choose_metric(lambda model: model.scores, [], call, Scored([1.0, 2.0, 3.0, 4.0, 5.0]))
+    with pytest.raises(ValueError, match="returned 3 scores, expected 5"):
         metric.judge(Scored([1.0, 2.0, 3.0]))
 
     class Broken(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from halfstep import InferencePrecisionOptimizer
 from halfstep.int8_report import RegionReport, Report, grouped
+from halfstep.int8_verdict import Verdict
 from inference_cases import batches, trained_mlp
 from torch import nn
 
@@ -297,3 +299,150 @@ def test_a_half_type_that_overflows_is_named() -> None:
         model.second.weight /= 1e6
     notes = optimized(model, batches(), speed_guard=True).report()["notes"]
     assert "float16 is not used: its outputs are not finite" in notes
+
+
+# ------------------------------------------------------------------------------------------------------ the verdict
+
+
+def regression() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 1))
+
+
+def squared_errors(model: nn.Module) -> torch.Tensor:
+    x = torch.linspace(-1.0, 1.0, 80).reshape(10, 8)
+    return -(100 * (model(x).flatten() - 0.3).square())
+
+
+def test_drops_of_a_score_are_plain_numbers() -> None:
+    data = [torch.randn(20, 8) for _ in range(3)]
+    for eval_fn in (squared_errors, lambda model: squared_errors(model).mean()):
+        inference = optimized(regression(), data, eval_fn=eval_fn, accuracy_threshold=25.0)
+        line = inference.explain().splitlines()[1]
+        assert line.endswith("threshold 25: kept"), line
+        assert "drop" in line
+        assert "%" not in line.replace("95 % bound", "")
+        assert inference.report()["is_share"] is False
+    inference = optimized(regression(), data, eval_fn=lambda model: [1.0] * 200)
+    assert inference.explain().splitlines()[1].endswith("threshold 100 %: kept")
+    for target in ("int8", "bfloat16"):
+        with pytest.raises(ValueError, match=r"accuracy_threshold is 2, .* \(with an eval_fn any from 0"):
+            InferencePrecisionOptimizer(target, accuracy_threshold=2)
+    for bad in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="accuracy_threshold is .*, expected a finite number from 0"):
+            InferencePrecisionOptimizer(accuracy_threshold=bad, eval_fn=squared_errors)
+
+
+def test_scores_that_are_all_right_need_as_many_samples_as_top1() -> None:
+    data = [torch.randn(20, 8) for _ in range(3)]
+    with pytest.warns(UserWarning, match="scores on 20 samples cannot prove .* 0.02: 183 samples are needed"):
+        inference = optimized(regression(), data, eval_fn=lambda model: [1.0] * 20, accuracy_threshold=0.02)
+    report = inference.report()
+    assert (report["result"], report["unchanged"]) == ("float32", True)
+    assert inference.explain().splitlines()[1] == "accuracy (scores): no drop (the float model, unchanged)"
+
+
+def test_decisions_of_few_samples_are_not_kept() -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.layer(x) > 0.0).float() * 0.0 + 1.0
+
+    with pytest.warns(UserWarning, match="nothing differs in 20 samples, which proves a bound of 0.139"):
+        inference = optimized(Decides(), [torch.randn(20, 8) for _ in range(3)], accuracy_threshold=0.05)
+    assert inference.report()["unchanged"]
+    assert inference.report()["evaluations"] == 1
+    assert not optimized(Decides(), [torch.randn(20, 8) for _ in range(3)], accuracy_threshold=0.2).report()[
+        "unchanged"
+    ]
+
+
+@pytest.mark.parametrize("speed_guard", [False, True])
+def test_nothing_left_to_quantize_is_warned_of(speed_guard: bool) -> None:
+    with pytest.warns(UserWarning, match=r"no layer of the model was left to make int8 \(2 layers: in exclude \(0, 1"):
+        inference = optimized(
+            regression(), [torch.randn(20, 8) for _ in range(3)], exclude="*", speed_guard=speed_guard
+        )
+    if not speed_guard:
+        assert "no drop (the float model, unchanged)" in inference.explain().splitlines()[1]
+
+
+class Masked(nn.Module):
+    """Divides by the number of values that are not 0; of a row of zeros it gives NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) / (x != 0).sum(1, keepdim=True) * (x[:, :1] / x[:, :1])
+
+
+def test_samples_with_nan_do_not_decide_of_the_others() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(20, 8) for _ in range(6)]
+    data[0][3] = data[2][4] = data[5][:2] = 0.0
+    for target in ("int8", "bfloat16"):
+        inference = optimized(Masked(), data, target_precision=target, accuracy_threshold=0.02)
+        report = inference.report()
+        assert (report["result"], report["kept"]) == (target, True)
+        said = "3 of 40 samples to judge by are left out: the float model's outputs hold NaN or infinity for them"
+        assert said in report["notes"]
+        if target == "int8":
+            assert report["graph"] == "traced"
+            assert 0 < report["regions"][0]["error"] < 0.01
+    data = [torch.zeros(20, 8) for _ in range(3)]
+    with pytest.raises(
+        ValueError, match="outputs hold NaN or infinity for 20 of 20 samples to judge by, expected some"
+    ):
+        optimized(Masked(), data)
+
+
+def test_a_drop_that_is_no_number_says_why() -> None:
+    report = Report("int8", "cpu", metric="agreement", drop=0.0, bound=0.0, kept=True, unchanged=True)
+    report.everywhere_was(Verdict(math.inf, math.inf, 20, "agreement", note="the outputs hold NaN or infinity"))
+    lines = str(report).splitlines()
+    assert lines[2] == "int8 in every layer: the outputs hold NaN or infinity"
+    assert "inf " not in str(report)
+    assert Verdict(math.inf, math.inf, 20, "agreement", note="NaN").in_words() == "NaN"
+    assert Verdict(0.1, math.inf, 1, "agreement").in_words() == "the drop is 0.1, and it has no bound"
+    assert Verdict(0.1, 0.2, 1, "agreement").in_words() == "the drop is 0.1, its bound 0.2"
+
+
+class Lengths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        return self.layer(x) if lengths is None else self.layer(x) * lengths[:, None]
+
+
+NOTES = {
+    "an argument": (
+        Lengths,
+        lambda x: (x, torch.arange(20) % 4 + 1),
+        "the integers [batch] at the end of the batches were passed to forward as `lengths`",
+    ),
+    "float labels": (regression, lambda x: (x, torch.rand(20)), "(place 1: float32 [batch])"),
+    "one-hot labels": (regression, lambda x: [x, torch.eye(4)[torch.arange(20) % 4]], "(place 1: float32 [batch, 4])"),
+    "labels in a mapping": (Lengths, lambda x: {"x": x, "labels": torch.rand(20, 1)}, "(labels: float32 [batch, 1])"),
+    "labels of no classes": (regression, lambda x: (x, torch.arange(20) % 4), "batches have labels, but not one class"),
+}
+
+
+@pytest.mark.parametrize("kind", NOTES)
+@pytest.mark.parametrize("target", ["int8", "bfloat16"])
+def test_why_outputs_are_compared(kind: str, target: str) -> None:
+    make, batch, said = NOTES[kind]
+    inference = optimized(make(), [batch(torch.randn(20, 8)) for _ in range(3)], target_precision=target)
+    assert inference.report()["proxy"]
+    (note,) = (note for note in inference.report()["notes"] if "outputs are compared" in note)
+    assert said in note
+    with_score = optimized(
+        make(), [batch(torch.randn(20, 8)) for _ in range(3)], target_precision=target, eval_fn=lambda model: 1.0
+    )
+    assert not any("outputs are compared" in note for note in with_score.report()["notes"])

@@ -1,0 +1,47 @@
+"""Models lent to code of the user's own: whatever that does with them, the optimization goes on as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def lent(model: nn.Module) -> nn.Module:
+    """Return a copy to hand out: weights are the model's, as parameters of its own; modules and buffers are copied.
+
+    So modes, running statistics, gradients, hooks, and where and in which type the tensors are stay the copy's.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            memo[id(parameter)] = _alias(parameter)
+        for value in vars(module).values():
+            if isinstance(value, torch.ScriptObject):
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """Return another parameter of the same memory."""
+    if type(parameter) is not nn.Parameter:  # whatever it is, its class alone knows how it is made
+        return parameter
+    alias = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    vars(alias).update(vars(parameter))
+    return alias
+
+
+@contextlib.contextmanager
+def same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Let torch's generators, of the CPU and of the GPUs among the devices, go on later as if nothing was drawn."""
+    with torch.random.fork_rng([device for device in dict.fromkeys(devices) if device.type == "cuda"]):
+        yield
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Return where the model's tensors are."""
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
