@@ -3,8 +3,8 @@
     python bench/int8_gemm.py [--device cuda|cpu] [--threads N] [--rounds 25] [--peers onnxruntime] [--out FILE.json]
 
 "int8 -> bfloat16" has an int8 activation already, "bfloat16 -> int8 -> bfloat16" quantizes one, by one scale or by
-rows. The limit is that of the first: bytes over the copy bandwidth of this machine, or operations over the tensor cores'
-peak (1979 TOPS on an H100 SXM), whichever is longer; on a CPU it is not stated.
+rows. The limit is that of the first: bytes over the copy bandwidth of this machine, or operations over the tensor
+cores' peak (1979 TOPS on an H100 SXM), whichever is longer; on a CPU it is not stated.
 
 On a GPU a time is that of 20 calls in a CUDA graph. They go over copies of the weights that together are larger than
 the L2 cache, because a layer of a model finds its weights in memory, too.
@@ -68,6 +68,8 @@ def calls_of(rows: int, inside: int, outside: int, device: torch.device, peers: 
 
     def int8(x: torch.Tensor, **options: Any) -> Callable[[], Any]:
         layers: list[nn.Module] = [Int8Linear(each, **options) for each in packed]
+        for layer in layers:  # the first call prepares the weights, which no capture may
+            layer(x)
         return in_turns([partial(layer, x) for layer in layers])
 
     calls = {

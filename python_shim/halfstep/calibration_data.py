@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ Key = tuple[int | str, int, int]
 class Batch:
     """The arguments of one call of a model, and what the answer should be.
 
+    number: its place in the data, for error messages.
     shared: tensors that are for all samples, though their first dimension may be as long as the batch. whole: part()
     does not cut the batch, because it cannot be told which tensors are shared. left_out: the tensors of samples that
     forward does not take and that are no labels, in words.
@@ -37,6 +39,7 @@ class Batch:
     shared: frozenset[Key] = frozenset()
     whole: bool = False
     left_out: tuple[str, ...] = ()
+    number: int | None = None  # in the calibration data
 
     def __call__(self, model: nn.Module) -> Any:
         """Call the model on this batch, moved where it was said to be."""
@@ -135,6 +138,13 @@ def _is_labels(value: Any, size: int) -> bool:
     )
 
 
+def _is_class(value: Any) -> bool:
+    """Return whether this is the label of one sample, as a dataset gives it."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.dtype in (torch.int64, torch.int32)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class _Parameters:
     """What forward takes: names by place, names, those that it needs, and whether any place and any name are taken."""
 
@@ -191,6 +201,17 @@ def batch_of(model: nn.Module, value: Any) -> Batch:
         args, labels = tuple(value), None
         if len(args) > 1 and _is_labels(args[-1], size) and not takes.is_argument(len(args) - 1):
             args, labels = args[:-1], args[-1]
+        place = len(args) - 1
+        if (
+            len(args) > 1
+            and labels is None
+            and _is_class(args[-1])
+            and not (takes.any_place or takes.is_argument(place))
+        ):
+            raise ValueError(
+                f"a calibration batch ends in {args[-1]!r}, one class that forward has no parameter for: a sample "
+                "without a batch, expected batches, as a torch.utils.data.DataLoader gives them"
+            )
         taken = len(args) if takes.any_place else len(takes.by_place)
         left_out = [(f"place {place}", item) for place, item in enumerate(args) if place >= taken]
         return Batch(args[:taken], {}, labels, size, left_out=_in_words(left_out, size))
@@ -239,10 +260,15 @@ def collect(model: nn.Module, data: Any, samples: int) -> list[Batch]:
         data = [data]
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise TypeError(f"calibration_data is {type(data).__name__}, expected an iterable of batches")
+    if _is_one_batch(data):
+        raise TypeError(
+            f"calibration_data is a {type(data).__name__} of inputs and labels, which are one batch, expected an "
+            "iterable of batches: [(x, labels)]"
+        )
     batches: list[Batch] = []
     left = samples
-    for value in data:
-        batch = batch_of(model, value)
+    for number, value in enumerate(data):
+        batch = replace(batch_of(model, value), number=number)
         if batch.size > 0:
             # The last one may be much larger than what is left; it is copied when it has been cut.
             batches.append(batch.copied() if batch.size < left else batch)
@@ -256,6 +282,14 @@ def collect(model: nn.Module, data: Any, samples: int) -> list[Batch]:
     if left <= 0:
         batches[-1] = batches[-1].part(0, batches[-1].size + left).copied()
     return batches
+
+
+def _is_one_batch(data: Any) -> bool:
+    """Return whether this is (x, labels): tensors that cannot be batches of one model."""
+    if not isinstance(data, (tuple, list)) or len(data) < 2 or not all(isinstance(t, torch.Tensor) for t in data):
+        return False
+    x, labels = data[0], data[-1]
+    return x.dim() > 0 and _is_labels(labels, x.shape[0]) and (x.dim() > 1 or x.is_floating_point())
 
 
 def _shared(batches: list[Batch]) -> tuple[frozenset[Key], bool]:
@@ -283,6 +317,48 @@ def _shared(batches: list[Batch]) -> tuple[frozenset[Key], bool]:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+
+
+@contextlib.contextmanager
+def naming(batch: Any, model: nn.Module) -> Iterator[None]:
+    """Raise what a float model raises on a batch of calibration data as a ValueError that says which one it is.
+
+    A device that has no memory left is no fault of the batch: that stays as it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        number = getattr(batch, "number", None)
+        if number is None:
+            raise
+        raise ValueError(
+            f"batch {number} of calibration_data makes the model raise {type(error).__name__}: {error}\n"
+            f"It was called with {_called_with(batch, model)}"
+        ) from error
+
+
+def calls_naming(reference: nn.Module) -> Callable[[nn.Module, Batch], Any]:
+    """Return a function that calls a model on a batch; errors of the reference alone are as naming() gives them."""
+
+    def call(model: nn.Module, batch: Batch) -> Any:
+        with naming(batch, model) if model is reference else contextlib.nullcontext():
+            return batch(model)
+
+    return call
+
+
+def _called_with(batch: Batch, model: nn.Module) -> str:
+    def shown(value: Any) -> str:
+        tensors = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors_of(value)]
+        return tensors[0] if isinstance(value, torch.Tensor) else f"{type(value).__name__} of {', '.join(tensors)}"
+
+    parts = [*map(shown, batch.args), *(f"{name}={shown(value)}" for name, value in batch.kwargs.items())]
+    said = f"({', '.join(parts)}), the first dimension of which is the batch"
+    if len(batch.args) == 1 and isinstance(batch.args[0], Mapping):
+        said += f"; none of the keys {list(batch.args[0])} is a parameter of forward{signature_of(model)}"
+    return said
 
 
 def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -128,7 +128,7 @@ def copy_of(model: nn.Module, *, hooks: bool = True, shared: bool = True) -> nn.
     for module in model.modules():
         if not hooks:  # in memo: copying one that is a method would copy all that its object holds
             for kept in map(functools.partial(getattr, module), HOOKS + _FILE_HOOKS):
-                memo[id(kept)] = type(kept)({key: hook for key, hook in kept.items() if _computes_weights(hook)})
+                memo[id(kept)] = type(kept)({key: hook for key, hook in kept.items() if computes_weights(hook)})
         for value in vars(module).values():  # results that a module keeps cannot be copied by deepcopy
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()
@@ -138,7 +138,7 @@ def copy_of(model: nn.Module, *, hooks: bool = True, shared: bool = True) -> nn.
         raise TypeError(f"the example runs on a copy of the model, which cannot be copied: {error}") from error
 
 
-def _computes_weights(hook: Any) -> bool:
+def computes_weights(hook: Any) -> bool:
     """Return whether the hook is of weight_norm, spectral_norm or prune."""
     return type(hook).__module__.startswith("torch.nn.utils.")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -39,6 +42,28 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return pytree.tree_map(of_leaf, value)
 
 
+def structure_of(value: Any) -> Any:
+    """Return all of `value` but its tensors' values, as something to compare by: containers' classes, tensors' shapes.
+
+    TypeError for what may hold tensors that tensors_of() does not find, and for tensors that have no strides.
+    """
+    leaves, form = pytree.tree_flatten(value)
+    return form, [_structure_of_leaf(leaf) for leaf in leaves]
+
+
+def _structure_of_leaf(leaf: Any) -> Any:
+    kind = type(leaf)
+    if isinstance(leaf, torch.Tensor):
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            raise TypeError(f"it has a tensor of layout {leaf.layout}, nested or not")
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    if leaf is None or isinstance(leaf, _PLAIN):
+        return kind, leaf
+    if not isinstance(leaf, Mapping) and not is_dataclass(leaf):
+        raise TypeError(f"it has a {kind.__name__}, in which tensors may be")
+    return kind, [(key, structure_of(item)) for key, item in _items_of(leaf).items()]
+
+
 def is_dataclass(value: Any) -> bool:
     """Return whether `value` is an instance of a dataclass."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
@@ -54,6 +79,11 @@ def _items_of(leaf: Any) -> dict[Any, Any]:
     return {}
 
 
+def _is_field(mapping: Mapping[Any, Any], key: Any) -> bool:
+    """Return whether this is a dataclass, a field of which holds the item too."""
+    return is_dataclass(mapping) and any(each.name == key for each in dataclasses.fields(mapping))
+
+
 def _with_items(leaf: Any, items: dict[Any, Any]) -> Any:
     if isinstance(leaf, Mapping) and not isinstance(leaf, MutableMapping):
         return type(leaf)(items)
@@ -61,6 +91,6 @@ def _with_items(leaf: Any, items: dict[Any, Any]) -> Any:
     for key, item in items.items():
         if isinstance(leaf, Mapping):
             result[key] = item
-        else:
+        if not isinstance(leaf, Mapping) or _is_field(leaf, key):
             object.__setattr__(result, key, item)  # the dataclass may be frozen
     return result

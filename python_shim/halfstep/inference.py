@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.calibration_data import collect, split
+from halfstep.calibration_data import calls_naming, collect, split
 from halfstep.config import check_bool, check_choice, check_count, check_number
 from halfstep.half_model import float_dtype, half_model, name_of
 from halfstep.int8_calibration import METHODS
 from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_device import checked_device
 from halfstep.int8_form import example_of
-from halfstep.int8_judge import call, tell
+from halfstep.int8_judge import tell
 from halfstep.int8_lent import same_random_numbers
 from halfstep.int8_load import load_int8
 from halfstep.int8_metric import choose_metric
-from halfstep.int8_model import check_globs, weight_bytes
+from halfstep.int8_model import check_globs, kept_results, refuse_int8, weight_bytes
 from halfstep.int8_optimize import Int8Run, Options
 from halfstep.int8_report import Report
 from halfstep.int8_save import SavedResult, save_result
 from halfstep.int8_script import save_script
-from halfstep.shadow import unwrapped
+from halfstep.int8_wrappers import any_compiled, inner_of, without_wrappers
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -160,15 +160,17 @@ class InferencePrecisionOptimizer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         device = checked_device(target_device, "target_device")
-        outer, model = unwrapped(model)
+        refuse_int8(model)
         options = self._options
-        if self._compiled is None and outer is not model:
+        if self._compiled is None and any_compiled(model):
             options = replace(options, compiled=True)
+        model = inner_of(model)
         file = None
         if self._calibration_file is not None and self.target_precision == "int8":
             file = CalibrationFile(self._calibration_file, model)
         with torch.no_grad():  # scripted modules copy their parameters by an operation
-            reference = copy.deepcopy(model).eval().to(device)
+            reference, inner = without_wrappers(copy.deepcopy(model, kept_results(model)))
+            reference = reference.eval().to(device)
         for parameter in reference.parameters():  # scripts have no requires_grad_()
             parameter.requires_grad_(False)
         batches = collect(reference, calibration_data, self.calibration_samples)
@@ -178,6 +180,10 @@ class InferencePrecisionOptimizer:
             "calibration": sum(batch.size for batch in calibration),
             "guard": sum(batch.size for batch in guard),
         }
+        if inner:
+            report.notes.append(
+                f"torch.compile or a parallel wrapper stood around {', '.join(inner)}: they are not in what came back"
+            )
         for number, batch in enumerate(batches):
             if names := batch.without_finite_values():
                 report.warn(
@@ -246,7 +252,8 @@ class InferencePrecisionOptimizer:
     def _half(self, reference: nn.Module, guard: Any, device: torch.device, report: Report) -> nn.Module:
         dtype = _HALVES[self.target_precision]
         model = half_model(reference, dtype)
-        metric = choose_metric(self._options.eval_fn, [batch.on(device) for batch in guard], call, reference)
+        batches = [batch.on(device) for batch in guard]
+        metric = choose_metric(self._options.eval_fn, batches, calls_naming(reference), reference)
         verdict = metric.of_itself() if model is reference else metric.judge(model)
         tell(report, metric, reference, guard)
         report.evaluations = report.budget = 1

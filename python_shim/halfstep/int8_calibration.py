@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.calibration_data import Batch
+from halfstep.calibration_data import Batch, naming
 from halfstep.int8_calibration_file import CalibrationFile, digest_of
 from halfstep.int8_model import Candidate
 
@@ -50,7 +50,8 @@ class Calibration:
         try:
             with torch.no_grad(), _observing(model, self.observers):
                 for step in _with_progress(steps, progress):
-                    self._batches[step](model)
+                    with naming(self._batches[step], model):
+                        self._batches[step](model)
                     self.done = step + 1
                     if self._file is None:
                         continue

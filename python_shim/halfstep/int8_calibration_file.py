@@ -14,9 +14,11 @@ from torch import nn
 
 from halfstep._library import load_library
 from halfstep.calibration_data import Batch
+from halfstep.int8_wrappers import plain_name
 from halfstep.whole_files import check_readable, replacing
 
 _KIND = "calibration"
+_PIECE = 1 << 22  # elements
 
 
 class CalibrationFile:
@@ -30,6 +32,7 @@ class CalibrationFile:
         self.path = Path(path)
         self._fingerprint: dict[str, Any] = {}
         self._state: dict[str, Any] | None = None
+        self._batches: Sequence[Batch] | None = None
         if not self.path.parent.is_dir():
             raise ValueError(f"calibration_file is {self.path}, but there is no folder {self.path.parent}")
         if self.path.exists():
@@ -41,7 +44,7 @@ class CalibrationFile:
             raise ValueError(f"calibration_file is {self.path}, which cannot be written: {error}") from error
         if model is not None:
             named = (*model.named_parameters(), *model.named_buffers())
-            self.expect(parameters=[[name for name, _ in named], digest_of(tensor for _, tensor in named)])
+            self.expect(parameters=[[plain_name(name) for name, _ in named], digest_of(tensor for _, tensor in named)])
 
     def expect(self, **fingerprint: Any) -> None:
         """Compare a state with what is known of the calibration: ValueError if it is of another one."""
@@ -54,12 +57,10 @@ class CalibrationFile:
                 )
 
     def expect_batches(self, batches: Sequence[Batch]) -> None:
-        """Compare a state with the batches: their sizes, and a sample of each."""
-        found = []
-        for batch in batches:
-            samples = (tensor[:1] if tensor.dim() else tensor for tensor in batch.tensors().values())
-            found.append([batch.size, digest_of(samples)])
-        self.expect(batches=found)
+        """Compare a state with the batches: their sizes and all their tensors."""
+        if batches is not self._batches:  # else they are known: all data takes its time
+            self._batches = batches
+            self.expect(batches=[[batch.size, digest_of(batch.tensors().values())] for batch in batches])
         done = 0 if self._state is None else self._state["done"]
         if done > len(batches):
             raise ValueError(f"calibration_file {self.path} is damaged: done is {done}, of {len(batches)} batches")
@@ -84,9 +85,14 @@ class CalibrationFile:
     def _read(self) -> dict[str, Any]:
         try:
             check_readable(self.path)
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"calibration_file {self.path} cannot be read: {error}") from error
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # anything, an errno too, of what is no whole archive of plain tensors
+            raise ValueError(
+                f"calibration_file {self.path} is damaged, or none of halfstep's: delete it, or name another file"
+            ) from error
         if not isinstance(state, dict) or state.get("halfstep") != _KIND:
             raise ValueError(f"calibration_file {self.path} is no calibration of halfstep")
         damaged = f"calibration_file {self.path} is damaged"
@@ -105,13 +111,13 @@ class CalibrationFile:
 
 
 def digest_of(tensors: Iterable[torch.Tensor]) -> str:
-    """Return a digest of dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
+    """Return a digest of dtypes, shapes and bytes, which are moved to the CPU in pieces."""
+    digest = hashlib.blake2b(digest_size=32)
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
         if tensor.layout is torch.strided and not tensor.is_nested:
-            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
-            digest.update(plain.view(torch.uint8).numpy())
+            for piece in tensor.detach().resolve_conj().resolve_neg().flatten().split(_PIECE):
+                digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
         else:  # an input that has no plain bytes: by what is printed of it
             digest.update(str(tensor).encode())
     return digest.hexdigest()

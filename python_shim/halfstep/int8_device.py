@@ -13,12 +13,17 @@ from torch import nn
 
 from halfstep.half_model import half_model
 from halfstep.int8_plan import Plan, decode
-from halfstep.int8_speed import loses, time_in_turns
+from halfstep.int8_speed import loses, share_of, time_in_turns
 
 
 def checked_device(target_device: str | torch.device, argument: str = "device") -> torch.device:
-    """Return the device; ValueError unless it is cpu or cuda, RuntimeError if torch sees no GPU."""
-    device = torch.device(target_device)
+    """Return the device; TypeError for no name, ValueError unless it is cpu or cuda, RuntimeError without a GPU."""
+    if not isinstance(target_device, (str, torch.device)):
+        raise TypeError(f"{argument} is {target_device!r}, expected a device or its name, cpu or cuda")
+    try:
+        device = torch.device(target_device)
+    except RuntimeError:
+        raise ValueError(f"{argument} is {target_device!r}, expected cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{argument} is {device}, expected cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -75,7 +80,7 @@ def _times(plan: Plan, model: nn.Module, result: nn.Module, device: torch.device
         theirs, mine = time_in_turns(calls, device)
     except Exception as error:  # the model's own code may want other inputs
         return [f"its times cannot be taken again on random inputs: {str(error).splitlines()[:1]}"]
-    times = f"int8 takes {mine} here, {plan.carrier} {theirs}"
+    times = f"int8 takes {mine} here, {plan.carrier} {theirs}, {share_of(mine, theirs, plan.carrier)}"
     if loses(mine, theirs) and not plan.recurrent:  # recurrent layers are int8 for their size
         return [f"{times}: int8 is slower, optimize the model for this device again"]
     return [times] if always else []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import inspect
 import json
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +16,13 @@ from torch.fx import GraphModule, Node
 
 from halfstep.half_model import name_of
 
-# Constants of torch's modules that change nothing in eval mode, or no value.
-_WITHOUT_EFFECT = ("inplace", "momentum", "dropout", "p")
+# Settings of torch's modules that change nothing in eval mode, or no value.
+_WITHOUT_EFFECT = ("training", "inplace", "momentum", "dropout", "p", "sparse", "scale_grad_by_freq")
+_TORCHS = (
+    "torch.nn.",
+    "halfstep.int8_attention",
+)  # modules whose attributes are settings; the latter stand for torch's
+_SETTINGS = (bool, int, float, str, tuple, list, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 
 def digest_of(graph_module: GraphModule) -> str:
@@ -33,6 +40,12 @@ def digest_of(graph_module: GraphModule) -> str:
     return digest.hexdigest()
 
 
+def settings_of(model: nn.Module) -> str:
+    """Return a SHA-256 of the settings of torch's modules in the model, by their names; it need not be traced."""
+    found = [each for each in _settings(model) if each[2]]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def _target(root: nn.Module, node: Node) -> Any:
     if node.op == "call_module":
         return [node.target, _settings(root.get_submodule(str(node.target)))]
@@ -42,13 +55,26 @@ def _target(root: nn.Module, node: Node) -> Any:
 
 
 def _settings(layer: nn.Module) -> list[Any]:
-    """Return name, class and constants of each module in `layer`."""
+    """Return name, class and settings of each module in `layer`."""
     found = []
     for name, module in layer.named_modules():
-        keys = sorted(set(getattr(module, "__constants__", ())) - set(_WITHOUT_EFFECT))
-        values = [[key, _plain(getattr(module, key, None), {})] for key in keys]
+        values = [[key, _plain(getattr(module, key, None), {})] for key in sorted(_keys(module))]
         found.append([name, type(module).__name__, values])
     return found
+
+
+def _keys(module: nn.Module) -> set[str]:
+    """Return the names of a module's settings.
+
+    Of torch's modules they are all plain public attributes. What a subclass adds may be anything, such as a counter: of
+    its attributes those count that the class of torch has arguments for.
+    """
+    base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith(_TORCHS))
+    names = set(vars(module))
+    if base is not type(module):
+        names &= set(inspect.signature(base.__init__).parameters)
+    names = {name for name in names if not name.startswith("_") and isinstance(vars(module)[name], _SETTINGS)}
+    return (names | set(getattr(module, "__constants__", ()))) - set(_WITHOUT_EFFECT)
 
 
 def _plain(value: Any, places: Mapping[Node, int]) -> Any:
@@ -67,6 +93,8 @@ def _plain(value: Any, places: Mapping[Node, int]) -> Any:
         return {"dict": [[_plain(key, places), _plain(each, places)] for key, each in value.items()]}
     if isinstance(value, torch.dtype):
         return {"dtype": name_of(value)}
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return {"function": value.__qualname__}
     if isinstance(value, (torch.memory_format, torch.layout, enum.Enum)):
         return {"name": str(value)}
     return {"object": type(value).__name__}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from halfstep.calibration_data import Batch
+from halfstep.calibration_data import Batch, naming
 from halfstep.half_model import cast_floats, name_of
 from halfstep.int8_attention import SplitAttention, replace_attention
 from halfstep.int8_batches import floating_tensors_of
@@ -96,7 +96,8 @@ class Form:
         if not replaced:
             return model
         with torch.no_grad():
-            expected = floating_tensors_of(batch(reference))
+            with naming(batch, reference):
+                expected = floating_tensors_of(batch(reference))
             try:
                 outputs = floating_tensors_of(batch(model))
                 shares = [torch.ops.halfstep.output_noise(*pair) for pair in zip(expected, outputs, strict=True)]
@@ -114,7 +115,8 @@ class Form:
 
     def _traced(self, batches: list[Batch]) -> tuple[GraphModule | None, str]:
         try:
-            given = given_arguments(self.model, self._example, call_with)
+            with naming(batches[0], self.model):
+                given = given_arguments(self.model, self._example, call_with)
             signature = inspect.signature(self.model.forward)
             names = {tuple(signature.bind(*batch.args, **batch.kwargs).arguments) for batch in batches}
         except TypeError as error:

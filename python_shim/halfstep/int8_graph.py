@@ -6,17 +6,21 @@ of a traced model, whatever its layers compute in.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.fx.immutable_collections import immutable_dict
 
 from halfstep.calls import HOOKS, copy_of
+from halfstep.containers import is_dataclass
+from halfstep.half_model import CastModel
 from halfstep.int8_attention import SplitAttention
 from halfstep.int8_model import is_product
 from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
@@ -30,6 +34,21 @@ class TracedModule(GraphModule):
 
     def __init__(self, root: nn.Module | dict[str, Any], graph: Graph, class_name: str = "GraphModule") -> None:
         super().__init__(root, graph, class_name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model. TypeError for other arguments than those that it was traced with says which these are."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError:
+            signature = inspect.signature(self.forward)
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as misfit:
+                raise TypeError(
+                    f"{misfit}: this model was traced with the arguments ({', '.join(signature.parameters)}); others "
+                    "keep their defaults, pass calibration batches that give them"
+                ) from None
+            raise
 
 
 def trace(model: nn.Module, given: Collection[str] | None = None) -> tuple[GraphModule | None, str]:
@@ -85,6 +104,12 @@ def trace(model: nn.Module, given: Collection[str] | None = None) -> tuple[Graph
     )
 
 
+def taken_by(model: nn.Module) -> tuple[str, ...] | None:
+    """Return the arguments that a model of trace() takes, or one in a CastModel; None for other models: all."""
+    model = model.module if isinstance(model, CastModel) else model
+    return tuple(inspect.signature(model.forward).parameters) if isinstance(model, TracedModule) else None
+
+
 class _Tracer(Tracer):
     """Calls modules whole that cannot be traced, and leaves out the parameters that keep their defaults."""
 
@@ -103,6 +128,15 @@ class _Tracer(Tracer):
                 args[position] = self._defaults[value.node.target]
                 self.graph.erase_node(value.node)
         return root_fn, args
+
+    def create_arg(self, a: Any) -> Any:
+        """Let the graph make mappings of the class that they have; torch.fx alone makes dicts of them, or refuses."""
+        if not isinstance(a, Mapping) or type(a) in (dict, immutable_dict):
+            return super().create_arg(a)
+        if is_dataclass(a):  # a dict by inheritance, as ModelOutput is
+            names = [each.name for each in dataclasses.fields(a)]
+            return self.create_node("call_function", type(a), (), {n: self.create_arg(getattr(a, n)) for n in names})
+        return self.create_node("call_function", type(a), (self.create_arg(dict(a.items())),), {})
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.is_leaf_module(m, ""):

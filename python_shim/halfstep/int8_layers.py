@@ -24,11 +24,11 @@ ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish"
 
 def pack(
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
     *,
-    stride: tuple[int, ...] = (1, 1),
-    padding: tuple[int, ...] = (0, 0),
-    dilation: tuple[int, ...] = (1, 1),
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     bits: int = 8,
     search: bool = False,
@@ -36,20 +36,30 @@ def pack(
 ) -> torch.ScriptObject:
     """Quantize a floating-point weight [out, in] or [out, in / groups, height, width] to a PackedInt8.
 
-    `search` takes the scale of the least squared error instead of the largest magnitude. ValueError for weights that
-    are not finite.
+    stride, padding, dilation: for height and width; one number is for both. `search` takes the scale of the least
+    squared error instead of the largest magnitude. ValueError for weights that are empty or not finite, TypeError for
+    what is no tensor.
     """
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not isinstance(value, torch.Tensor) and (name == "weight" or value is not None):
+            raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
+    if not weight.numel():
+        raise ValueError(f"weight is empty: {list(weight.shape)}, expected at least one number")
     quantized, scales = torch.ops.halfstep.quantize_int8_weight(weight.detach(), bits, search)
     return torch.classes.halfstep.PackedInt8(
         quantized,
         scales,
         None if bias is None else bias.detach().float(),
-        list(stride),
-        list(padding),
-        list(dilation),
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
         groups,
         input_factors,
     )
+
+
+def _pair(value: int | tuple[int, ...]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
 
 
 def state_of(packed: torch.ScriptObject) -> dict[str, Any]:

@@ -24,17 +24,17 @@ from halfstep.half_model import CastModel, float_dtype, name_of
 from halfstep.int8_attention import replace_attention
 from halfstep.int8_chains import fuse
 from halfstep.int8_device import checked_device, compared
-from halfstep.int8_digest import digest_of
+from halfstep.int8_digest import digest_of, settings_of
 from halfstep.int8_files import DIGEST, DTYPES, FORMAT, PARTS, PLAN, checksum, digest, float_tensors, join, package
 from halfstep.int8_folding import fold_batch_norms
 from halfstep.int8_form import call_with
 from halfstep.int8_graph import trace
 from halfstep.int8_layers import packed_from
-from halfstep.int8_model import Candidate, Int8Settings, find_candidates, replace_layers
+from halfstep.int8_model import Candidate, Int8Settings, find_candidates, replace_layers, share
 from halfstep.int8_plan import LayerPlan, Plan, RecurrentPlan, RegionPlan, decode, residuals
 from halfstep.int8_recurrent import recurrent_from, take_recurrent, weights_of
 from halfstep.int8_runs import Shapes, shapes_of
-from halfstep.shadow import unwrapped
+from halfstep.int8_wrappers import inner_of, without_wrappers
 from halfstep.whole_files import check_readable
 
 _BORDERS = ("out_dtype", "out_scale", "out_zero_point")  # what depends on where int8 passes between layers
@@ -64,7 +64,7 @@ def load_int8(
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is {type(model).__name__}, expected the torch.nn.Module that was optimized")
     device = checked_device(device)
-    path, model = Path(path), unwrapped(model)[1]
+    path, model = Path(path), without_wrappers(share(inner_of(model)))[0]
     with _opened(path) as file, _named(path):
         plan = _plan_of(file)
         _check_bytes(file, plan)
@@ -292,7 +292,9 @@ def _fused(inner: nn.Module, layers: dict[str, nn.Module], plan: Plan, device: t
                 _same(f"layer {layer.name!r}: {key}", getattr(layer, key), getattr(now, key))
     if not elsewhere:
         _same("regions", plan.regions, regions)
-    if plan.graph is not None and plan.graph != digest_of(inner):  # last: the others say where
+    if plan.settings != settings_of(inner):  # last: the others say where
+        raise ValueError("it is of other code than the model's: the settings of torch's layers differ")
+    if plan.graph is not None and plan.graph != digest_of(inner):
         raise ValueError(
             "it is of other code than the model's: the traced operations, their order, their arguments or the settings "
             "of layers differ"

@@ -20,6 +20,7 @@ from torch import nn
 from halfstep.int8_agreement import Agreement
 from halfstep.int8_batches import tensors_of, without_labels
 from halfstep.int8_bounds import drop_at_most, mean_at_most, samples_for, share_at_most
+from halfstep.int8_graph import taken_by
 from halfstep.int8_lent import devices_of, lent, same_random_numbers
 from halfstep.int8_noise import powers_of
 from halfstep.int8_verdict import CONFIDENCE, Call, Metric, Verdict
@@ -75,7 +76,7 @@ class _Scores(Metric):
 
     def _run(self, model: nn.Module) -> tuple[list[float], bool]:
         with torch.no_grad(), same_random_numbers(devices_of(model)):
-            value = self._eval_fn(lent(model))
+            value = self._value(lent(model))
         try:
             values = value.tolist() if hasattr(value, "tolist") else value
             single = not isinstance(values, Sequence)
@@ -87,6 +88,20 @@ class _Scores(Metric):
         if not scores:
             raise ValueError("eval_fn returned no score, expected a number or one number for each sample")
         return scores, single or len(scores) == 1
+
+    def _value(self, model: nn.Module) -> Any:
+        """Return what eval_fn gives. RuntimeError where it fails on a copy, after it did not on the model itself."""
+        try:
+            return self._eval_fn(model)
+        except Exception as error:
+            if not hasattr(self, "_reference"):
+                raise
+            taken = taken_by(model)
+            takes = "" if taken is None else f", which takes the arguments ({', '.join(taken)}) of the batches alone"
+            said = f"{type(error).__name__}: {error}"
+            raise RuntimeError(
+                f"eval_fn works on the float model but fails on the optimized copy, which it was given{takes}: {said}"
+            ) from error
 
     def judge(self, model: nn.Module) -> Verdict:
         scores, _ = self._run(model)

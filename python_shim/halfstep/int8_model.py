@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from halfstep.calls import HOOKS
-from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
+from halfstep.calls import HOOKS, computes_weights
+from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Layer, Int8Linear
 
 MOST_TERMS = 65793  # whose sum fits int32 with any zero point: halfstep/int8.h
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -122,6 +122,8 @@ def altered(module: nn.Module) -> str:
     """Return "" or why a call of this layer is not what its class alone would do."""
     if parametrize.is_parametrized(module):
         return "it is parametrized"
+    if any(computes_weights(hook) for hook in module._forward_pre_hooks.values()):
+        return "it is parametrized (torch.nn.utils)"
     if any(getattr(module, hooks, None) for hooks in HOOKS):
         return "it has hooks"
     return "its forward has been replaced" if "forward" in module.__dict__ else ""
@@ -221,9 +223,25 @@ def find_candidates(
     return found, left
 
 
+def refuse_int8(model: nn.Module) -> None:
+    """Raise ValueError for a model that has int8 layers already."""
+    names = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, Int8Layer)]
+    if names:
+        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        raise ValueError(f"model has layers that are int8 already ({shown}), expected the float model it was made of")
+
+
+def kept_results(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Return a memo for deepcopy: copies of tensors that it refuses, as weights of torch.nn.utils.weight_norm."""
+    kept = (value for module in model.modules() for value in vars(module).values())
+    return {
+        id(value): value.detach().clone() for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+
+
 def share(model: nn.Module) -> nn.Module:
     """Return a copy of the model's modules that shares all tensors and packed weights with it."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {**kept_results(model)}
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             memo[id(tensor)] = tensor

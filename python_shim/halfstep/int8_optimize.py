@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.calibration_data import Batch
+from halfstep.calibration_data import Batch, calls_naming
 from halfstep.half_model import name_of
 from halfstep.int8_calibration import METHODS, Calibration
 from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_carriers import Carriers
 from halfstep.int8_form import Form, Region
+from halfstep.int8_graph import taken_by
 from halfstep.int8_guard import guard
 from halfstep.int8_judge import Judge, call, tell
 from halfstep.int8_metric import choose_metric
@@ -111,7 +112,7 @@ class Int8Run:
             raise ValueError(_not_strict(report.left))
         if options.speed_guard:
             self.carriers.choose(self.batches[0], self._probe, self.device, report)
-        self.metric = choose_metric(options.eval_fn, self.guard, call, self.reference)
+        self.metric = choose_metric(options.eval_fn, self.guard, calls_naming(self.reference), self.reference)
         tell(report, self.metric, self.reference, self.guard)
         if not self.candidates and not self.recurrent:
             reasons = "; ".join(grouped(report.left)) or "it has no such layers"
@@ -190,6 +191,8 @@ class Int8Run:
         report.unchanged = model is self.reference
         if self.metric.kind == "score":
             report.bound = None
+        taken = taken_by(model)
+        report.arguments = None if taken is None else list(taken)
         report.bytes = {name_of(self.own): weight_bytes(self.reference), result: weight_bytes(model)}
         names = sorted((frozenset(self.candidates) - chosen) | (frozenset(self.recurrent) & frozenset(report.left)))
         if options.strict and names:
@@ -262,6 +265,7 @@ class Int8Run:
             report.drop, report.bound, report.kept = 0.0, 0.0, True
         if result != "int8":  # what was done to get there is not in what came back
             report.attention, report.folded, report.bias_correction = [], [], ""
+            report.carrier = result
         noise = self.settings.noise()
         kernel = torch.ops.halfstep.int8_kernel(self.device)
         for region in self.regions(chosen) if chosen else []:
@@ -279,8 +283,10 @@ class Int8Run:
             )
         for name in self.candidates:
             if name not in chosen:
-                why, times = report.given_back.get(name, ""), self.speed.known(name)
-                report.regions.append(RegionReport([name], "float", why=why, error=noise.get(name), milliseconds=times))
+                layers, times = self.speed.known(name, report.carrier)
+                told = RegionReport([name], "float", report.given_back.get(name, ""), error=noise.get(name))
+                told.milliseconds, told.timed = times, list(layers) if len(layers) > 1 else []
+                report.regions.append(told)
 
     # -------------------------------------------------------------------------------------------- the models in between
 

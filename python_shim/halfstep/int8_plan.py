@@ -23,7 +23,7 @@ from halfstep.int8_layers import ACTIVATIONS, Int8Conv1d, Int8Conv2d, Int8Embedd
 from halfstep.int8_recurrent import MODES
 
 FORMAT = "halfstep optimized model"
-VERSION = 2  # 1 had no checksums
+VERSION = 3  # 1 had no checksums, 2 not all settings of layers
 KINDS = {"linear": Int8Linear, "conv1d": Int8Conv1d, "conv2d": Int8Conv2d, "embedding": Int8Embedding}
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 _SMALLEST, _LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # normal numbers of float32: what the ops take as a scale
@@ -165,6 +165,7 @@ class Plan:
     outside: str  # the model's own dtype, in which it is called
     carrier: str  # the dtype of what is not int8
     graph: str | None  # the digest of the trace, None if the model is not traced
+    settings: str | None  # the digest of the settings of torch's layers, None without int8 layers
     attention: list[str]  # taken apart
     folded: list[list[str]]  # batch norms, as (convolution, norm)
     layers: list[LayerPlan]
@@ -192,7 +193,9 @@ class Plan:
             if version > VERSION:
                 raise ValueError(f"version is {version}, newer than {VERSION}: halfstep is older than the file")
             if version < VERSION:
-                raise ValueError(f"version is {version}, without checksums, expected {VERSION}: save the model again")
+                raise ValueError(
+                    f"version is {version}, which says too little, expected {VERSION}: save the model again"
+                )
             plan = _made(cls, values, "the plan")
             plan._check()
         except RecursionError:

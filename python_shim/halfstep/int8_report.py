@@ -27,6 +27,7 @@ class RegionReport:
     fused: list[str] = field(default_factory=list)
     calibrator: str = ""
     smoothed: bool = False
+    timed: list[str] = field(default_factory=list)  # the layers of the region whose times these are, if they are more
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Report:
     device: str
     result: str = "float"  # what came back: "int8", "bfloat16", "float16" or the model's own type
     carrier: str = ""  # the type of what is not int8
+    arguments: list[str] | None = None  # that a traced model takes; None: all that the model's forward has
     threshold: float = 0.0
     metric: str = ""
     proxy: bool = False
@@ -81,6 +83,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.target} on {self.device}: the result is {self.result}"]
+        if self.result == "int8" and self.carrier:
+            lines[0] += f", and {self.carrier} where it is not int8"
         if self.drop is not None:
             word = "a proxy: " if self.proxy else ""
             kept = "kept" if self.kept else "NOT kept"
@@ -97,6 +101,8 @@ class Report:
         if self.bytes:
             lines.append("weights: " + ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in self.bytes.items()))
         lines.extend(text for text in (self.halves, self.graph, self.bias_correction) if text)
+        if self.arguments is not None:
+            lines.append(f"it takes the arguments ({', '.join(self.arguments)}); others keep their defaults")
         if self.attention:
             lines.append(f"attention taken apart into layers: {_first([_shown(name) for name in self.attention])}")
         if self.folded:
@@ -169,7 +175,9 @@ def _region(region: RegionReport, shared: set[str]) -> str:
     if region.error is not None:
         parts.append(f"noise {_percent(region.error)}")
     if region.milliseconds:
-        parts.append(_times(region.milliseconds))
+        parts.append(
+            _times(region.milliseconds) + (f" in a region of {len(region.timed)} layers" if region.timed else "")
+        )
     if region.fused:
         parts.append("with " + ", ".join(region.fused))
     if region.smoothed:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from halfstep.arguments import UnsupportedArgument, flatten
-from halfstep.containers import map_tensors
+from halfstep.calibration_data import naming
+from halfstep.containers import map_tensors, structure_of, tensors_of
 from halfstep.int8_batches import with_fewer_samples
 
 Call = Callable[[nn.Module, Any], Any]
@@ -46,7 +46,9 @@ def disagreement(graph_module: GraphModule, model: nn.Module, batches: Iterable[
     """
     for number, batch in enumerate(batches):
         with torch.no_grad():
-            found = _difference(graph_module, batch, call(model, _copy(batch)), call)
+            with naming(batch, model):
+                expected = call(model, _copy(batch))
+            found = _difference(graph_module, batch, expected, call)
             if not found:
                 for smaller in with_fewer_samples(batch):
                     try:
@@ -66,14 +68,12 @@ def _difference(graph_module: GraphModule, batch: Any, expected: Any, call: Call
         out = call(graph_module, _copy(batch))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    tensors: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
     try:
-        forms = [flatten(each, found) for each, found in zip((out, expected), tensors, strict=True)]
-    except UnsupportedArgument as error:
+        if structure_of(out) != structure_of(expected):
+            return "the outputs differ in structure, shape or dtype"
+    except TypeError as error:
         return f"the output cannot be compared: {error}"
-    if forms[0] != forms[1]:
-        return "the outputs differ in structure, shape or dtype"
-    return "" if all(map(_same, *tensors)) else "the outputs differ"
+    return "" if all(map(_same, tensors_of(out), tensors_of(expected))) else "the outputs differ"
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

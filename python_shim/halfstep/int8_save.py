@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from halfstep._version import __version__
 from halfstep.half_model import float_dtype, name_of
 from halfstep.int8_device import device_name
-from halfstep.int8_digest import digest_of
+from halfstep.int8_digest import digest_of, settings_of
 from halfstep.int8_files import (
     DIGEST,
     DTYPES,
@@ -37,9 +37,10 @@ from halfstep.whole_files import replacing
 
 @dataclass(frozen=True)
 class FormPlan:
-    """How the form in which layers became int8 was made: the digest of its trace, if any, attention, batch norms."""
+    """How the form was made in which layers became int8: digests of trace and settings, and what was changed."""
 
     graph: str | None = None
+    settings: str | None = None
     attention: tuple[str, ...] = ()
     folded: tuple[tuple[str, str], ...] = ()
 
@@ -63,7 +64,7 @@ class SavedResult:
         own, made = float_dtype(reference), FormPlan()
         if form is not None and int8_layers(model):  # recurrent layers alone are replaced in the reference itself
             graph = digest_of(form.model) if isinstance(form.model, GraphModule) else None
-            made = FormPlan(graph, tuple(form.attention), tuple(form.norms))
+            made = FormPlan(graph, settings_of(form.model), tuple(form.attention), tuple(form.norms))
         return cls(model, own, torch.device(report.device), report, example, made)
 
     @property
@@ -98,6 +99,7 @@ class SavedResult:
             outside=name_of(self.outside),
             carrier=name_of(self.carrier),
             graph=self.form.graph,
+            settings=self.form.settings,
             attention=list(self.form.attention),
             folded=[list(pair) for pair in self.form.folded],
             layers=[LayerPlan.of(name, layer, name in added) for name, layer in layers.items()],

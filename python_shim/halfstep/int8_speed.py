@@ -134,6 +134,18 @@ def _leaves_alone(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, 
 def loses(mine: Timing, rival: Timing) -> bool:
     """Return whether `mine` took longer than its rival in the median of the rounds, each compared with its neighbour.
 
-    What slows the machine down for a while slows both down, so this is steadier than a comparison of two medians.
+    What slows the machine down for a while slows both down, so this is steadier than a comparison of two medians, which
+    may say the contrary.
     """
-    return statistics.median(a / b for a, b in zip(mine.rounds, rival.rounds, strict=True)) > 1.0
+    return _ratio(mine, rival) > 1.0
+
+
+def share_of(mine: Timing, rival: Timing, name: str) -> str:
+    """Return what loses() decides by, as "1.02 of float16's time, round by round"; more than 1 is never shown as 1."""
+    ratio = _ratio(mine, rival)
+    digits = next(n for n in range(3, 18) if ratio == 1.0 or float(f"{ratio:.{n}g}") != 1.0)
+    return f"{ratio:.{digits}g} of {name}'s time, round by round"
+
+
+def _ratio(mine: Timing, rival: Timing) -> float:
+    return statistics.median(a / b for a, b in zip(mine.rounds, rival.rounds, strict=True))

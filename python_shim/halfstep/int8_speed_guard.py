@@ -10,18 +10,18 @@ from torch import nn
 from halfstep.half_model import name_of
 from halfstep.int8_form import Region
 from halfstep.int8_metric import Verdict
-from halfstep.int8_speed import Timing, calls_of, loses, time_in_turns
+from halfstep.int8_speed import Timing, calls_of, loses, share_of, time_in_turns
 
 if TYPE_CHECKING:
     from halfstep.int8_optimize import Int8Run
 
 
 class SpeedGuard:
-    """Times one optimization's regions and models, and remembers the regions' milliseconds by their layers."""
+    """Times one optimization's regions and models, and remembers the regions' milliseconds by carrier and layers."""
 
     def __init__(self, run: Int8Run) -> None:
         self._run = run
-        self._times: dict[tuple[str, ...], dict[str, float]] = {}
+        self._times: dict[tuple[torch.dtype, tuple[str, ...]], dict[str, float]] = {}
 
     def faster(self, names: frozenset[str]) -> frozenset[str]:
         """Return the layers of those regions that are not slower in int8 than in the float types.
@@ -33,10 +33,14 @@ class SpeedGuard:
         slower: dict[str, str] = {}
         for region in self._run.regions(names):
             timed = self._time(region, names)
-            rivals = [timing for key, timing in timed.items() if key != "int8"]
-            if rivals and loses(timed["int8"], rival := min(rivals, key=lambda timing: timing.median)):
+            rivals = [key for key in timed if key != "int8"]
+            if not rivals:
+                continue
+            rival = min(rivals, key=lambda key: timed[key].median)
+            if loses(timed["int8"], timed[rival]):
                 kept.difference_update(region.layers)
-                slower.update(dict.fromkeys(region.layers, f"slower: int8 {timed['int8']}, float {rival}"))
+                why = f"slower: {share_of(timed['int8'], timed[rival], rival)}"
+                slower.update(dict.fromkeys(region.layers, why))
         chosen = self._fastest_whole(frozenset(kept), names)
         self._run.report.given_back.update((name, why) for name, why in slower.items() if name not in chosen)
         return chosen
@@ -61,20 +65,22 @@ class SpeedGuard:
         chosen, carriers.carrier = ways[best]
         if chosen != kept:
             run.report.notes.append(
-                f"with all regions in int8 the model takes {timings[best]}, without those that are slower alone "
-                f"{timings[0]}: all are kept"
+                f"with all regions in int8 the model takes {timings[best]} in {name_of(ways[best][1])}, without those "
+                f"that are slower alone {timings[0]} in {name_of(ways[0][1])}: all are kept"
             )
         return chosen
 
     def milliseconds(self, region: Region, names: frozenset[str]) -> dict[str, float]:
         """Return the times of a region of these int8 layers by type; it is timed now if it was part of a larger one."""
-        if tuple(region.layers) not in self._times:
+        key = (self._run.carriers.carrier, tuple(region.layers))
+        if key not in self._times:
             self._time(region, names)
-        return self._times[tuple(region.layers)]
+        return self._times[key]
 
-    def known(self, name: str) -> dict[str, float]:
-        """Return the times of the first region that was timed with this layer; empty if none was."""
-        return next((times for layers, times in self._times.items() if name in layers), {})
+    def known(self, name: str, carrier: str) -> tuple[tuple[str, ...], dict[str, float]]:
+        """Return the first region with this layer that was timed in this carrier, and its times; empty if none was."""
+        found = ((layers, times) for (dtype, layers), times in self._times.items() if name_of(dtype) == carrier)
+        return next((each for each in found if name in each[0]), ((), {}))
 
     def fastest(self, model: nn.Module, verdict: Verdict) -> tuple[nn.Module, Verdict | None, str]:
         """Return the int8 model, or the float one that is faster in turns on a whole batch and keeps the threshold.
@@ -92,7 +98,8 @@ class SpeedGuard:
         if loses(mine, rivals[-1]):
             best = run.best_float()
             if best[2] == name_of(carriers.fastest) or loses(mine, rivals[0]):
-                report.notes.append(f"int8 takes {mine}, {name_of(carriers.fastest)} {rivals[-1]}: int8 is not used")
+                share = share_of(mine, rivals[-1], name_of(carriers.fastest))
+                report.notes.append(f"int8 takes {share}: int8 is not used")
                 return best
         return model, verdict, "int8"
 
@@ -117,5 +124,5 @@ class SpeedGuard:
         timed = run.form.time_region(
             region, run.carriers.inners, run.layers(names), run.batches[0], run.carriers.carrier
         )
-        self._times[tuple(region.layers)] = {key: timing.median for key, timing in timed.items()}
+        self._times[run.carriers.carrier, tuple(region.layers)] = {key: timing.median for key, timing in timed.items()}
         return timed

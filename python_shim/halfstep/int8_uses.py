@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfstep.calibration_data import naming
 from halfstep.calls import without_compiler
 from halfstep.int8_weights import WeightProducts
 
@@ -60,7 +61,8 @@ def uses_of(
         for number, batch in enumerate(batches):
             if number >= _FEWEST and all(use.called for use in uses.values()):
                 break
-            batch(model)
+            with naming(batch, model):
+                batch(model)
     return uses
 
 

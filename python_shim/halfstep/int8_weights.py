@@ -28,24 +28,31 @@ _PRODUCTS = {
     "_trilinear",
     "_cudnn_rnn",
     "mkldnn_rnn_layer",
+    "_cdist_forward",
+    "_euclidean_dist",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
 }
 _SUMS = {"addmm", "_addmm_activation", "baddbmm", "addbmm", "addmv"}  # whose first argument is added
 _LOOKUPS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only", "index", "index_select", "gather", "take"}
 _KNOWN = ("aten", "prim", "prims", "halfstep")  # namespaces of ops; others may compute anything
 
 
-def bare_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return floating-point parameters of two dimensions or more, by first name, that are in no layer with products.
+def bare_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return float parameters and buffers of two dimensions or more, by first name, that are in no layer with products.
 
     They may be anything: tables of positions, gains, or weights that a forward multiplies by.
     """
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, prefix: str) -> None:
         if is_product(module):
             return
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if parameter.is_floating_point() and parameter.dim() >= 2 and id(parameter) not in seen:
                 found[prefix + name] = parameter
                 seen.add(id(parameter))
@@ -71,6 +78,7 @@ class WeightProducts(TorchDispatchMode):
         self.paused = 0  # > 0 in layers that can be int8: what they multiply by is theirs, though it may be shared
         spans = {_span(tensor): frozenset[str]() for tensor in _tensors_of(model) if _has_memory(tensor)}
         own = dict(model.named_parameters(remove_duplicate=False))  # copies, of scripted modules
+        own.update(model.named_buffers(remove_duplicate=False))
         for name, weight in weights.items():
             tensor = own.get(name, weight)
             if _has_memory(tensor):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from halfstep import InferencePrecisionOptimizer, int8_calibration
+from halfstep import InferencePrecisionOptimizer, int8_calibration, int8_calibration_file
 from halfstep.calibration_data import Batch, batch_of, collect, split
 from halfstep.containers import map_tensors, tensors_of
 from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform
@@ -413,6 +413,96 @@ def test_a_file_of_other_weights_or_data_is_refused(tmp_path: Path) -> None:
         calibrate(model, data_of(model), file)
 
 
+def test_every_sample_of_a_batch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_calibration_file, "_PIECE", 7)  # the samples are in several
+    file, model = tmp_path / "calibration.pt", net()
+    data = data_of(model)
+    calibrate(model, data, file)
+    calibrate(model, data_of(model), file)
+    assert model.calls == len(data)
+    data[4].args[0][-1, -1] += 1
+    with pytest.raises(ValueError, match="of other batches"):
+        calibrate(model, data, file)
+
+
+def test_a_digest_is_of_values_and_not_of_strides() -> None:
+    digest_of = int8_calibration_file.digest_of
+    x = torch.randn(6, 4, dtype=torch.complex64)
+    assert digest_of([x.t().contiguous().t()]) == digest_of([x])
+    assert digest_of([x.conj()]) == digest_of([x.conj().resolve_conj()]) != digest_of([x])
+    assert digest_of([torch.tensor(1.0)]) != digest_of([torch.tensor(2.0)]) != digest_of([torch.tensor([2.0])])
+    assert digest_of([torch.empty(0, 3)]) != digest_of([torch.empty(3, 0)])
+
+
+# ------------------------------------------------------------------------------------------------------------- messages
+
+
+def optimized(model: nn.Module, data: Any, target: str = "int8") -> None:
+    optimizer = InferencePrecisionOptimizer(target, progress=False, speed_guard=False, accuracy_threshold=1.0)
+    optimizer.optimize_for_inference(model.eval(), data, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (
+            (X, torch.arange(6)),
+            TypeError,
+            r"is a tuple of inputs and labels, .* iterable of batches: \[\(x, labels\)\]",
+        ),
+        ([X, torch.arange(6)], TypeError, "is a list of inputs and labels"),
+        (
+            [(X[0], 3), (X[1], 4)],
+            ValueError,
+            "ends in 3, one class that forward has no parameter for: a sample without",
+        ),
+        ([(X[0], torch.tensor(3))], ValueError, r"ends in tensor\(3\), one class"),
+        (
+            [{"pixels": X, "masks": X[:, 0]}] * 3,
+            ValueError,
+            r"batch 0 .*(?s:.*)none of the keys \['pixels', 'masks'\] is a parameter of forward\(x",
+        ),
+        (
+            [X, X, X, X[:, :2]],
+            ValueError,
+            r"batch 3 of calibration_data makes the model raise RuntimeError: (?s:.*), 2\]",
+        ),
+        ([X, X, X[:, :2]], ValueError, "batch 2 of calibration_data makes"),  # the guard's
+    ],
+)
+def test_bad_data_is_named(data: Any, kind: type[Exception], message: str) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+    with pytest.raises(kind, match=message):
+        optimized(Takes(forward), data)
+
+
+def test_bad_data_of_a_half_model_is_named() -> None:
+    with pytest.raises(ValueError, match="batch 2 of calibration_data makes the model raise RuntimeError"):
+        optimized(Takes(lambda self, x: self.linear(x)), [X, X, X[:, :2]], "bfloat16")
+
+
+def test_batches_that_only_look_like_inputs_and_labels() -> None:
+    """Lists of batches, and integers that forward has a parameter for."""
+    table = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    optimized(table, [torch.arange(6), torch.arange(6)])
+    optimized(Takes(lambda self, x: self.linear(x)), [X, X])
+
+    def scaled(self: Any, x: torch.Tensor, factor: int) -> torch.Tensor:
+        return self.linear(x) * factor
+
+    optimized(Takes(scaled), [(X, 3), (X, 3), (X, 3)])
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"), [(None, TypeError), (0, TypeError), ("xyz", ValueError), ("cuda:x", ValueError)]
+)
+def test_bad_devices_are_named(device: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"target_device is {device!r}, expected .*cpu or cuda"):
+        InferencePrecisionOptimizer().optimize_for_inference(Takes(lambda self, x: x), [X], device)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -480,8 +570,8 @@ def test_what_is_wrong_with_a_file_is_known_before_the_model_is_copied(tmp_path:
     os.mkfifo(tmp_path / "pipe")
     Counted.copies = Counted.calls = 0
     for name, said in (
-        ("cut", "cannot be read"),
-        ("text", "cannot be read"),
+        ("cut", "is damaged, or none of halfstep's: delete it"),
+        ("text", "is damaged"),
         ("empty", "empty is empty"),
         ("foreign", "is no calibration of halfstep"),
         ("done", "is damaged: done is 'all'"),

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from halfstep.int8_digest import digest_of
+from halfstep.int8_attention import SplitAttention
+from halfstep.int8_digest import digest_of, settings_of
 from halfstep.int8_graph import trace
 from torch import nn
 
@@ -112,3 +113,42 @@ def test_other_values_count_by_their_name_or_class() -> None:
     assert len(set(found)) == len(found)
     assert found == [given(value) for value in values]
     assert given(torch.device("cpu")) == given(torch.device("meta"))
+
+
+def test_settings_of_attention_and_transformers_count() -> None:
+    def attend(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model.part(x, x, x)[0]
+
+    def attention(**options: object) -> nn.Module:
+        return nn.MultiheadAttention(**{"embed_dim": 4, "num_heads": 2, **options})
+
+    class Subclass(nn.MultiheadAttention):
+        calls = 0
+
+        def __init__(self, *args: object, calls: int = 0) -> None:
+            super().__init__(*args)
+            self.calls = calls
+
+    parts = [attention(), attention(num_heads=4), attention(batch_first=True), attention(add_zero_attn=True)]
+    parts += [SplitAttention(part) for part in parts] + [Subclass(4, 2), Subclass(4, 4)]
+    found = [digest(attend, part=part) for part in parts]
+    assert len(set(found)) == len(found)
+    assert digest(attend, part=attention(dropout=0.5)) == found[0]
+    assert digest(attend, part=Subclass(4, 2, calls=3)) == digest(attend, part=Subclass(4, 2))
+
+
+def test_settings_inside_of_modules_that_are_called_whole_count() -> None:
+    def decoder(heads: int, activation: object) -> nn.Module:
+        return nn.TransformerDecoderLayer(4, heads, 8, activation=activation)
+
+    def encoder(heads: int, activation: object) -> nn.Module:
+        return nn.TransformerEncoderLayer(4, heads, 8, activation=activation)
+
+    for make, call in (
+        (decoder, lambda m, x: m.part(x, x)),
+        (encoder, lambda m, x: m.part(x)),
+    ):
+        parts = [make(2, "relu"), make(4, "relu"), make(2, "gelu"), make(2, torch.tanh), make(2, nn.GELU("tanh"))]
+        assert len({digest(call, part=part) for part in parts}) == len(parts)
+        assert len({settings_of(part) for part in parts}) == len(parts)
+        assert settings_of(make(2, "gelu")) == settings_of(parts[2].double())

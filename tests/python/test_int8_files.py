@@ -341,3 +341,34 @@ def test_a_file_of_another_kind_of_device(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             call(loaded, moved).to(one), expected, rtol=0, atol=0.05 * float(expected.abs().max())
         )
+
+
+class Attending(nn.Module):
+    """Attention as users write it; with control flow it is not traced."""
+
+    def __init__(self, is_traced: bool, heads: int, **options: bool) -> None:
+        super().__init__()
+        self.is_traced, self.attention = is_traced, nn.MultiheadAttention(32, heads, **options)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_traced and x.sum() > 1e9:
+            x = -x
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("is_traced", [True, False], ids=["traced", "untraced"])
+def test_attention_of_other_settings_is_refused(tmp_path: Path, is_traced: bool) -> None:
+    inference, file = (
+        InferencePrecisionOptimizer(speed_guard=False, progress=False, accuracy_threshold=1.0),
+        tmp_path / "f",
+    )
+    model = Attending(is_traced, 4, batch_first=True).eval()
+    result = inference.optimize_for_inference(model, [torch.randn(6, 5, 32) for _ in range(3)], "cpu")
+    assert inference.report()["graph"].startswith("traced" if is_traced else "not traced")
+    inference.save(file)
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(InferencePrecisionOptimizer.load(file, Attending(is_traced, 4, batch_first=True))(x), result(x))
+    for heads, options in ((8, {"batch_first": True}), (4, {}), (4, {"batch_first": True, "add_zero_attn": True})):
+        with pytest.raises(ValueError, match="the settings of torch's layers differ"):
+            InferencePrecisionOptimizer.load(file, Attending(is_traced, heads, **options))

@@ -165,8 +165,8 @@ def layer(**changes: Any) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda p: p.update(version=3), "version is 3, newer than 2"),
-        (lambda p: p.update(version=1), "version is 1, without checksums, expected 2: save the model again"),
+        (lambda p: p.update(version=4), "version is 4, newer than 3"),
+        (lambda p: p.update(version=1), "version is 1, which says too little, expected 3: save the model again"),
         (lambda p: p.update(version="1"), "version is '1'"),
         (lambda p: p.update(version=True), "version is True"),
         (lambda p: p.pop("version"), "version is None"),

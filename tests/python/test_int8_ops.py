@@ -526,3 +526,25 @@ def test_devices_agree_to_the_bit() -> None:
         on_cpu = ops.int8_linear(x, weight, *arguments)
         moved = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments)
         assert torch.equal(ops.int8_linear(x.cuda(), weight, *moved).cpu(), on_cpu)
+
+
+def test_pack_takes_what_torchs_layers_take() -> None:
+    conv = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    x = torch.randn(2, 3, 8, 8)
+    one, pair = (
+        pack(conv.weight, conv.bias, stride=s, padding=p, dilation=d)
+        for s, p, d in ((2, 1, 1), ((2, 2), (1, 1), (1, 1)))
+    )
+    assert torch.equal(Int8Conv2d(one)(x), Int8Conv2d(pair)(x))
+    assert (one.stride(), one.padding(), one.dilation()) == ([2, 2], [1, 1], [1, 1])
+    plain = pack(conv.weight)
+    assert plain.bias() is None
+    assert (plain.stride(), plain.padding()) == ([1, 1], [0, 0])
+    for weight, bias, kind, message in (
+        (None, None, TypeError, "weight is NoneType, expected a tensor"),
+        ([[1.0]], None, TypeError, "weight is list"),
+        (torch.ones(2, 2), 0.5, TypeError, "bias is float"),
+        (torch.ones(0, 4), None, ValueError, r"weight is empty: \[0, 4\]"),
+    ):
+        with pytest.raises(kind, match=message):
+            pack(weight, bias)

@@ -77,6 +77,13 @@ PRODUCTS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], Callable[
         lambda: {"ws": nn.ParameterList([random(16, 16), random(16, 16)])},
         ["ws.0", "ws.1"],
     ),
+    "buffer": (lambda m, x: F.linear(x, m.w), lambda: {"w": random(16, 16).detach().clone()}, ["w"]),
+    "attention": (
+        lambda m, x: F.scaled_dot_product_attention(x[:, None], m.w, m.v)[:, 0],
+        lambda: {"w": random(1, 1, 6, 16), "v": random(1, 1, 6, 16)},
+        ["v", "w"],
+    ),
+    "distances": (lambda m, x: torch.cdist(x, m.w), lambda: {"w": random(16, 16)}, ["w"]),
     "scripted": (
         lambda m, x: m.part(x),
         lambda: {"part": torch.jit.script(nn.Sequential(nn.Linear(16, 16)))},
@@ -97,6 +104,11 @@ ADDITIONS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], Callable
         lambda: {"w": random(11, 1), "places": torch.arange(6)[:, None] - torch.arange(6) + 5},
     ),
     "unused": (lambda m, x: x, lambda: {"w": random(6, 16)}),
+    "buffer": (lambda m, x: x + m.w, lambda: {"w": random(6, 16).detach().clone()}),
+    "mask": (
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=m.w),
+        lambda: {"w": torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -1e9)},
+    ),
 }
 TRACED = pytest.mark.parametrize("is_traced", [True, False], ids=["traced", "untraced"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from halfstep.calibration_data import Batch, batch_of
 from halfstep.half_model import CastModel
 from halfstep.int8_form import Form
 from halfstep.int8_layers import Int8Layer
-from halfstep.int8_speed import Timing, calls_of, time_in_turns, time_on_device
+from halfstep.int8_report import RegionReport, Report
+from halfstep.int8_speed import Timing, calls_of, loses, share_of, time_in_turns, time_on_device
 from inference_cases import batches, trained_mlp
 from torch import nn
 
@@ -112,11 +114,83 @@ def test_the_whole_model_decides_about_regions_that_are_slower_alone(
     if whole_wins:
         assert report["result"] == "int8"
         assert int8_layers(model) == len([r for r in report["regions"] for _ in r["layers"]])
-        assert any("all are kept" in note for note in report["notes"])
+        said = r"the model takes 7 ms in float32, without those that are slower alone 10 ms in float32: all are kept"
+        assert any(re.search(said, note) for note in report["notes"])
     else:
         assert report["result"] != "int8"
         assert int8_layers(model) == 0
-        assert all("slower" in region["why"] for region in report["regions"])
+        assert {region["why"] for region in report["regions"]} == {"slower: 2 of float32's time, round by round"}
+
+
+def test_what_is_printed_agrees_with_the_decision() -> None:
+    mine, rival = Timing((1.0, 5.0, 5.1)), Timing((0.9, 4.9, 9.0))
+    assert mine.median > rival.median
+    assert loses(mine, rival)
+    assert share_of(mine, rival, "float16") == "1.02 of float16's time, round by round"
+    lasting, short = Timing((1.0, 2.02, 3.0)), Timing((0.99, 2.5, 2.99))  # medians say the contrary
+    assert lasting.median < short.median
+    assert loses(lasting, short)
+    for ratio in (1.00004, 1 + 1e-12):
+        close = Timing((ratio,))
+        assert loses(close, Timing((1.0,)))
+        assert not share_of(close, Timing((1.0,)), "float16").startswith("1 of")
+    assert share_of(rival, rival, "float32").startswith("1 of")
+    assert share_of(Timing((50.0,)), Timing((100.0,)), "float32").startswith("0.5 of")
+
+
+@pytest.mark.parametrize("float_wins", [True, False])
+def test_carrier_and_times_of_regions_are_those_of_what_came_back(
+    monkeypatch: pytest.MonkeyPatch, float_wins: bool
+) -> None:
+    """bfloat16 is the fastest float type; the int8 model is faster in float32; at last the float model may win."""
+    carriers: list[torch.dtype] = []
+    turns = []
+
+    def time_region(_form: Any, region: Any, _inners: Any, _layers: Any, _batch: Any, carrier: torch.dtype) -> Any:
+        carriers.append(carrier)
+        half = carrier == torch.bfloat16
+        slow = "head" in region.layers
+        int8 = 3.0 if slow else 0.5
+        return {"int8": Timing((int8 + half,)), "float32": Timing((2.0,)), "bfloat16": Timing((1.75,))}
+
+    def timed(calls: Any, *_: Any) -> list[Timing]:
+        turns.append(calls)
+        found = []
+        for call in calls:
+            half = isinstance(call.func, CastModel)
+            if int8_layers(call.func):
+                found.append((1.0 + half) * (10.0 if float_wins and len(turns) > 2 else 1.0))
+            else:
+                found.append(3.0 if half else 4.0)
+        return [Timing((t,)) for t in found]
+
+    monkeypatch.setattr(Form, "time_region", time_region)
+    for module in (int8_carriers, int8_speed_guard):
+        monkeypatch.setattr(module, "time_in_turns", timed)
+    inference = InferencePrecisionOptimizer(progress=False, accuracy_threshold=0.5)
+    result = inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
+    report, said = inference.report(), inference.explain()
+    assert carriers[0] == torch.bfloat16
+    if float_wins:
+        assert report["result"] == report["carrier"] == "bfloat16"
+        assert isinstance(result, CastModel)
+        assert "int8 takes 3.33 of bfloat16's time, round by round: int8 is not used" in report["notes"]
+        assert all(region["milliseconds"]["int8"] in (1.5, 4.0) for region in report["regions"])
+        assert "where it is not int8" not in said
+    else:
+        assert (report["result"], report["carrier"]) == ("int8", "float32")
+        assert said.startswith("int8 on cpu: the result is int8, and float32 where it is not int8\n")
+        kept = [region for region in report["regions"] if region["state"] == "int8"]
+        assert kept
+        assert all(region["milliseconds"]["int8"] in (0.5, 3.0) for region in kept)
+
+
+def test_layers_tell_that_a_time_is_their_regions() -> None:
+    region = RegionReport(["a"], "float", "slow", milliseconds={"int8": 2.0, "float32": 1.0}, timed=["a", "b"])
+    alone = RegionReport(["c"], "float", "small", milliseconds={"int8": 3.0})
+    lines = str(Report("int8", "cpu", regions=[region, alone])).splitlines()
+    assert "  a: float; int8 2 ms, float32 1 ms in a region of 2 layers; slow" in lines
+    assert "  c: float; int8 3 ms; small" in lines
 
 
 @pytest.mark.parametrize("carrier", ["bfloat16", "float32"])
