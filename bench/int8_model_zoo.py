@@ -140,18 +140,20 @@ class MobileNetV3Small(nn.Module):
 class ViT(nn.Module):
     """A vision transformer with torch's encoder, which reads patches and answers with the mean of its tokens."""
 
-    def __init__(self, width: int = 192, layers: int = 4, size: int = 32, patch: int = 4) -> None:
+    def __init__(
+        self, width: int = 192, layers: int = 4, size: int = 32, patch: int = 4, heads: int = 0, channels: int = 1
+    ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, patch, patch)
+        self.patches = nn.Conv2d(channels, width, patch, patch)
         self.places = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
         layer = nn.TransformerEncoderLayer(
-            width, width // 32, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True
+            width, heads or width // 32, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return 10 logits per image of x [batch, 1, size, size]."""
+        """Return 10 logits per image of x [batch, channels, size, size]."""
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.places
         return self.head(self.encoder(tokens).mean(1))
 

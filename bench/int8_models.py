@@ -1,19 +1,20 @@
 """int8 inference of real models: accuracy on data that was held out, bytes of weights, and time, beside its peers.
 
-    python bench/int8_models.py [--device cuda|cpu] [--models minilm,resnet18,mobilenet,vit,lstm,layers] [--rounds 25]
+    python bench/int8_models.py [--device cuda|cpu] [--models minilm,resnet18,...] [--rounds 25]
         [--threads N] [--batch 64] [--threshold 0.02] [--minilm FILE] [--peers onnxruntime,torchao] [--compile]
         [--out FILE.json]
 
 Models: MiniLM, a sentence encoder, whose file is made by bench/int8_sentences.py (--minilm, else
 build/int8_models/minilm.pt; left out without it), and four networks trained on scikit-learn's digits, see
-bench/int8_model_zoo.py. Runs: the model in float32 and in half; "int8 everywhere" is InferencePrecisionOptimizer with
+bench/int8_model_zoo.py. "bert-base" and "vit-b" have the size of those and random weights: their times count, and the
+agreement of their outputs. Runs: the model in float32 and in half; "int8 everywhere" is the optimizer with
 speed_guard=False, all layers that keep the accuracy; "int8, speed guard" is the default, and the last column says what
 came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile of half and of int8.
 On a GPU the time in brackets is that of a CUDA graph's replay.
 
 Accuracy is top-1 for digits and the mean reciprocal rank of a query's document for MiniLM. "agreement" is the share of
 digits of one class as in float32, or the mean cosine between both vectors of a sentence (in brackets the least).
-"layers" is a table of its own: one linear layer of several sizes.
+Single layers are in bench/int8_gemm.py.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ import int8_model_zoo as zoo
 import int8_sentences as sentences
 import torch
 from halfstep import InferencePrecisionOptimizer
-from int8_layer_times import layer_tables
 from int8_peers import Inputs, bytes_of, onnx_models, torchao_model
 from timing import machine, measure_in_turns, replayed
 from torch import nn
 
-MODELS = ("minilm", *zoo.RECIPES, "layers")
+SIZED = ("bert-base", "vit-b")
+MODELS = ("minilm", *zoo.RECIPES, *SIZED)
 
 
 @dataclass
@@ -98,6 +99,29 @@ def digits(name: str, device: torch.device, batch: int) -> Case:
         lambda before, after: f"{(before == after).float().mean():.4f}",
         (held[:batch].contiguous().to(device),),
     )
+
+
+def sized(name: str, device: torch.device, batch: int) -> Case:
+    """Return a model of the size of BERT-base, at 128 tokens, or ViT-B/16, with random weights: for its times alone."""
+    torch.manual_seed(0)
+    if name == "bert-base":
+        model: nn.Module = sentences.SentenceEncoder(768, 12, 12)
+        mask = torch.ones(batch, 128, dtype=torch.bool)
+        batches = [(torch.randint(30522, (batch, 128)), mask) for _ in range(3)]
+    else:
+        model = zoo.ViT(768, 12, 224, 16, heads=12, channels=3)
+        batches = [(torch.randn(batch, 3, 224, 224),) for _ in range(3)]
+    example = tuple(tensor.to(device) for tensor in batches[0])
+
+    def evaluate(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            return torch.zeros(batch), model(*example).float().cpu()
+
+    def agreement(before: torch.Tensor, after: torch.Tensor) -> str:
+        cosines = torch.cosine_similarity(before, after)
+        return f"{cosines.mean():.4f} ({cosines.min():.4f})"
+
+    return Case(name, model.eval(), batches, None, evaluate, agreement, example)
 
 
 def said(report: dict[str, Any]) -> str:
@@ -261,26 +285,19 @@ def main() -> None:
     if unknown := set(chosen) - set(MODELS):
         parser.error(f"--models has {', '.join(sorted(unknown))}, expected some of {', '.join(MODELS)}")
     print(f"{machine(device)}, batches of {options.batch}, threshold {options.threshold:g}\n")
-    result: dict[str, Any] = {"machine": machine(device), "models": [], "layers": []}
-
-    def save() -> None:
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1))
-
-    if chosen != ["layers"]:
-        print(HEAD)
-    for name in [name for name in chosen if name != "layers"]:
+    result: dict[str, Any] = {"machine": machine(device), "models": []}
+    print(HEAD)
+    for name in chosen:
         if name == "minilm" and not options.minilm.exists():
             print(f"minilm: left out, there is no {options.minilm}; see bench/int8_sentences.py", file=sys.stderr)
             continue
-        case = (
-            minilm(options.minilm, device, options.batch) if name == "minilm" else digits(name, device, options.batch)
-        )
+        if name == "minilm":
+            case = minilm(options.minilm, device, options.batch)
+        else:
+            case = (sized if name in SIZED else digits)(name, device, options.batch)
         result["models"] += table(case, options)
-        save()
-    if "layers" in chosen:
-        result["layers"] = layer_tables(device, options.rounds, options.peers)
-        save()
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

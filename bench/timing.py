@@ -46,8 +46,8 @@ def measure_in_turns(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Return `run` as the replay of a CUDA graph, which leaves the time of the launches out; itself on a CPU."""
+def replayed(run: Callable[[], object], device: torch.device, calls: int = 1) -> Callable[[], object]:
+    """Return `calls` runs as the replay of a CUDA graph, which leaves the time of the launches out; `run` on a CPU."""
     if device.type != "cuda":
         return run
     stream = torch.cuda.Stream()
@@ -58,7 +58,8 @@ def replayed(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for _ in range(calls):
+            run()
     return graph.replay
 
 

@@ -1,21 +1,22 @@
 // What stands before and behind the int8 layers, on whole tensors and once for each model: batch norms folded into
 // convolutions, SmoothQuant's factors, and the measures by which layers are judged. All in float64 inside.
 //
-//   fold_batch_norm      weight, bias of convolution and norm in one, by the norm's running statistics
-//   smoothing_factors    SmoothQuant (Xiao et al., 2022): input_max^alpha / weight_max^(1 - alpha) for each input
-//   channel scale_columns        weight times one factor for each input channel (dimension 1) output_noise [batch]:
-//   squared norm of output - reference over that of reference top1_correct         [batch]: 1 where the largest of a
-//   row of logits is the label's, else 0 error_effect         mean over the batch of (gradient . (output -
-//   reference))^2: what an error at this place does to
-//                        the number that was differentiated, to first order
-//   mean_difference      [channels]: mean of reference - output over everything else (bias correction: Nagel et al.,
+//   fold_batch_norm    weight and bias of convolution and norm in one, by the norm's running statistics
+//   smoothing_factors  SmoothQuant (Xiao et al., 2022): input_max^alpha / weight_max^(1 - alpha) for each input channel
+//   scale_columns      weight times one factor for each input channel (dimension 1)
+//   noise_powers       [2, batch]: squared norms of output - reference, and of reference, in each sample
+//   output_noise       [batch]: the first over the second
+//   top1_correct       [batch]: 1 where the largest of a row of logits is the label's, else 0
+//   error_effect       mean over the batch of (gradient . (output - reference))^2: what an error at this place does to
+//                      the number that was differentiated, to first order
+//   mean_difference    [channels]: mean of reference - output over everything else (bias correction: Nagel et al.,
 //   2019)
-#include <ATen/core/Tensor.h>
 #include <algorithm>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -89,13 +90,20 @@ at::Tensor scale_columns(const at::Tensor& weight, const at::Tensor& factors) {
   return (wide(weight) * wide(factors).view(row)).to(weight.scalar_type());
 }
 
-at::Tensor output_noise(const at::Tensor& reference, const at::Tensor& output) {
-  check_alike(reference, output, "output_noise");
+at::Tensor noise_powers(const at::Tensor& reference, const at::Tensor& output) {
+  check_alike(reference, output, "noise_powers");
   const at::Tensor expected = by_sample(reference);
   const at::Tensor noise = (by_sample(output).to(expected.device()) - expected).square().sum(1);
-  const at::Tensor power = expected.square().sum(1);
+  return at::stack({noise, expected.square().sum(1)}).cpu();
+}
+
+at::Tensor output_noise(const at::Tensor& reference, const at::Tensor& output) {
+  check_alike(reference, output, "output_noise");
+  const at::Tensor powers = noise_powers(reference, output);
+  const at::Tensor noise = powers[0];
+  const at::Tensor power = powers[1];
   // Nothing of nothing is no noise; something of nothing is all noise; a NaN stays one.
-  return at::where(power.ne(0), noise / power, noise.gt(0).to(at::kDouble) + noise * 0).cpu();
+  return at::where(power.ne(0), noise / power, noise.gt(0).to(at::kDouble) + noise * 0);
 }
 
 at::Tensor top1_correct(const at::Tensor& output, const at::Tensor& labels) {
@@ -128,6 +136,7 @@ void define_int8_prepare(torch::Library& library) {
               &smoothing_factors);
   library.def("smoothed_scale(Tensor input_max, Tensor input_factors, int levels) -> float", &smoothed_scale);
   library.def("scale_columns(Tensor weight, Tensor factors) -> Tensor", &scale_columns);
+  library.def("noise_powers(Tensor reference, Tensor output) -> Tensor", &noise_powers);
   library.def("output_noise(Tensor reference, Tensor output) -> Tensor", &output_noise);
   library.def("top1_correct(Tensor output, Tensor labels) -> Tensor", &top1_correct);
   library.def("error_effect(Tensor gradient, Tensor reference, Tensor output) -> float", &error_effect);

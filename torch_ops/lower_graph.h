@@ -44,11 +44,18 @@ std::optional<c10::IValue> attribute_of(const torch::jit::Value* value, const Mo
 // where torch's fused kernels of attention read their parameters.
 bool has_other_layers(const ModuleObject& module, at::ScalarType type, const LayerTypes& layers);
 
+// Who inlines, for messages, and whether attention takes its slow path, which calls its layers, whatever their types.
+struct Inlining {
+  std::string_view caller = "lower";
+  std::string_view done = "lowered";
+  bool split_attention = false;
+};
+
 // Inlines all calls in `graph`, the forward of `root`, notes the region of every node, and puts border casts to the
 // inputs of layers that compute in another type than what is around them. Returns the modules whose forward was called.
 std::unordered_set<const c10::ivalue::Object*> inline_calls(torch::jit::Graph& graph, const ModuleObject& root,
                                                             const LayerTypes& layers, at::ScalarType ambient,
-                                                            c10::DeviceType device);
+                                                            c10::DeviceType device, const Inlining& how = {});
 
 // Throws where inlined code leaves no call that would have to run in the precision of its layer.
 void check_calls(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers,

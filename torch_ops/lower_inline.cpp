@@ -42,8 +42,9 @@ std::string path_of(const Value* module) {
 
 class Inliner {
  public:
-  Inliner(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, c10::DeviceType device)
-      : graph_(graph), root_(root), layers_(layers), device_(device) {}
+  Inliner(torch::jit::Graph& graph, const ModuleObject& root, const LayerTypes& layers, c10::DeviceType device,
+          const Inlining& how)
+      : graph_(graph), root_(root), layers_(layers), device_(device), how_(how) {}
 
   // All nodes from `node` up to `end`, which stays. `name` is that of the module whose code it is, for messages.
   void visit(Node* node, const Node* end, at::ScalarType region, const std::string& name) {
@@ -68,7 +69,8 @@ class Inliner {
       case prim::CallFunction: {
         const auto type = node->input(0)->type()->cast<c10::FunctionType>();
         refuse_if(type == nullptr, node, name, "calls a function that is chosen at run time");
-        if (type->function()->name() == "get_fastpath_enabled" && has_other_layers(modules_.back(), region, layers_)) {
+        if (type->function()->name() == "get_fastpath_enabled" &&
+            (how_.split_attention || has_other_layers(modules_.back(), region, layers_))) {
           slow_.insert(modules_.back().get());
           replace(node, false);
           return;
@@ -91,7 +93,7 @@ class Inliner {
         const auto type = node->input(0)->type()->cast<c10::ClassType>();
         const bool autocast = type != nullptr && type->name()->name().find("autocast") != std::string::npos;
         refuse_if(autocast, node, name,
-                  "enters an autocast region of its own; the plan decides where what is computed");
+                  "enters an autocast region of its own");
         break;
       }
       default:
@@ -172,18 +174,19 @@ class Inliner {
     node->destroy();
   }
 
-  static void refuse_if(bool refused, const Node* node, const std::string& name, const std::string& what) {
+  void refuse_if(bool refused, const Node* node, const std::string& name, const std::string& what) const {
     if (!refused) return;
     std::ostringstream where;
     node->sourceRange().highlight(where);
-    TORCH_CHECK_VALUE(false, "lower: ", name.empty() ? "the module" : "submodule '" + name + "'", " ", what,
-                      "; that cannot be lowered.\n", where.str());
+    TORCH_CHECK_VALUE(false, how_.caller, ": ", name.empty() ? "the module" : "submodule '" + name + "'", " ", what,
+                      "; that cannot be ", how_.done, ".\n", where.str());
   }
 
   torch::jit::Graph& graph_;
   const ModuleObject& root_;
   const LayerTypes& layers_;
   c10::DeviceType device_;
+  const Inlining& how_;
   std::vector<const torch::jit::Function*> active_;
   std::vector<ModuleObject> modules_{root_};  // whose code it is; the last one's
   std::unordered_set<const c10::ivalue::Object*> called_;
@@ -221,8 +224,8 @@ std::optional<c10::IValue> attribute_of(const Value* value, const ModuleObject& 
 
 std::unordered_set<const c10::ivalue::Object*> inline_calls(torch::jit::Graph& graph, const ModuleObject& root,
                                                             const LayerTypes& layers, at::ScalarType ambient,
-                                                            c10::DeviceType device) {
-  Inliner inliner(graph, root, layers, device);
+                                                            c10::DeviceType device, const Inlining& how) {
+  Inliner inliner(graph, root, layers, device, how);
   Node* const first = *graph.nodes().begin();
   const at::ScalarType region = inliner.region_of(root, ambient);
   inliner.visit(first, graph.return_node(), region, "");

@@ -37,6 +37,7 @@ struct Registration {
     define_int8_norms(definitions);
     define_int8_prepare(definitions);
     define_int8_products(definitions);
+    define_int8_script(definitions);
     define_norms(definitions);
     define_scaling(definitions);
     define_grad_scaler(definitions);

@@ -14,6 +14,7 @@ void define_int8(torch::Library& library);
 void define_int8_norms(torch::Library& library);
 void define_int8_prepare(torch::Library& library);
 void define_int8_products(torch::Library& library);
+void define_int8_script(torch::Library& library);
 void define_norms(torch::Library& library);
 void define_packed_int8(torch::Library& library);
 void define_scaling(torch::Library& library);

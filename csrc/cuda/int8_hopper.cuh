@@ -4,7 +4,8 @@
 // A block has a warpgroup that copies and one or two that multiply 64 rows each, through kStages slices of 128 terms in
 // shared memory. Blocks stay and walk over tiles, so that the slices of the next tile come in while the results of this
 // one are written. The blocks of a cluster take neighbouring rows and the same channels: each copies its share of the
-// weights to all of them.
+// weights to all of them. (Warpgroups that take turns, one multiplying its tile while the other writes, gained at most
+// 7 % where a tile has 6 slices, and lost elsewhere.)
 //
 // Of the weights the rows of a tile are dealt out by the copy itself: row 32q + 8j + 2k + e of shared memory is channel
 // 32q + 8k + 2j + e, so that a thread ends up with 8 neighbouring channels of a row and writes them as one. That is a
@@ -115,18 +116,18 @@ struct HopperStages {
 template <class Tile>
 __device__ void copy_tiles(HopperStages<Tile> stages, const CUtensorMap* input, const CUtensorMap* weight,
                            const HopperCall& call, int rank) {
-  constexpr int kShare = Tile::kChannels / Tile::kCluster;
+  constexpr int kChannels = Tile::kChannels / Tile::kCluster;  // whose weights this block copies
   const int tiles = call.row_tiles * call.channel_tiles;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
   for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < tiles; tile += clusters) {
     const HopperPlace place(call, tile);
     const int row = (place.row * Tile::kCluster + rank) * Tile::kRows;
-    const int group = (place.channel * Tile::kChannels + rank * kShare) / 32;
+    const int group = (place.channel * Tile::kChannels + rank * kChannels) / 32;
     for (int slice = 0; slice < call.slices; ++slice) {
       barrier_wait(stages.empty(), stages.phase ^ 1);  // of all blocks that this one copies to
       barrier_expect(stages.full(), Tile::kStageBytes);
       copy_box(stages.input(), input, slice * kHopperSlice, row, stages.full());
-      const std::uint32_t to = stages.weight() + rank * kShare * kHopperSlice;
+      const std::uint32_t to = stages.weight() + rank * kChannels * kHopperSlice;
       if constexpr (Tile::kCluster > 1) {
         copy_groups_to_all(to, weight, slice * kHopperSlice, group, stages.full(), (1 << Tile::kCluster) - 1);
       } else {
@@ -139,10 +140,10 @@ __device__ void copy_tiles(HopperStages<Tile> stages, const CUtensorMap* input, 
 
 template <class Tile>
 __device__ void load_terms(HopperTerms<Tile::kChannels>& terms, const Int8Finish& finish, std::int64_t start,
-                           std::int64_t channels) {
+                           std::int64_t channels, int thread) {
   const Int8Epilogue& epilogue = finish.epilogue;
   const bool sums_only = epilogue.out.kind == Int8OutKind::kSums;
-  for (int i = static_cast<int>(threadIdx.x) - kWarpgroup; i < Tile::kChannels; i += Tile::kThreads - kWarpgroup) {
+  for (int i = thread; i < Tile::kChannels; i += Tile::kConsumers * kWarpgroup) {
     if (start + i >= channels) break;
     const float input_scale = epilogue.row_scales ? 1.0F : epilogue.input.scale;
     terms.scales[i] = sums_only ? 0.0F : rounded_product(input_scale, epilogue.weight_scales[start + i]);
@@ -160,10 +161,38 @@ __device__ void load_eight(Type (&to)[8], const Type* shared) {
   }
 }
 
-// Writes 8 neighbouring channels of one row. `at` is their first element of the output, on a pack's boundary.
+// quantize_value of four neighbours, as they lie in memory: conversions to integers saturate and make 0 of NaN, and so
+// does their packing.
+__device__ inline std::uint32_t quantize_four(const float* values, float inverse_scale, std::int32_t zero_point) {
+  std::int32_t rounded[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(rounded[e]) : "f"(rounded_product(values[e], inverse_scale)));
+  if (zero_point != 0) {
+#pragma unroll
+    for (std::int32_t& value : rounded) value = min(max(value, -1024), 1024) + zero_point;
+  }
+  std::uint32_t upper;
+  std::uint32_t packed;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(upper) : "r"(rounded[3]), "r"(rounded[2]));
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(rounded[1]), "r"(rounded[0]), "r"(upper));
+  return packed;
+}
+
+// 8 halves as they lie in memory.
+template <class Storage>
+__device__ void widen_eight(const uint4& halves, float (&values)[8]) {
+  Storage elements[8];
+  std::memcpy(elements, &halves, 16);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) values[e] = widen_device(elements[e]);
+}
+
+// Writes 8 neighbouring channels of one row. `at` is their first element of the output, on a pack's boundary;
+// `halves` what is added to them, if that is of 16 bits.
 template <class Out, bool kPlain, class Activate>
 __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const std::int32_t (&sums)[8],
-                             const float (&scales)[8], const float (&biases)[8], float row_scale,
+                             const float (&scales)[8], const float (&biases)[8], float row_scale, const uint4& halves,
                              const Activate& activate_values) {
   const Int8Epilogue& epilogue = finish.epilogue;
   void* const out = epilogue.out.data;
@@ -172,8 +201,13 @@ __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const st
   } else {
     float residual[8] = {};
     if (!kPlain && epilogue.residual) {
-      with_storage(epilogue.residual_dtype,
-                   [&](auto storage) { load_widened<decltype(storage)>(epilogue.residual, at, true, 8, residual); });
+      if (epilogue.residual_dtype == DType::kFloat16) {
+        widen_eight<Half>(halves, residual);
+      } else if (epilogue.residual_dtype == DType::kBFloat16) {
+        widen_eight<BFloat16>(halves, residual);
+      } else {
+        load_widened<float>(epilogue.residual, at, true, 8, residual);
+      }
     }
     float values[8];
 #pragma unroll
@@ -184,11 +218,10 @@ __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const st
     }
     activate_values(values);
     if constexpr (std::is_same_v<Out, std::int8_t>) {
-      std::int8_t quantized[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        quantized[e] = quantize_value(values[e], finish.inverse_out_scale, epilogue.out.parameters.zero_point);
-      store_pack<Out, 8>(out, at, quantized);
+      const std::int32_t zero_point = epilogue.out.parameters.zero_point;
+      const uint2 eight = {quantize_four(values, finish.inverse_out_scale, zero_point),
+                           quantize_four(values + 4, finish.inverse_out_scale, zero_point)};
+      store_moved(reinterpret_cast<uint2*>(static_cast<std::int8_t*>(out) + at), eight);
     } else {
       store_pack<Out, 8>(out, at, values);
     }
@@ -212,9 +245,20 @@ __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kCha
       row_scale[below] = row_scales[(row + below * 8) / call.finish.rows_per_scale];
   const std::int64_t at[2] = {row * call.channels + start + place, (row + 8) * call.channels + start + place};
   const int groups = static_cast<int>(min(call.channels - start, std::int64_t{Tile::kChannels})) / 32;
+  // A residual of 16 bits is loaded for some groups of channels at once: one by one each would wait for the memory.
+  constexpr int kAhead = kPlain ? 1 : Tile::kChannels / 32 < 4 ? Tile::kChannels / 32 : 4;
+  const auto* const residual = static_cast<const std::uint8_t*>(call.finish.epilogue.residual);
+  const bool is_half = !kPlain && residual && call.finish.epilogue.residual_dtype != DType::kFloat32;
+  uint4 halves[kAhead][2] = {};
 #pragma unroll
   for (int q = 0; q < Tile::kChannels / 32; ++q) {
     if (q >= groups) break;
+    if (is_half && q % kAhead == 0) {
+#pragma unroll
+      for (int i = 0; i < 2 * kAhead; ++i)
+        if (q + i / 2 < groups && valid[i % 2])
+          halves[i / 2][i % 2] = *reinterpret_cast<const uint4*>(residual + 2 * (at[i % 2] + (q + i / 2) * 32));
+    }
     float scales[8];
     float biases[8];
     std::int32_t shifts[8] = {};
@@ -228,8 +272,32 @@ __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kCha
       for (int e = 0; e < 8; ++e) own[e] = sums[(q * 4 + e / 2) * 4 + below * 2 + e % 2] - shifts[e];
       if (valid[below])
         finish_eight<Out, kPlain>(call.finish, at[below] + q * 32, own, scales, biases, row_scale[below],
-                                  activate_values);
+                                  halves[q % kAhead][below], activate_values);
     }
+  }
+}
+
+template <class Tile, class Activate>
+__device__ void finish_sums(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
+                            const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row, std::int64_t start,
+                            const Activate& activate_values) {
+  const Int8Epilogue& epilogue = call.finish.epilogue;
+  const bool plain = !epilogue.residual && !epilogue.row_scales && epilogue.input.zero_point == 0;
+  const auto finish = [&](auto out) {
+    using Out = decltype(out);
+    if (plain) {
+      finish_tile<Tile, Out, true>(call, terms, sums, row, start, activate_values);
+    } else {
+      finish_tile<Tile, Out, false>(call, terms, sums, row, start, activate_values);
+    }
+  };
+  switch (epilogue.out.kind) {
+    case Int8OutKind::kFloat:
+      return with_storage(epilogue.out.dtype, finish);
+    case Int8OutKind::kInt8:
+      return finish(std::int8_t{});
+    case Int8OutKind::kSums:
+      return finish(std::int32_t{});
   }
 }
 
@@ -240,8 +308,6 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
   const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
   const int tiles = call.row_tiles * call.channel_tiles;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
-  const Int8Epilogue& epilogue = call.finish.epilogue;
-  const bool plain = !epilogue.residual && !epilogue.row_scales && epilogue.input.zero_point == 0;
   int even = 0;
   // A thread for each block whose copies wait for this one.
   const auto release = [&](std::uint32_t barrier) {
@@ -254,7 +320,7 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
   for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < tiles; tile += clusters) {
     const HopperPlace place(call, tile);
     const std::int64_t start = place.channel * std::int64_t{Tile::kChannels};
-    load_terms<Tile>(terms[even], call.finish, start, call.channels);
+    load_terms<Tile>(terms[even], call.finish, start, call.channels, static_cast<int>(threadIdx.x) - kWarpgroup);
     std::int32_t sums[Tile::kChannels / 2];
     std::uint32_t before = 0;
     for (int slice = 0; slice < call.slices; ++slice) {
@@ -273,30 +339,11 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
     product_wait<0>();
     release(before);
 
-    const int lane = thread % kWarp;
     const std::int64_t row = (place.row * Tile::kCluster + rank) * std::int64_t{Tile::kRows} + consumer * 64 +
-                             thread / kWarp * 16 + lane / 4;
+                             thread / kWarp * 16 + thread % kWarp / 4;
     // All consumers have written the terms, and none reads those of the tile before any more.
     asm volatile("bar.sync 1, %0;" ::"n"(Tile::kConsumers * kWarpgroup) : "memory");
-    const auto finish = [&](auto out) {
-      using Out = decltype(out);
-      if (plain) {
-        finish_tile<Tile, Out, true>(call, terms[even], sums, row, start, activate_values);
-      } else {
-        finish_tile<Tile, Out, false>(call, terms[even], sums, row, start, activate_values);
-      }
-    };
-    switch (epilogue.out.kind) {
-      case Int8OutKind::kFloat:
-        with_storage(epilogue.out.dtype, finish);
-        break;
-      case Int8OutKind::kInt8:
-        finish(std::int8_t{});
-        break;
-      case Int8OutKind::kSums:
-        finish(std::int32_t{});
-        break;
-    }
+    finish_sums<Tile>(call, terms[even], sums, row, start, activate_values);
     even ^= 1;
   }
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from halfstep.containers import is_dataclass, map_tensors, tensors_of
+from halfstep.signatures import signature_of
 
 _LABELS = ("labels", "label", "target", "targets", "y")
 # A tensor of a call: the argument's place or name, how many tensors that has, and which of them it is.
@@ -142,7 +142,7 @@ class _Parameters:
         self.needed: set[str] = set()
         self.any_place = self.any_name = False
         try:
-            parameters = inspect.signature(model.forward).parameters.values()
+            parameters = signature_of(model).parameters.values()
         except (TypeError, ValueError):
             self.any_place = self.any_name = True
             return

@@ -147,12 +147,11 @@ class InferencePrecisionOptimizer:
 
         calibration_data: an iterable of batches, read once: tensors, tuples or lists (positional arguments, perhaps
         with labels at the end), or dicts (keyword arguments). The copy is called as the model is, with the model's
-        dtypes. `report()` and `explain()` then say what was done and why.
+        dtypes. `report()` and `explain()` then say what was done and why. A model of TorchScript, scripted, traced or
+        loaded, gives one; ValueError says what in its forward cannot be taken apart (halfstep/torch/int8_script.h).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError("model is a TorchScript module, expected the torch.nn.Module that it was made of")
         device = checked_device(target_device, "target_device")
         outer, model = unwrapped(model)
         options = self._options
@@ -161,8 +160,10 @@ class InferencePrecisionOptimizer:
         file = None
         if self._calibration_file is not None and self.target_precision == "int8":
             file = CalibrationFile(self._calibration_file, model)
-        with torch.no_grad():  # scripted modules inside copy their parameters by an operation
-            reference = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+        with torch.no_grad():  # scripted modules copy their parameters by an operation
+            reference = copy.deepcopy(model).eval().to(device)
+        for parameter in reference.parameters():  # scripts have no requires_grad_()
+            parameter.requires_grad_(False)
         batches = collect(reference, calibration_data, self.calibration_samples)
         calibration, guard = split(batches)
         report = Report(self.target_precision, str(device), threshold=self.accuracy_threshold)
@@ -201,7 +202,7 @@ class InferencePrecisionOptimizer:
         """Write the last result to a file: its weights as safetensors, and a plan of how the model was optimized.
 
         load() reads it, given a model of the same code. The file holds no code and no pickle; whatever was at `path` is
-        replaced when all is written.
+        replaced when all is written. ValueError for a model of TorchScript, whose code is the file: save_torchscript().
         """
         save_result(path, self._last_result())
 

@@ -25,7 +25,7 @@ from halfstep.int8_layers import Int8Embedding
 from halfstep.int8_model import Candidate, find_candidates, is_product, not_selected, replace_layers
 from halfstep.int8_report import Report
 from halfstep.int8_runs import Shapes, capture, disagreement, given_arguments, shapes_of
-from halfstep.int8_speed import Timing, time_in_turns
+from halfstep.int8_speed import Timing, time_on_device
 from halfstep.int8_uses import NEVER_CALLED, read_elsewhere, uses_of
 from halfstep.int8_weights import WeightProducts, bare_weights
 
@@ -212,7 +212,7 @@ class Form:
                     calls["int8"] = partial(layers[region.layers[0]], *args, **kwargs)
             calls[name_of(dtype)] = partial(part, *args, **kwargs)
             device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), device)
-        return dict(zip(calls, time_in_turns(list(calls.values()), device), strict=True))
+        return dict(zip(calls, time_on_device(list(calls.values()), device), strict=True))
 
 
 def _taken(layer: nn.Module, model: nn.Module, arguments: Arguments) -> Arguments | None:

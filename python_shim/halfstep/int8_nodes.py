@@ -191,11 +191,14 @@ def moves_values(root: nn.Module, node: Node, device: torch.device) -> bool:
 
 @functools.cache
 def pools_int8(device_type: str) -> bool:
-    """Return whether torch's max_pool2d takes int8 there, and pads with what is smaller than every value."""
-    x = torch.full((1, 1, 2, 2), -128, dtype=torch.int8, device=device_type)
+    """Return whether torch's max_pool2d takes int8 there, and pads with what is smaller than every value.
+
+    On the CPU it counts the places of a channels-last picture, which int8 convolutions give, in int8: up to 127.
+    """
+    x = torch.full((1, 2, 16, 16), -128, dtype=torch.int8, device=device_type).to(memory_format=torch.channels_last)
     try:
         out = F.max_pool2d(x, 3, 1, 1)
-    except RuntimeError:  # "not implemented for 'Char'"
+    except RuntimeError:  # "not implemented for 'Char'", or too many places
         return False
     return out.dtype is torch.int8 and torch.equal(out, x)
 

@@ -28,6 +28,7 @@ from halfstep.int8_ranking import Ranking, rank_layers
 from halfstep.int8_recurrent import take_recurrent
 from halfstep.int8_recurrent_weights import RecurrentWeights
 from halfstep.int8_report import RegionReport, Report, grouped
+from halfstep.int8_script_form import ScriptForm
 from halfstep.int8_search import default_budget
 from halfstep.int8_settings import LayerSettings, Scheme
 from halfstep.int8_speed_guard import SpeedGuard
@@ -83,7 +84,8 @@ class Int8Run:
             file.expect_batches(self.batches)
         self.guard = [batch.on(device) for batch in guard]
         probe = self.batches[0].part(0, _PROBED)
-        self.form = Form(reference, self.batches, options.fold_batch_norm, report)
+        kind = ScriptForm if isinstance(reference, torch.jit.ScriptModule) else Form
+        self.form = kind(reference, self.batches, options.fold_batch_norm, report)
         self.candidates, left = self.form.candidates(self.batches, options.include, options.exclude)
         self.recurrent: dict[str, nn.RNNBase] = {}
         if options.recurrent_weights:

@@ -120,6 +120,10 @@ def save_result(path: str | os.PathLike[str], saved: SavedResult) -> None:
 
     ValueError for what a file cannot hold, OSError for where none can be written.
     """
+    if isinstance(saved.inner, torch.jit.ScriptModule):
+        raise ValueError(
+            "the model is TorchScript, whose code a file of weights and a plan does not hold: use save_torchscript()"
+        )
     safetensors = package("safetensors.torch")
     packed = packed_layers(saved.inner)
     tensors = float_tensors(saved.inner, packed.values())

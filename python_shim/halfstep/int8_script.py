@@ -18,6 +18,7 @@ from halfstep.calibration_data import Batch
 from halfstep.containers import tensors_of
 from halfstep.half_model import CastModel
 from halfstep.int8_runs import Call, disagreement
+from halfstep.signatures import signature_of
 from halfstep.whole_files import replacing
 
 
@@ -26,8 +27,12 @@ def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) 
 
     A traced model takes the tensors of `example` by the names that they have in the model; numbers and strings stay
     what they are there. The script must give the model's bits on the example and on a batch of another size; else
-    ValueError says why not. What was at `path` is replaced when all is written.
+    ValueError says why not. A model that is a script already is written as it is. What was at `path` is replaced when
+    all is written.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        _save(path, model)
+        return
     if example.size == 1:  # so that there are two sizes to try
         example = example.twice()
     reasons: list[str] = []
@@ -41,10 +46,14 @@ def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) 
         if different := disagreement(script, model, [example], call):
             reasons.append(f"{way.__name__[1:]}: it differs {different}")
             continue
-        with replacing(path) as part, _quiet():
-            torch.jit.save(script, str(part))
+        _save(path, script)
         return
     raise ValueError("the model cannot be made a TorchScript file: " + "; ".join(reasons))
+
+
+def _save(path: str | os.PathLike[str], script: torch.jit.ScriptModule) -> None:
+    with replacing(path) as part, _quiet():
+        torch.jit.save(script, str(part))
 
 
 @contextlib.contextmanager
@@ -87,7 +96,7 @@ def _by_name(model: nn.Module, original: nn.Module, example: Batch) -> tuple[Gra
     """
     inner = original.module if isinstance(original, CastModel) else original
     args, kwargs = example.arguments()
-    bound = inspect.signature(inner.forward).bind(*args, **kwargs)
+    bound = signature_of(inner).bind(*args, **kwargs)
     graph = Graph()
     tensors: list[Any] = []
 

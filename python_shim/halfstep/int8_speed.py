@@ -14,9 +14,11 @@ from torch import nn
 
 from halfstep.calibration_data import Batch
 from halfstep.containers import tensors_of
+from halfstep.graph_capture import capturing
 
 ROUNDS = 15
 _SHORTEST = 1e-3  # seconds that one round lasts at least: shorter calls are repeated within it
+_CAPTURED = 10  # calls in a CUDA graph, whose own launch takes as long as a small kernel
 _LONGEST = 20.0  # seconds that all rounds together may take; at least three are run
 
 
@@ -68,6 +70,36 @@ def time_in_turns(calls: Sequence[Callable[[], Any]], device: torch.device, roun
             if done >= 2 and time.perf_counter() - begin > _LONGEST:
                 break
     return [Timing(tuple(1e3 * seconds for seconds in times)) for times in taken]
+
+
+def time_on_device(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[Timing]:
+    """Time the calls as time_in_turns() does, on a GPU without what the host takes to launch them.
+
+    There they are replays of CUDA graphs: a few kernels alone are over before Python has launched the next ones, which
+    in the whole model it has done long before. If one of the calls cannot be captured, all are timed as they are.
+    """
+    if device.type != "cuda":
+        return time_in_turns(calls, device)
+    try:
+        with torch.inference_mode():
+            graphs = [_captured(call, device) for call in calls]
+    except RuntimeError:
+        return time_in_turns(calls, device)
+    timings = time_in_turns([graph.replay for graph in graphs], device)
+    return [Timing(tuple(time / _CAPTURED for time in timing.rounds)) for timing in timings]
+
+
+def _captured(call: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Return a graph of some calls in a row."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # what is made at the first call cannot be made in a capture
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with capturing(graph, torch.cuda.graph_pool_handle(), stream):
+        for _ in range(_CAPTURED):
+            call()
+    return graph
 
 
 def calls_of(models: Sequence[nn.Module], batch: Batch) -> list[Callable[[], Any]]:

@@ -13,14 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from halfstep.arguments import UnsupportedArgument, flatten, rebuild
 from halfstep.gradients import parameters_of
+from halfstep.graph_capture import NotCapturable, capturing
 from halfstep.half_weights import HalfWeights
 from halfstep.optimizer import FusedStep, current
 
 FusedSteps = dict[torch.optim.Optimizer, FusedStep]
-
-
-class NotCapturable(RuntimeError):
-    """Why a step cannot be captured."""
 
 
 class Recorder:
@@ -182,7 +179,7 @@ class CapturedStep:
         entry = [parameter.grad for parameter in self._parameters]
         self._graph = torch.cuda.CUDAGraph()
         with _undone_on_failure(scalers, self._parameters, entry):
-            with _capturing(self._graph, pool, stream), recorder.recording():
+            with capturing(self._graph, pool, stream), recorder.recording():
                 self._result = detached(step(*args, **kwargs))
             if recorder.reason:
                 raise NotCapturable(recorder.reason)
@@ -276,48 +273,6 @@ def _numbers(value: Any) -> bool:
 def _settings_of(scalers: list[Any]) -> list[Any]:
     """Return what of the scalers is a constant in a capture."""
     return [(scaler.is_enabled(), scaler._max_norm, id(scaler._scale), scaler._rule()) for scaler in scalers]
-
-
-@contextlib.contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
-    """Capture what is enqueued; when that fails, leave stream, allocator and random state as they were."""
-    torch.cuda.synchronize(stream.device)
-    torch.cuda.empty_cache()  # the memory of the steps before, for the graph
-    with torch.cuda.stream(stream):
-        try:
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        except RuntimeError:
-            _restore_generator(stream.device)
-            raise
-        try:
-            yield
-        except BaseException:
-            _end(graph, pool, stream.device)
-            raise
-        invalid = _end(graph, pool, stream.device)
-        if invalid:
-            raise NotCapturable(f"the capture is invalid: {invalid}")
-
-
-def _end(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> str:
-    """End a capture; return "" or what torch says of it."""
-    try:
-        graph.capture_end()
-    except RuntimeError as error:
-        # torch leaves the allocator and the random generator in their capturing state then.
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
-        _restore_generator(device)
-        return str(error).strip().splitlines()[0]
-    return ""
-
-
-def _restore_generator(device: torch.device) -> None:
-    """Bring the random generator out of a capture that failed: by one that succeeds."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(capture_error_mode="thread_local")
-    torch.zeros((), device=device)
-    graph.capture_end()
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfstep.arguments import UnsupportedArgument, describe, flatten
+from halfstep.graph_capture import NotCapturable
 from halfstep.half_weights import HalfWeights
 from halfstep.optimizer import FusedStep, hyperparameters, obstacle
-from halfstep.step_capture import CapturedStep, FusedSteps, NotCapturable, Recorder, Watch, detached, pool_bytes
+from halfstep.step_capture import CapturedStep, FusedSteps, Recorder, Watch, detached, pool_bytes
 
 if TYPE_CHECKING:
     from halfstep.analysis_timeline import Timeline

@@ -130,7 +130,7 @@ def carry(dtype: torch.dtype, monkeypatch: Any) -> None:
     """Make the next optimizations take this carrier, and int8 whatever it costs: for speed_guard=True."""
 
     def choose(carriers: Carriers, *_: Any) -> None:
-        carriers.carrier = dtype
+        carriers.fastest = carriers.carrier = dtype
         carriers.inners[dtype] = half_model(carriers.inners[carriers.own], dtype).module
 
     monkeypatch.setattr(Carriers, "choose", choose)

@@ -315,11 +315,6 @@ def test_bad_calls_are_named() -> None:
         (lambda: optimizer().optimize_for_inference(model, ["a"], "cpu"), TypeError, "without a tensor"),
         (lambda: optimizer().optimize_for_inference(model, data, "meta"), ValueError, "expected cpu or cuda"),
         (lambda: optimizer().report(), RuntimeError, "optimize_for_inference"),
-        (
-            lambda: optimizer().optimize_for_inference(torch.jit.script(model), data, "cpu"),
-            TypeError,
-            "TorchScript module",
-        ),
     ):
         with pytest.raises(error, match=message):
             make()

@@ -12,7 +12,7 @@ from halfstep.calibration_data import Batch, batch_of
 from halfstep.half_model import CastModel
 from halfstep.int8_form import Form
 from halfstep.int8_layers import Int8Layer
-from halfstep.int8_speed import Timing, calls_of, time_in_turns
+from halfstep.int8_speed import Timing, calls_of, time_in_turns, time_on_device
 from inference_cases import batches, trained_mlp
 from torch import nn
 
@@ -188,3 +188,27 @@ def test_an_eager_model_is_compared_with_eager_ones(monkeypatch: pytest.MonkeyPa
         InferencePrecisionOptimizer(progress=False, compiled=compiled).optimize_for_inference(
             trained_mlp(), batches(), "cpu"
         )
+
+
+@pytest.mark.cuda
+def test_times_on_the_device_leave_out_the_host() -> None:
+    cuda = torch.device("cuda")
+    x = torch.randn(64, 64, device=cuda)
+    launched = []
+
+    def call() -> torch.Tensor:
+        launched.append(None)
+        return x + x
+
+    (timing,) = time_on_device([call], cuda)
+    assert len(launched) == 11  # once to warm up and ten times to capture: none of it is timed
+    assert all(time > 0 for time in timing.rounds)
+
+
+@pytest.mark.cuda
+def test_what_cannot_be_captured_is_timed_as_it_is() -> None:
+    cuda = torch.device("cuda")
+    x = torch.randn(64, 64, device=cuda)
+    calls = [lambda: x + x, lambda: (x + x).sum().item()]
+    assert len(time_on_device(calls, cuda)) == 2
+    assert torch.rand(4, device=cuda).shape == (4,)  # the random state is not a capture's

@@ -4,6 +4,7 @@
 #include "halfstep/torch/cross_entropy.h"
 #include "halfstep/torch/gradients.h"
 #include "halfstep/torch/int8.h"
+#include "halfstep/torch/int8_script.h"
 #include "halfstep/torch/lower.h"
 #include "halfstep/torch/norms.h"
 #include "halfstep/torch/operation_counter.h"
