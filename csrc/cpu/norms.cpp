@@ -68,8 +68,22 @@ HS_CLONES Sums gradient_sums(const float* grad, const float* weight, const float
   });
 }
 
+HS_CLONES double sum(const float* x, std::int64_t count) {
+  float lanes[kLanes] = {};
+  const std::int64_t whole = count - count % kLanes;
+  for (std::int64_t i = 0; i < whole; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
+  for (std::int64_t i = whole; i < count; ++i) lanes[i - whole] += x[i];
+  return add_lanes(lanes);
+}
+
 HS_CLONES void standardize(float* x, std::int64_t count, float mean, float rstd) {
   for (std::int64_t i = 0; i < count; ++i) x[i] = (x[i] - mean) * rstd;
+}
+// standardize(), multiply() and add() in one pass, rounded as in three.
+HS_CLONES void standardize_affine(float* __restrict x, const float* __restrict factor, const float* __restrict term,
+                                  std::int64_t count, float mean, float rstd) {
+  for (std::int64_t i = 0; i < count; ++i) x[i] = (x[i] - mean) * rstd * factor[i] + term[i];
 }
 HS_CLONES void multiply(float* x, const float* factor, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) x[i] *= factor[i];
@@ -106,9 +120,8 @@ struct Moments {
 // About 0 if not `center`: then the mean stays 0 in every merge.
 Moments moments(const float* x, std::int64_t count, bool center) {
   const auto n = static_cast<double>(count);
-  const Sums raw = sums_about(0.0F, x, count);
-  if (!center) return {n, 0.0, raw.second};
-  const auto near = static_cast<float>(raw.first / n);
+  if (!center) return {n, 0.0, sums_about(0.0F, x, count).second};
+  const auto near = static_cast<float>(sum(x, count) / n);
   const Sums shifted = sums_about(near, x, count);
   const double squares = shifted.second - shifted.first * shifted.first / n;
   return {n, near + shifted.first / n, squares < 0.0 ? 0.0 : squares};  // below 0 by rounding alone; a NaN stays
@@ -227,8 +240,12 @@ RowStatistics NormRows::statistics(std::int64_t row, float* x) const {
 
 void NormRows::results(const RowStatistics& of_row, std::int64_t row, std::int64_t begin, std::int64_t count,
                        bool loaded, float* x) const {
-  float scratch[kBlock];
   if (!loaded) widen_run(call_.input.dtype, call_.input.data, row * call_.shape.cols() + begin, count, x);
+  float scratch[kBlock];
+  if (call_.weight.data && call_.bias.data && call_.shape.spatial == 1) {
+    return standardize_affine(x, weight_.block(row, begin, count, scratch), bias_.block(row, begin, count, scratch),
+                              count, of_row.mean, of_row.rstd);
+  }
   standardize(x, count, of_row.mean, of_row.rstd);
   if (const float* const w = weight_.block(row, begin, count, scratch)) multiply(x, w, count);
   if (const float* const b = bias_.block(row, begin, count, scratch)) add(x, b, count);
