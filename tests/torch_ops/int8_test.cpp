@@ -11,6 +11,7 @@
 #include "device_fixture.h"
 #include "halfstep/torch/calibration.h"
 #include "halfstep/torch/int8.h"
+#include "halfstep/torch/norms.h"
 
 namespace halfstep {
 namespace {
@@ -66,6 +67,28 @@ TEST_P(Int8, QuantizesByTheRule) {
   EXPECT_THROW(quantize_int8(x, 0.0), c10::Error);
   EXPECT_THROW(quantize_int8(x, 0.02, 128), c10::Error);
   EXPECT_THROW(quantize_int8(x.to(at::kDouble), 0.02), c10::Error);
+}
+
+// The norm, its int8 by one scale and by rows, and a linear layer that reads either as if it had quantized itself.
+TEST_P(Int8, LayerNormsWriteWhatLinearLayersRead) {
+  const at::Tensor x = input({4, 5, 70});
+  const at::Tensor weight = input({70});
+  const at::Tensor norm = layer_norm(x, {70}, weight, std::nullopt, 1e-3, std::nullopt);
+  const Packed packed = weights({19, 70}).packed();
+
+  const Int8NormResult by_scale = layer_norm_int8(x, {70}, weight, std::nullopt, 1e-3, 0.02, -5, /*keep_float=*/true);
+  EXPECT_TRUE(at::equal(by_scale.out, norm));
+  EXPECT_TRUE(at::equal(by_scale.quantized, quantize_int8(norm, 0.02, -5)));
+  EXPECT_EQ(by_scale.scales.numel(), 0);
+
+  const Int8NormResult by_rows = layer_norm_int8(x, {70}, weight, std::nullopt, 1e-3);
+  EXPECT_EQ(by_rows.out.numel(), 0);
+  EXPECT_EQ(by_rows.scales.sizes(), at::IntArrayRef({4, 5}));
+  Int8Call call;
+  call.input_row_scales = by_rows.scales;
+  EXPECT_TRUE(at::equal(int8_linear(by_rows.quantized, packed, call), int8_linear(norm, packed)));
+  EXPECT_THROW(int8_linear(norm, packed, call), c10::Error);  // which is no int8
+  EXPECT_THROW(layer_norm_int8(x, {5, 70}), c10::Error);
 }
 
 TEST_P(Int8, LinearSumsAndEpilogue) {
