@@ -14,7 +14,8 @@ from torch import nn
 def lent(model: nn.Module) -> nn.Module:
     """Return a copy to hand out: weights are the model's, as parameters of its own; modules and buffers are copied.
 
-    So modes, running statistics, gradients, hooks, and where and in which type the tensors are stay the copy's.
+    So modes, running statistics, gradients, hooks, and where and in which type the tensors are stay the copy's. A model
+    whose own way to be copied fails, as it may know nothing of int8 layers, is handed out itself.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -23,7 +24,10 @@ def lent(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.ScriptObject):
                 memo[id(value)] = value
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:
+        return model
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:

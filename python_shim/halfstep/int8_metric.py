@@ -76,7 +76,9 @@ class _Scores(Metric):
 
     def _run(self, model: nn.Module) -> tuple[list[float], bool]:
         with torch.no_grad(), same_random_numbers(devices_of(model)):
-            value = self._value(lent(model))
+            handed = lent(model)
+            value = self._value(handed)
+            handed.eval()  # in case it is the model itself
         try:
             values = value.tolist() if hasattr(value, "tolist") else value
             single = not isinstance(values, Sequence)
