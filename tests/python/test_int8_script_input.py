@@ -141,8 +141,8 @@ def calls(script: torch.jit.ScriptModule, op: str) -> int:
 def test_int8_of_a_script(kind: str, way: Callable[..., Any], device: str, tmp_path: Path) -> None:
     """Little noise, on other sizes too; the model as it was; the same bits from the file."""
     make, batch = CASES[kind]
-    model = make().eval()
-    script = way(model, batch(8))
+    model = make().eval().to(device)  # what is frozen or made in a trace cannot move later
+    script = way(model, batch(8).to(device))
     inference, result = optimized(script, batch, device)
     report = inference.report()
     assert report["result"] == "int8"
@@ -156,17 +156,17 @@ def test_int8_of_a_script(kind: str, way: Callable[..., Any], device: str, tmp_p
     assert calls(result, "halfstep::int8_") >= len(int8)
     assert isinstance(result, torch.jit.ScriptModule)
 
-    x = batch(5)
+    x = batch(5).to(device)
     with torch.no_grad():
         before = script(x)
-        got = result(x.to(device))
-        assert 0 < noise(before, got.cpu()) < 0.05
+        got = result(x)
+        assert 0 < noise(before, got) < 0.05
         assert torch.equal(script(x), before)
         if (kind, way) != ("branching", traced):  # a trace has one of the branches
             assert noise(model(x), before) < 1e-10
     inference.save_torchscript(tmp_path / "model.pt")
     with torch.no_grad():
-        assert torch.equal(torch.jit.load(tmp_path / "model.pt")(x.to(device)), got)
+        assert torch.equal(torch.jit.load(tmp_path / "model.pt", map_location=device)(x), got)
 
 
 def test_what_layers_are_called_and_why_others_stay_float() -> None:
