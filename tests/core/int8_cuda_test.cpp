@@ -128,7 +128,7 @@ TEST(Int8TileChoice, FollowsTheSize) {
   using cuda::Int8Tile;
   EXPECT_EQ(cuda::int8_tile_for({8192, 8192, 8192}, 132), Int8Tile::kPair256x256);
   EXPECT_EQ(cuda::int8_tile_for({64, 4096, 4096}, 132), Int8Tile::k64x64);
-  EXPECT_EQ(cuda::int8_tile_for({512, 4096, 4096}, 132), Int8Tile::kPair256x128);
+  EXPECT_EQ(cuda::int8_tile_for({8192, 768, 768}, 132), Int8Tile::k128x128);
 }
 
 TEST_F(Int8Cuda, AnyAlignment) {
