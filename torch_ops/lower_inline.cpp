@@ -92,8 +92,7 @@ class Inliner {
       case prim::Enter: {
         const auto type = node->input(0)->type()->cast<c10::ClassType>();
         const bool autocast = type != nullptr && type->name()->name().find("autocast") != std::string::npos;
-        refuse_if(autocast, node, name,
-                  "enters an autocast region of its own");
+        refuse_if(autocast, node, name, "enters an autocast region of its own");
         break;
       }
       default:

@@ -109,7 +109,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     inference, result, _ = optimized("resnet")
     inference.save(tmp_path / "m")
     plan = plan_in(taken_apart(tmp_path / "m")[0])
-    assert plan["version"] == 2
+    assert plan["version"] == 3
     assert plan["outside"] == plan["carrier"] == "float32"
     assert len(plan["graph"]) == 64
     assert ["conv1", "bn1"] in plan["folded"]
@@ -275,7 +275,7 @@ class OtherArguments(Small):
         (OtherPlace(), "batch norms that are folded"),
         (OtherFloatCode(), "it is of other code than the model's: the traced operations"),
         (OtherConstant(), "it is of other code than the model's"),
-        (OtherArgument(), "it is of other code than the model's"),
+        (OtherArgument(), "layer 'head': out_dtype: float32 in the file, None by the model's code"),
         (replace(norm=nn.LayerNorm(8, eps=1e-3)), "it is of other code than the model's"),
         (Untraceable(), "this model cannot be: TraceError"),
         (OtherArguments(), "does not take the arguments that it was optimized with"),

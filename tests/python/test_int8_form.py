@@ -223,7 +223,8 @@ def test_regions_of_an_encoder(activation: str) -> None:
     for n in (0, 1):
         expected += [([f"layers.{n}.self_attn.{part}_proj"], []) for part in ("q", "k", "v", "out")]
         one, two = f"layers.{n}.linear1", f"layers.{n}.linear2"
-        expected.append(([one, two], [f"{one} + {activation} + int8 out", f"{two} + residual"]))
+        norm = f"norm layers.{n}.norm1"
+        expected.append(([one, two], [f"{one} + {norm} + {activation} + int8 out", f"{two} + residual"]))
     assert [(region.layers, region.fused) for region in regions] == expected
     assert [bool(region.nodes) for region in regions] == 2 * [False, False, False, False, True]
     (batch,) = collect(model, [x], 100)
