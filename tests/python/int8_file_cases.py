@@ -20,7 +20,7 @@ from torch import nn
 
 
 class Small(nn.Module):
-    """A convolution with its batch norm, a norm that stays float, and a linear layer."""
+    """A convolution with its batch norm, a layer norm, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -79,7 +79,9 @@ PRODUCTS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], Callable[
     ),
     "buffer": (lambda m, x: F.linear(x, m.w), lambda: {"w": random(16, 16).detach().clone()}, ["w"]),
     "attention": (
-        lambda m, x: F.scaled_dot_product_attention(x[:, None], m.w, m.v)[:, 0],
+        lambda m, x: F.scaled_dot_product_attention(
+            x[:, None], m.w.expand(x.shape[0], -1, -1, -1), m.v.expand(x.shape[0], -1, -1, -1)
+        )[:, 0],
         lambda: {"w": random(1, 1, 6, 16), "v": random(1, 1, 6, 16)},
         ["v", "w"],
     ),
