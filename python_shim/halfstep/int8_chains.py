@@ -62,14 +62,12 @@ def fuse(
     shapes: Shapes,
     out_dtype: torch.dtype,
     norms: Iterable[tuple[str, str]] = (),
-    layer_norms: bool = True,
 ) -> list[Region]:
     """Let the int8 layers in the graph take over what they can, in place, and say what belongs together.
 
     shapes: shapes_of() the graph, before or after its layers became int8, in the dtypes that it will run in.
     out_dtype: what the model runs in beside int8. Layers that read int8 would not know it otherwise.
     norms: the pairs of fold_batch_norms(), which are told with the other parts.
-    layer_norms: whether layer norms are taken over.
 
     A layer that is called several times stays as it is. The layer's node takes the name of the last operation that it
     took over. Int8 max pooling is relied on if torch has it on the layers' device: fuse again for another device.
@@ -81,8 +79,7 @@ def fuse(
     fuser.take_residuals()
     fuser.take_activations()
     fuser.pass_int8(out_dtype)
-    if layer_norms:
-        fuser.take_norms(out_dtype)
+    fuser.take_norms(out_dtype)
     graph_module.graph.lint()
     graph_module.recompile()
     return fuser.regions()

@@ -276,9 +276,7 @@ def _fused(inner: nn.Module, layers: dict[str, nn.Module], plan: Plan, device: t
     if plan.graph is not None:
         dtype = getattr(torch, plan.carrier)
         norms = [(conv, norm) for conv, norm in plan.folded]
-        # Files from before layer norms could be int8 have none that are, and keep their bits.
-        layer_norms = any(" + norm " in line for region in plan.regions for line in region.fused)
-        found = fuse(built, _shapes(inner, plan, device), dtype, norms, layer_norms)
+        found = fuse(built, _shapes(inner, plan, device), dtype, norms)
         regions = [RegionPlan(region.layers, region.fused) for region in found]
     else:
         regions = [RegionPlan([name], []) for name in layers]

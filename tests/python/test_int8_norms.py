@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import int8_norm_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from halfstep import InferencePrecisionOptimizer
-from halfstep.int8_chains import Region, fuse
+from halfstep import InferencePrecisionOptimizer, int8_chains
+from halfstep.int8_chains import Region
 from halfstep.int8_graph import subgraph
 from halfstep.int8_layers import Int8Linear, pack
 from halfstep.int8_model import share
@@ -136,9 +138,12 @@ def test_a_linear_layer_refuses_scales_that_are_not_its_rows(
 # --------------------------------------------------------------------------------------------------------- the graphs
 
 
-def fused(graph_module: GraphModule, batch: torch.Tensor, **options: Any) -> tuple[GraphModule, list[Region]]:
+def fused(
+    graph_module: GraphModule, batch: torch.Tensor, *, with_norms: bool = True
+) -> tuple[GraphModule, list[Region]]:
     twin = share(graph_module)
-    return twin, fuse(twin, shapes_of(graph_module, batch, call), batch.dtype, **options)
+    with contextlib.nullcontext() if with_norms else mock.patch.object(int8_chains._Fuser, "take_norms"):
+        return twin, int8_chains.fuse(twin, shapes_of(graph_module, batch, call), batch.dtype)
 
 
 def norms_of(regions: list[Region]) -> dict[str, str]:
@@ -162,9 +167,9 @@ def test_models_give_the_bits_of_those_whose_layers_quantize(
     if rows:
         expected.pop("a", None)  # by rows int8 passes through no view
     assert norms_of(regions) == expected
-    apart, others = fused(cases.with_own_norms(unfused, expected.values()), batch, layer_norms=False)
+    apart, others = fused(cases.with_own_norms(unfused, expected.values()), batch, with_norms=False)
     assert not norms_of(others)
-    torchs, _ = fused(unfused, batch, layer_norms=False)
+    torchs, _ = fused(unfused, batch, with_norms=False)
     for samples in (batch, batch[:1], 3 * batch - 2):
         assert same(run(result, samples), run(apart, samples))
         near = run(torchs, samples)
@@ -294,7 +299,7 @@ def test_which_norms_are_taken_over(forward: Any, layers: dict[str, nn.Module], 
     unfused = with_int8(traced(model), x)
     result, regions = fused(unfused, x)
     assert norms_of(regions) == expected
-    apart, _ = fused(cases.with_own_norms(unfused, expected.values()), x, layer_norms=False)
+    apart, _ = fused(cases.with_own_norms(unfused, expected.values()), x, with_norms=False)
     assert same(run(result, x), run(apart, x))
     assert sum(isinstance(module, Int8LayerNorm) for module in result.modules()) == ("norm" in expected.values())
 
@@ -307,7 +312,7 @@ def test_readers_that_quantize_otherwise_get_floats() -> None:
     result, regions = fused(unfused, x)
     assert norms_of(regions) == {"a": "norm"}
     assert result.norm.keep_float
-    assert same(run(result, x), run(fused(cases.with_own_norms(unfused, ["norm"]), x, layer_norms=False)[0], x))
+    assert same(run(result, x), run(fused(cases.with_own_norms(unfused, ["norm"]), x, with_norms=False)[0], x))
     smoothed = with_int8(traced(model), x)
     weight, bias = smoothed.a.packed.weight().float(), None
     smoothed.a.packed = pack(weight, bias, input_factors=torch.rand(8) + 0.5)
@@ -360,18 +365,6 @@ def test_files_bring_the_bits_back(name: str, activations: str, device: torch.de
     assert str(loaded.graph) == str(result.graph)
     inference.save_torchscript(tmp_path / "script")
     assert same(run(torch.jit.load(tmp_path / "script"), batch), run(result, batch))
-
-
-def test_files_from_before_norms_were_int8_keep_their_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("halfstep.int8_chains._Fuser.take_norms", lambda *_: None)
-        inference, result = optimized("post-norm", torch.device("cpu"))
-        inference.save(tmp_path / "m")
-    assert " + norm " not in inference.explain()
-    loaded = InferencePrecisionOptimizer.load(tmp_path / "m", cases.PostNorm())
-    batch = cases.batch_of(5)
-    assert same(run(loaded, batch), run(result, batch))
-    assert not any(isinstance(module, Int8LayerNorm) for module in loaded.modules())
 
 
 def test_files_of_other_norms_are_refused(tmp_path: Path) -> None:
