@@ -74,8 +74,8 @@ class _Scores(Metric):
         super().__init__([without_labels(batch)[0] for batch in batches], len(self._reference))
 
     def _run(self, model: nn.Module) -> tuple[list[float], bool]:
-        with torch.no_grad(), same_random_numbers(devices_of(model)):
-            value = self._eval_fn(lent(model))
+        with torch.no_grad(), same_random_numbers(devices_of(model)), lent(model) as given:
+            value = self._eval_fn(given)
         try:
             values = value.tolist() if hasattr(value, "tolist") else value
             single = not isinstance(values, Sequence)
