@@ -11,12 +11,40 @@ import torch
 from torch import nn
 
 
-def lent(model: nn.Module) -> nn.Module:
-    """Return a copy to hand out: weights are the model's, as parameters of its own; modules and buffers are copied.
+@contextlib.contextmanager
+def lent(model: nn.Module) -> Iterator[nn.Module]:
+    """Give a model to hand out, in eval mode.
 
-    So modes, running statistics, gradients, hooks, and where and in which type the tensors are stay the copy's. A model
-    whose own way to be copied fails, as it may know nothing of int8 layers, is handed out itself.
+    It is a copy: weights are the model's, as parameters of its own; modules and buffers are copied. So modes, running
+    statistics, gradients, hooks, and where and in which type the tensors are stay the copy's. If a __deepcopy__ of the
+    model's own refuses int8 layers it is the model itself, of which modes, buffers and gradients are put back.
     """
+    try:
+        copied = _copied(model).eval()
+    except Exception:  # code of the model's own
+        copied = None
+    if copied is not None:
+        yield copied
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            setattr(module, name, buffer.copy_(value))
+        for parameter, requires_grad in parameters:
+            parameter.requires_grad_(requires_grad).grad = None
+
+
+def _copied(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -24,10 +52,7 @@ def lent(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.ScriptObject):
                 memo[id(value)] = value
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception:
-        return model
+    return copy.deepcopy(model, memo)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:

@@ -75,10 +75,8 @@ class _Scores(Metric):
         super().__init__([without_labels(batch)[0] for batch in batches], len(self._reference))
 
     def _run(self, model: nn.Module) -> tuple[list[float], bool]:
-        with torch.no_grad(), same_random_numbers(devices_of(model)):
-            handed = lent(model)
-            value = self._value(handed)
-            handed.eval()  # in case it is the model itself
+        with torch.no_grad(), same_random_numbers(devices_of(model)), lent(model) as given:
+            value = self._value(given)
         try:
             values = value.tolist() if hasattr(value, "tolist") else value
             single = not isinstance(values, Sequence)

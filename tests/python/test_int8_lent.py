@@ -168,7 +168,8 @@ def test_what_is_lent_shares_the_memory_of_weights() -> None:
     model = Net().eval()
     model.tied = model.head
     model.first.weight.mark = "kept"
-    copy = lent(model)
+    with lent(model) as copy:
+        pass
     assert copy.tied is copy.head is not model.head
     for name, parameter in model.named_parameters():
         other = copy.get_parameter(name)
@@ -177,3 +178,33 @@ def test_what_is_lent_shares_the_memory_of_weights() -> None:
     assert copy.first.weight.mark == "kept"
     for name, buffer in model.named_buffers():
         assert copy.get_buffer(name).data_ptr() != buffer.data_ptr()
+
+
+@pytest.mark.parametrize("misuse", [left_in_training, with_gradients, with_random_numbers])
+def test_a_model_that_cannot_be_copied_is_put_back(misuse: Callable[[nn.Module], Any]) -> None:
+    class Uncopied(Net):
+        def __deepcopy__(self, memo: dict) -> Uncopied:
+            raise TypeError("there is one of me")
+
+    model = Uncopied().eval().requires_grad_(False)
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    with lent(model) as same:
+        assert same is model
+        misuse(same)
+        model.norm.running_mean = torch.ones(32)
+    assert not any(module.training for module in model.modules())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, model.state_dict().values(), strict=True))
+
+
+def test_a_copy_of_the_models_own_making_is_in_eval_mode() -> None:
+    class Made(Net):
+        def __deepcopy__(self, memo: dict) -> Made:
+            made = Made()
+            made.load_state_dict(self.state_dict())
+            return made
+
+    model = Made().eval()
+    with lent(model) as copy:
+        assert copy is not model
+        assert not any(module.training for module in copy.modules())
