@@ -59,6 +59,12 @@ class Case:
     example: Inputs
 
 
+def cosines(before: torch.Tensor, after: torch.Tensor) -> str:
+    """Return the mean cosine between vectors, and the least in brackets."""
+    found = torch.cosine_similarity(before, after)
+    return f"{found.mean():.4f} ({found.min():.4f})"
+
+
 def minilm(path: Path, device: torch.device, batch: int) -> Case:
     model, data = sentences.load(path)
 
@@ -66,17 +72,13 @@ def minilm(path: Path, device: torch.device, batch: int) -> Case:
         queries, documents = data.encode(model, pairs, device)
         return 1.0 / sentences.ranks(queries, documents), torch.cat([queries, documents])
 
-    def agreement(before: torch.Tensor, after: torch.Tensor) -> str:
-        cosines = torch.cosine_similarity(before, after)
-        return f"{cosines.mean():.4f} ({cosines.min():.4f})"
-
     return Case(
         "minilm",
         model,
         data.calibration(),
         lambda model: reciprocal_ranks(data.guard, model)[0],
         partial(reciprocal_ranks, data.held_out),
-        agreement,
+        cosines,
         tuple(tensor.to(device) for tensor in data.example(batch)),
     )
 
@@ -117,11 +119,7 @@ def sized(name: str, device: torch.device, batch: int) -> Case:
         with torch.inference_mode():
             return torch.zeros(batch), model(*example).float().cpu()
 
-    def agreement(before: torch.Tensor, after: torch.Tensor) -> str:
-        cosines = torch.cosine_similarity(before, after)
-        return f"{cosines.mean():.4f} ({cosines.min():.4f})"
-
-    return Case(name, model.eval(), batches, None, evaluate, agreement, example)
+    return Case(name, model.eval(), batches, None, evaluate, cosines, example)
 
 
 def said(report: dict[str, Any]) -> str:

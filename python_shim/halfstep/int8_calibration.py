@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Calibration:
         saved = time.monotonic()
         state: dict[str, Any] | None = None  # of the last whole batch, where the file does not have it
         try:
-            with torch.no_grad(), _observing(model, self.observers):
+            layers = {name: model.get_submodule(name) for name in self.observers}
+            with torch.no_grad(), seeing_inputs(layers, self._observe):
                 for step in _with_progress(steps, progress):
                     with naming(self._batches[step], model):
                         self._batches[step](model)
@@ -63,6 +65,10 @@ class Calibration:
         finally:
             if state is not None:
                 self._file.save(self.done, state)
+
+    def _observe(self, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            self.observers[name].observe(value)
 
     def seen(self, name: str) -> bool:
         """Return whether the layer was called with finite values."""
@@ -79,21 +85,16 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _observing(model: nn.Module, observers: Mapping[str, Any]) -> Iterator[None]:
+def seeing_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call see(name, what the layer is called on) before every call of these layers."""
+
+    def watch(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(name, first_argument(args, kwargs))
+
     handles = []
-
-    def watch(observer: Any) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = first_argument(args, kwargs)
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                observer.observe(value)
-
-        return hook
-
     try:
-        for name, observer in observers.items():
-            layer = model.get_submodule(name)
-            handles.append(layer.register_forward_pre_hook(watch(observer), with_kwargs=True))
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -206,7 +206,7 @@ class Form:
                     calls["int8"] = partial(int8, *[values[name] for name in names])
             else:
                 part = inner.get_submodule(region.layers[0])
-                taken = _taken(part, inner, given)
+                taken = first_call(part, inner, given)
                 if taken is None:
                     return {}
                 args, kwargs = taken
@@ -217,7 +217,7 @@ class Form:
         return dict(zip(calls, time_on_device(list(calls.values()), device), strict=True))
 
 
-def _taken(layer: nn.Module, model: nn.Module, arguments: Arguments) -> Arguments | None:
+def first_call(layer: nn.Module, model: nn.Module, arguments: Arguments) -> Arguments | None:
     """Return what the layer is called with in the first of its calls, None if there is none."""
     taken: list[Arguments] = []
     handle = layer.register_forward_pre_hook(lambda _m, *call: taken.append(call), with_kwargs=True)

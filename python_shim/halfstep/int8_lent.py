@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
+
+from halfstep.int8_model import copy_of
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def lent(model: nn.Module) -> Iterator[nn.Module]:
     model's own refuses int8 layers it is the model itself, of which modes, buffers and gradients are put back.
     """
     try:
-        copied = _copied(model).eval()
+        copied = copy_of(model, {parameter: _alias(parameter) for parameter in model.parameters()}).eval()
     except Exception:  # code of the model's own
         copied = None
     if copied is not None:
@@ -42,17 +42,6 @@ def lent(model: nn.Module) -> Iterator[nn.Module]:
             setattr(module, name, buffer.copy_(value))
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad).grad = None
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            memo[id(parameter)] = _alias(parameter)
-        for value in vars(module).values():
-            if isinstance(value, torch.ScriptObject):
-                memo[id(value)] = value
-    return copy.deepcopy(model, memo)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:

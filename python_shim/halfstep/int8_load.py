@@ -58,7 +58,8 @@ def load_int8(
 
     The result computes the saved model's bits on the same device. ValueError for a file that is damaged, none of
     halfstep's, of another version, or of other code than the model's, as far as that can be told: of a model that is
-    not traced, layers and the names and shapes of tensors are compared, not what code does between them. Checksums are
+    not traced, layers, settings of torch's layers, and the names and shapes of tensors are compared, not what code does
+    between them. Checksums are
     compared before anything is made of the file, sizes before anything is copied. FileNotFoundError if there is none.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):

@@ -239,16 +239,17 @@ def kept_results(model: nn.Module) -> dict[int, torch.Tensor]:
     }
 
 
+def copy_of(model: nn.Module, tensors: Mapping[torch.Tensor, torch.Tensor]) -> nn.Module:
+    """Return a copy of the model's modules with these in place of tensors; packed weights are shared with the model."""
+    memo: dict[int, Any] = {**kept_results(model), **{id(tensor): instead for tensor, instead in tensors.items()}}
+    for module in model.modules():
+        memo.update((id(value), value) for value in vars(module).values() if isinstance(value, torch.ScriptObject))
+    return copy.deepcopy(model, memo)
+
+
 def share(model: nn.Module) -> nn.Module:
     """Return a copy of the model's modules that shares all tensors and packed weights with it."""
-    memo: dict[int, Any] = {**kept_results(model)}
-    for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            memo[id(tensor)] = tensor
-        for value in vars(module).values():
-            if isinstance(value, torch.ScriptObject):
-                memo[id(value)] = value
-    return copy.deepcopy(model, memo)
+    return copy_of(model, {tensor: tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from halfstep.half_model import CastModel, name_of
+from halfstep.int8_form import first_call
 from halfstep.int8_metric import Verdict
 from halfstep.int8_model import replace_layers
 from halfstep.int8_recurrent import int8_recurrent
@@ -102,18 +103,10 @@ class RecurrentWeights:
 
     def _times(self, model: nn.Module, module: nn.Module, layer: nn.Module, dtype: str) -> dict[str, float]:
         """Time both layers on what the first call with a batch gives them; empty for a layer that is not called."""
-        taken: list[tuple[Any, Any]] = []
-        handle = module.register_forward_pre_hook(
-            lambda _module, args, kwargs: taken.append((args, kwargs)), with_kwargs=True
-        )
-        try:
-            with torch.no_grad():
-                self._run.batches[0](model)
-        finally:
-            handle.remove()
-        if not taken:
+        taken = first_call(module, model, self._run.batches[0].arguments())
+        if taken is None:
             return {}
-        args, kwargs = taken[0]
+        args, kwargs = taken
         calls = [partial(each, *args, **kwargs) for each in (module, layer)]
         float_time, int8_time = time_in_turns(calls, self._run.device, _ROUNDS)
         return {dtype: float_time.median, "int8": int8_time.median}

@@ -21,12 +21,12 @@ from halfstep._library import load_library
 from halfstep.calibration_data import Batch
 from halfstep.half_model import cast_floats, float_dtype, name_of
 from halfstep.int8_batches import floating_tensors_of
-from halfstep.int8_calibration import first_argument
+from halfstep.int8_calibration import seeing_inputs
 from halfstep.int8_form import Arguments, Region, call_with
 from halfstep.int8_layers import Int8Embedding
 from halfstep.int8_model import Candidate, not_selected
 from halfstep.int8_report import Report
-from halfstep.int8_speed import Timing, time_in_turns
+from halfstep.int8_speed import Timing, time_on_device
 from halfstep.int8_uses import uses_of
 from halfstep.signatures import signature_of
 
@@ -180,26 +180,16 @@ class ScriptForm:
             for name, kind in self._kinds.items()
             if name not in left
         }
-        with self._watched(found, left):
+
+        def see(name: str, value: Any) -> None:
+            if value.dim() != _DIMS[found[name].kind]:
+                left[name] = "it is called without a batch dimension"
+
+        watched = {name: each.module for name, each in found.items() if each.kind in _DIMS}
+        with seeing_inputs(watched, see):
             uses = uses_of(self.model, {name: candidate.module for name, candidate in found.items()}, batches)
         left.update((name, use.obstacle) for name, use in uses.items() if use.obstacle)
         return {name: candidate for name, candidate in found.items() if name not in left}, left
-
-    @contextlib.contextmanager
-    def _watched(self, found: Mapping[str, Candidate], left: dict[str, str]) -> Iterator[None]:
-        """Note layers whose input has no batch dimension, which int8 convolutions need."""
-
-        def watch(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0].dim() != _DIMS[found[name].kind]:
-                left[name] = "it is called without a batch dimension"
-
-        watched = [name for name, candidate in found.items() if candidate.kind in _DIMS]
-        handles = [found[name].module.register_forward_pre_hook(partial(watch, name)) for name in watched]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def build(self, inner: nn.Module, layers: dict[str, nn.Module], dtype: torch.dtype) -> torch.jit.ScriptModule:
         """Return the script in `dtype` with these layers int8; `inner` is `model` in `dtype`, of which it is made."""
@@ -245,7 +235,7 @@ class ScriptForm:
             device = next(iter(taken.values())).device
             if dtype == carrier:
                 calls["int8"] = partial(_run, _int8_calls(taken, layers))
-        return dict(zip(calls, time_in_turns(list(calls.values()), device), strict=True))
+        return dict(zip(calls, time_on_device(list(calls.values()), device), strict=True))
 
 
 def _run(calls: list[tuple[nn.Module, torch.Tensor]]) -> None:
@@ -268,17 +258,7 @@ def _int8_calls(
 def _taken(model: nn.Module, names: list[str], arguments: Arguments) -> dict[str, torch.Tensor]:
     """Return what each layer is called on in the first of its calls, in the order of the calls."""
     taken: dict[str, torch.Tensor] = {}
-
-    def watch(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taken.setdefault(name, first_argument(args, kwargs))
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name in names
-    ]
-    try:
-        with torch.no_grad():
-            call_with(model, arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: model.get_submodule(name) for name in names}
+    with torch.no_grad(), seeing_inputs(layers, taken.setdefault):
+        call_with(model, arguments)
     return taken

@@ -95,20 +95,10 @@ TEST_F(Int8NormsCuda, AreANormAndAQuantizationBitForBitAndNearTheReference) {
 }
 
 TEST_F(Int8NormsCuda, NonFiniteRowsStayAmongThemselves) {
-  for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
-    for (const std::int64_t cols : {104, 20000}) {
-      NormData data({.shape = {3, cols}});
-      data.tensors.set(NormData::kInput, static_cast<std::size_t>(2 * cols - 1), bad);
-      const auto middle = static_cast<std::size_t>(cols);
-      const Int8NormResult by_one = fused(data, {0.03F, 11}, false, false);
-      for (std::size_t i = middle; i < 2 * middle; ++i) ASSERT_EQ(by_one.quantized[i], 11);
-      const Int8NormResult by_rows = fused(data, {}, true, false);
-      EXPECT_GT(by_rows.scales[0], 0.0F);
-      EXPECT_EQ(by_rows.scales[1], -1.0F);  // NaN
-      EXPECT_GT(by_rows.scales[2], 0.0F);
-      EXPECT_EQ(by_rows, composed(data, {}, true));
-    }
-  }
+  for (const std::int64_t cols : {104, 20000})
+    test::check_non_finite_rows(
+        cols, [&](auto&&... arguments) { return fused(arguments...); },
+        [&](auto&&... arguments) { return composed(arguments...); });
 }
 
 TEST_F(Int8NormsCuda, CanBeCapturedInAGraph) {

@@ -68,4 +68,22 @@ inline void expect_int8_norm_matches(const NormData& data, const Int8NormResult&
   }
 }
 
+// As quantize() and quantize_rows() have it: NaN becomes the zero point; a row that is not finite has a NaN scale.
+// fused(data, parameters, by_rows, keep_float) is the call, composed(data, parameters, by_rows) the two it stands for.
+template <class Fused, class Composed>
+void check_non_finite_rows(std::int64_t cols, const Fused& fused, const Composed& composed) {
+  for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+    NormData data({.shape = {3, cols}});
+    data.tensors.set(NormData::kInput, static_cast<std::size_t>(2 * cols - 1), bad);
+    const auto middle = static_cast<std::size_t>(cols);
+    const Int8NormResult by_one = fused(data, Int8Parameters{0.03F, 11}, false, false);
+    for (std::size_t i = middle; i < 2 * middle; ++i) ASSERT_EQ(by_one.quantized[i], 11);
+    const Int8NormResult by_rows = fused(data, Int8Parameters{}, true, false);
+    EXPECT_GT(by_rows.scales[0], 0.0F);
+    EXPECT_EQ(by_rows.scales[1], -1.0F);  // NaN
+    EXPECT_GT(by_rows.scales[2], 0.0F);
+    EXPECT_EQ(by_rows, composed(data, Int8Parameters{}, true));
+  }
+}
+
 }  // namespace halfstep::test

@@ -115,22 +115,9 @@ TEST(Int8Norms, ParametersAndStatisticsMayBeAbsent) {
   }
 }
 
-// As quantize() and quantize_rows() have it: NaN becomes the zero point; a row that is not finite has a NaN scale.
 TEST(Int8Norms, NonFiniteRowsStayAmongThemselves) {
-  for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
-    for (const std::int64_t cols : {100, 5000}) {
-      NormData data({.shape = {3, cols}});
-      data.tensors.set(NormData::kInput, static_cast<std::size_t>(2 * cols - 1), bad);
-      const auto middle = static_cast<std::size_t>(cols);
-      const Int8NormResult by_one = fused(data, {0.03F, 11}, false, false);
-      for (std::size_t i = middle; i < 2 * middle; ++i) ASSERT_EQ(by_one.quantized[i], 11);
-      const Int8NormResult by_rows = fused(data, {}, true, false);
-      EXPECT_GT(by_rows.scales[0], 0.0F);
-      EXPECT_EQ(by_rows.scales[1], -1.0F);  // NaN
-      EXPECT_GT(by_rows.scales[2], 0.0F);
-      EXPECT_EQ(by_rows, composed(data, {}, true));
-    }
-  }
+  for (const std::int64_t cols : {100, 5000})
+    test::check_non_finite_rows(cols, [](auto&&... arguments) { return fused(arguments...); }, &composed);
 }
 
 TEST(Int8Norms, RefuseWhatTheyCannotQuantizeBy) {
