@@ -3,7 +3,7 @@
 torch's `MultiheadAttention` computes with the weights of its children and never calls them; in inference the fast paths
 of `TransformerEncoderLayer` and `TransformerEncoder` do so too. The modules here compute the same by calling
 `q_proj`, `k_proj`, `v_proj`, `out_proj`, `linear1` and `linear2`, whatever these are. They can be scripted, exported,
-compiled, copied and pickled; `torch.fx` traces all but `SplitAttention`, which should be a leaf.
+compiled, copied, pickled and traced by `torch.fx`, which calls `attend` and the functions on masks whole.
 """
 
 from __future__ import annotations
@@ -41,6 +41,115 @@ def zero_padding(output: torch.Tensor, padding: torch.Tensor, check: bool) -> to
     return output.masked_fill(hidden.unsqueeze(-1), 0.0)
 
 
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    batch_first: bool,
+    key_padding_mask: torch.Tensor | None,
+    need_weights: bool,
+    attn_mask: torch.Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+    bias_k: torch.Tensor | None,
+    bias_v: torch.Tensor | None,
+    add_zero_attn: bool,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what attention does between its products: the output before the last one, and the weights or None.
+
+    q, k, v are projected and of the shapes that nn.MultiheadAttention takes, and so is the output; the other arguments
+    are its too. ValueError and TypeError as SplitAttention says.
+    """
+    if q.is_nested or k.is_nested or v.is_nested:
+        raise ValueError("attention got a nested tensor, expected a padded one and key_padding_mask")
+    if q.dim() not in (2, 3) or k.dim() != q.dim() or v.dim() != q.dim():
+        raise ValueError(
+            f"query, key and value have {q.dim()}, {k.dim()} and {v.dim()} dimensions, expected 3 each, or 2 without a "
+            "batch"
+        )
+    if is_causal and attn_mask is None:
+        raise ValueError("is_causal=True without attn_mask, expected the causal mask of which it is a hint")
+    batched = q.dim() == 3
+    if not batched:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+    sequence_first = batched and not batch_first
+    if k.size(1 if sequence_first else 0) != q.size(1 if sequence_first else 0) or k.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            f"query is {list(q.shape)}, key {list(k.shape)} and value {list(v.shape)}, expected the same batch, and as "
+            "many keys as values"
+        )
+    q = _heads(q, heads, sequence_first)
+    k = _heads(k, heads, sequence_first)
+    v = _heads(v, heads, sequence_first)
+    # As in torch: with the hint alone, the mask is not read.
+    causal = is_causal and key_padding_mask is None and not need_weights
+    mask = _mask(q, k.size(2), None if causal else attn_mask, key_padding_mask)
+    keys = k.size(2)
+    if bias_k is not None and bias_v is not None:
+        k = torch.cat([k, _row(bias_k, k)], 2)
+        v = torch.cat([v, _row(bias_v, v)], 2)
+    if add_zero_attn:
+        k = F.pad(k, (0, 0, 0, 1))
+        v = F.pad(v, (0, 0, 0, 1))
+    if mask is not None and k.size(2) != keys:
+        mask = F.pad(mask, (0, k.size(2) - keys))
+
+    weights: torch.Tensor | None = None
+    if need_weights:
+        scores = torch.matmul(q * q.size(3) ** -0.5, k.transpose(-2, -1))
+        if mask is not None:
+            scores = scores + mask
+        shares = F.dropout(torch.softmax(scores, -1), dropout, dropout > 0.0)
+        output = torch.matmul(shares, v)
+        weights = shares.mean(1) if average_attn_weights else shares
+    else:
+        output = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+    output = (output.permute(2, 0, 1, 3) if sequence_first else output.transpose(1, 2)).flatten(2)
+    if not batched:
+        output = output.squeeze(0)
+        if weights is not None:
+            weights = weights.squeeze(0)
+    return output, weights
+
+
+def _heads(x: torch.Tensor, heads: int, sequence_first: bool) -> torch.Tensor:
+    """Return x as [batch, heads, sequence, head_dim]."""
+    x = x.unflatten(2, (heads, -1))
+    return x.permute(1, 2, 0, 3) if sequence_first else x.transpose(1, 2)
+
+
+def _row(bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return bias [1, 1, embed_dim] as one more key or value of each sequence of `like`, which _heads() made."""
+    return bias.view(1, like.size(1), 1, like.size(3)).expand(like.size(0), -1, -1, -1).to(like.dtype)
+
+
+def _mask(
+    q: torch.Tensor, keys: int, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the sum of both masks, which broadcasts to [batch, heads, queries, keys]."""
+    batch, heads, queries = q.size(0), q.size(1), q.size(2)
+    mask: torch.Tensor | None = None
+    if attn_mask is not None:
+        expected = [queries, keys] if attn_mask.dim() == 2 else [batch * heads, queries, keys]
+        if list(attn_mask.shape) != expected:
+            raise ValueError(
+                f"attn_mask is {list(attn_mask.shape)}, expected {[queries, keys]} or {[batch * heads, queries, keys]}"
+            )
+        mask = additive_mask(attn_mask, q.dtype)
+        mask = mask.unflatten(0, (batch, heads)) if mask.dim() == 3 else mask.unsqueeze(0).unsqueeze(0)
+    if key_padding_mask is not None:
+        if list(key_padding_mask.shape) != [batch, keys]:
+            raise ValueError(f"key_padding_mask is {list(key_padding_mask.shape)}, expected {[batch, keys]}")
+        padding = additive_mask(key_padding_mask, q.dtype).unsqueeze(1).unsqueeze(1)
+        mask = padding if mask is None else mask + padding
+    return mask
+
+
+torch.fx.wrap("attend")
 torch.fx.wrap("additive_mask")
 torch.fx.wrap("zero_padding")
 
@@ -91,91 +200,26 @@ class SplitAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return output and weights; the weights are None unless asked for."""
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise ValueError("attention got a nested tensor, expected a padded one and key_padding_mask")
-        if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
-            raise ValueError(
-                f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions, expected 3 each, "
-                "or 2 without a batch"
-            )
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal=True without attn_mask, expected the causal mask of which it is a hint")
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            if key_padding_mask is not None:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-        sequence_first = batched and not self.batch_first
-        q = self._heads(self.q_proj(query), sequence_first)
-        k = self._heads(self.k_proj(key), sequence_first)
-        v = self._heads(self.v_proj(value), sequence_first)
-        if k.size(0) != q.size(0) or k.shape != v.shape:
-            raise ValueError(
-                f"query is {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}, expected the same "
-                "batch, and as many keys as values"
-            )
-        # As in torch: with the hint alone, the mask is not read.
-        causal = is_causal and key_padding_mask is None and not need_weights
-        mask = self._mask(q, k.size(2), None if causal else attn_mask, key_padding_mask)
-        keys = k.size(2)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self._row(self.bias_k, k)], 2)
-            v = torch.cat([v, self._row(self.bias_v, v)], 2)
-        if self.add_zero_attn:
-            k = F.pad(k, (0, 0, 0, 1))
-            v = F.pad(v, (0, 0, 0, 1))
-        if mask is not None and k.size(2) != keys:
-            mask = F.pad(mask, (0, k.size(2) - keys))
-
-        weights: torch.Tensor | None = None
-        dropout = self.dropout if self.training else 0.0
+        attended = attend(
+            self.q_proj(query),
+            self.k_proj(key),
+            self.v_proj(value),
+            self.num_heads,
+            self.batch_first,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout if self.training else 0.0,
+        )
+        weights: torch.Tensor | None = None  # what a trace knows too
         if need_weights:
-            scores = torch.matmul(q * self.head_dim**-0.5, k.transpose(-2, -1))
-            if mask is not None:
-                scores = scores + mask
-            shares = F.dropout(torch.softmax(scores, -1), dropout, self.training)
-            output = torch.matmul(shares, v)
-            weights = shares.mean(1) if average_attn_weights else shares
-        else:
-            output = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-        output = output.permute(2, 0, 1, 3) if sequence_first else output.transpose(1, 2)
-        output = self.out_proj(output.flatten(2))
-        if not batched:
-            output = output.squeeze(0)
-            if weights is not None:
-                weights = weights.squeeze(0)
-        return output, weights
-
-    def _heads(self, x: torch.Tensor, sequence_first: bool) -> torch.Tensor:
-        """Return x as [batch, heads, sequence, head_dim]."""
-        x = x.view(x.size(0), x.size(1), self.num_heads, self.head_dim)
-        return x.permute(1, 2, 0, 3) if sequence_first else x.transpose(1, 2)
-
-    def _row(self, bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return bias [1, 1, embed_dim] as one more key or value of each sequence."""
-        return bias.view(1, self.num_heads, 1, self.head_dim).expand(like.size(0), -1, -1, -1).to(like.dtype)
-
-    def _mask(
-        self, q: torch.Tensor, keys: int, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Return the sum of both masks, which broadcasts to [batch, heads, queries, keys]."""
-        batch, heads, queries = q.size(0), q.size(1), q.size(2)
-        mask: torch.Tensor | None = None
-        if attn_mask is not None:
-            expected = [queries, keys] if attn_mask.dim() == 2 else [batch * heads, queries, keys]
-            if list(attn_mask.shape) != expected:
-                raise ValueError(
-                    f"attn_mask is {list(attn_mask.shape)}, expected {[queries, keys]} or "
-                    f"{[batch * heads, queries, keys]}"
-                )
-            mask = additive_mask(attn_mask, q.dtype)
-            mask = mask.unflatten(0, (batch, heads)) if mask.dim() == 3 else mask.unsqueeze(0).unsqueeze(0)
-        if key_padding_mask is not None:
-            if list(key_padding_mask.shape) != [batch, keys]:
-                raise ValueError(f"key_padding_mask is {list(key_padding_mask.shape)}, expected {[batch, keys]}")
-            padding = additive_mask(key_padding_mask, q.dtype).unsqueeze(1).unsqueeze(1)
-            mask = padding if mask is None else mask + padding
-        return mask
+            weights = attended[1]
+        return self.out_proj(attended[0]), weights
 
     def extra_repr(self) -> str:
         """Return what stands in the printed model."""

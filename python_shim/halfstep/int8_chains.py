@@ -4,6 +4,7 @@
     residual     the addition of another tensor of the same shape
     int8 out     where every reader is an int8 layer that quantizes by the same scale and zero point
     norm         a layer norm, which writes int8 for the int8 layers that read it, and float for what else does
+    joined       linear layers that read the same value alike are one product
 
 In float32 none of them changes a bit, but for gelu, silu, hardswish and norms, which torch rounds at other places: a
 norm is that of halfstep's `layer_norm`, quantized. In half precision the sums are no longer rounded before the
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from halfstep.int8_joins import join_products, joins_of
 from halfstep.int8_nodes import (
     INT8_LAYERS,
     PRODUCTS,
@@ -70,7 +72,8 @@ def fuse(
     norms: the pairs of fold_batch_norms(), which are told with the other parts.
 
     A layer that is called several times stays as it is. The layer's node takes the name of the last operation that it
-    took over. Int8 max pooling is relied on if torch has it on the layers' device: fuse again for another device.
+    took over; joined layers are gone from the module, and an Int8JoinedLinear is where the first of them was. Int8 max
+    pooling is relied on if torch has it on the layers' device: fuse again for another device.
     """
     fuser = _Fuser(graph_module, shapes)
     for conv, norm in norms:
@@ -80,9 +83,14 @@ def fuse(
     fuser.take_activations()
     fuser.pass_int8(out_dtype)
     fuser.take_norms(out_dtype)
+    groups = fuser.joinable()
+    regions = fuser.regions()
+    for nodes in groups:
+        own = next(region for region in regions if str(nodes[0].target) in region.layers)
+        own.nodes.extend(join_products(graph_module, nodes))
     graph_module.graph.lint()
     graph_module.recompile()
-    return fuser.regions()
+    return regions
 
 
 class _Fuser:
@@ -270,6 +278,34 @@ class _Fuser:
             product = self._product(reader)
             if product.out_scale is None:
                 product.out_dtype = out_dtype
+
+    def joinable(self) -> list[list[Node]]:
+        """Return the calls of layers that can be one product, several in each group, and link them to one region."""
+        groups: dict[tuple[object, ...], list[Node]] = {}
+        for node in self._graph.nodes:
+            layer = self._product(node)
+            common = None if layer is None else joins_of(layer)
+            arguments = (*node.args, *node.kwargs.values())
+            if common is None or arguments != (input_of(node), *filter(None, [node.kwargs.get("row_scales")])):
+                continue  # it has a residual
+            groups.setdefault((arguments, common), []).append(node)
+        found = []
+        for nodes in groups.values():
+            nodes = nodes[: 1 + self._unwritten(nodes)]
+            if len(nodes) > 1:
+                names = [str(node.target) for node in nodes]
+                self.note(names[0], f"joined with {', '.join(names[1:])}")
+                self._links += [(nodes[0], node) for node in nodes[1:]]
+                found.append(nodes)
+        return found
+
+    def _unwritten(self, nodes: list[Node]) -> int:
+        """Return how many of the nodes after the first can be computed with it: nothing between may write."""
+        each, reached = nodes[0].next, 0
+        while reached + 1 < len(nodes) and not may_write(self._root, each):
+            reached += each is nodes[reached + 1]
+            each = each.next
+        return reached
 
     def regions(self) -> list[Region]:
         place = {node: position for position, node in enumerate(self._graph.nodes)}

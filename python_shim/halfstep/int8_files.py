@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfstep.int8_joins import Int8JoinedLinear
 from halfstep.int8_nodes import INT8_LAYERS
 from halfstep.int8_recurrent import Int8Recurrent, Int8Weight
 
@@ -34,8 +35,8 @@ PARTS = ("weight", "scales", "bias", "input_factors")  # of an int8 layer, a ten
 
 
 def int8_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the int8 layers by name, without recurrent ones."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, INT8_LAYERS)}
+    """Return the int8 layers by name, without recurrent ones; for joined ones the layers that they stand for."""
+    return _layers(model, INT8_LAYERS)
 
 
 def recurrent_layers(model: nn.Module) -> dict[str, Int8Recurrent]:
@@ -45,8 +46,17 @@ def recurrent_layers(model: nn.Module) -> dict[str, Int8Recurrent]:
 
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return what has packed weights by name: int8 layers, and each weight of recurrent ones."""
-    kinds = (*INT8_LAYERS, Int8Weight)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return _layers(model, (*INT8_LAYERS, Int8Weight))
+
+
+def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Int8JoinedLinear):
+            found.update(module.parts())
+        elif isinstance(module, kinds):
+            found[name] = module
+    return found
 
 
 def float_tensors(model: nn.Module, int8: Collection[nn.Module]) -> dict[str, torch.Tensor]:

@@ -21,12 +21,11 @@ from torch.fx.immutable_collections import immutable_dict
 from halfstep.calls import HOOKS, copy_of
 from halfstep.containers import is_dataclass
 from halfstep.half_model import CastModel
-from halfstep.int8_attention import SplitAttention
 from halfstep.int8_model import is_product
 from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
 from halfstep.int8_report import grouped
 
-_WHOLE = (*INT8_LAYERS, SplitAttention, torch.jit.ScriptModule)
+_WHOLE = (*INT8_LAYERS, torch.jit.ScriptModule)
 
 
 class TracedModule(GraphModule):
@@ -54,8 +53,8 @@ class TracedModule(GraphModule):
 def trace(model: nn.Module, given: Collection[str] | None = None) -> tuple[GraphModule | None, str]:
     """Trace a copy of the model, which shares the parameters' memory, in eval mode.
 
-    The graph calls modules of torch.nn (but Sequential) whole, scripted ones, SplitAttention, int8 layers and layers
-    that can be int8, subclasses included, and every module that cannot be traced itself.
+    The graph calls modules of torch.nn (but Sequential) whole, scripted ones, int8 layers and layers that can
+    be int8, subclasses included, and every module that cannot be traced itself.
 
     given: the parameters of forward that calls will pass (given_arguments() tells); the others keep their defaults, and
     the traced model does not take them. None: those without a default.
@@ -79,8 +78,6 @@ def trace(model: nn.Module, given: Collection[str] | None = None) -> tuple[Graph
     tracer = _Tracer(_defaults(model, given))
     if tracer.is_leaf_module(twin, ""):
         kind = type(twin)
-        if kind is SplitAttention:
-            return None, "the model is attention itself, which is called whole"
         has_layers = any(is_product(module) for module in twin.modules() if module is not twin)
         return None, f"nn.{kind.__name__} is called whole" if has_layers else "the model is a single layer"
     try:

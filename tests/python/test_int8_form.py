@@ -206,7 +206,7 @@ def test_globs_are_of_the_models_own_names() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_regions_of_an_encoder(activation: str) -> None:
-    """Attention is called whole, so that its layers are regions of their own; around it int8 passes."""
+    """Query, key and value are one product, behind the norm of the layer before; additions and norms are taken over."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=activation)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     x = torch.randn(4, 5, 8)
@@ -221,12 +221,15 @@ def test_regions_of_an_encoder(activation: str) -> None:
     regions = form.regions(form.model, layers(), torch.float32)
     expected: list[tuple[list[str], list[str]]] = []
     for n in (0, 1):
-        expected += [([f"layers.{n}.self_attn.{part}_proj"], []) for part in ("q", "k", "v", "out")]
+        q, k, v, out = (f"layers.{n}.self_attn.{part}_proj" for part in ("q", "k", "v", "out"))
+        before = f" + norm layers.{n - 1}.norm2" if n else ""
+        fused = [f"{q}{before} + joined with {k}, {v}", *(f"{each}{before}" for each in (k, v) if n)]
+        expected += [([q, k, v], fused), ([out], [f"{out} + residual"])]
         one, two = f"layers.{n}.linear1", f"layers.{n}.linear2"
         norm = f"norm layers.{n}.norm1"
         expected.append(([one, two], [f"{one} + {norm} + {activation} + int8 out", f"{two} + residual"]))
     assert [(region.layers, region.fused) for region in regions] == expected
-    assert [bool(region.nodes) for region in regions] == 2 * [False, False, False, False, True]
+    assert all(region.nodes for region in regions)
     (batch,) = collect(model, [x], 100)
     for region in regions:
         timed = form.time_region(region, {torch.float32: form.model}, layers(), batch, torch.float32)
