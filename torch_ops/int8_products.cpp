@@ -271,6 +271,16 @@ at::Tensor cuda_conv2d(const at::Tensor& input, const Weight& weight, std::optio
 }
 #endif
 
+// The same of a PackedInt8 by its id.
+template <auto function, class Signature = decltype(function)>
+struct ById;
+template <auto function, class... Arguments>
+struct ById<function, at::Tensor (*)(const at::Tensor&, const Weight&, Arguments...)> {
+  static at::Tensor call(const at::Tensor& input, std::int64_t weight, Arguments... arguments) {
+    return function(input, PackedInt8::with_id(weight), arguments...);
+  }
+};
+
 // The name of the kernels that the products run on a device, for reports.
 std::string int8_kernel(const at::Device& device) {
   if (device.is_cuda()) return "halfstep mma.sync";
@@ -293,27 +303,36 @@ std::string int8_kernel(const at::Device& device) {
 
 void define_int8_products(torch::Library& library) {
   library.def("int8_kernel(Device device) -> str", &int8_kernel);
-  library.def(
-      "int8_linear(Tensor input, __torch__.torch.classes.halfstep.PackedInt8 weight, float? input_scale=None, "
-      "int input_zero_point=0, Tensor? residual=None, str activation=\"none\", ScalarType? out_dtype=None, "
-      "float? out_scale=None, int out_zero_point=0, Tensor? input_row_scales=None) -> Tensor");
-  library.def(
-      "int8_conv2d(Tensor input, __torch__.torch.classes.halfstep.PackedInt8 weight, float? input_scale=None, "
-      "int input_zero_point=0, Tensor? residual=None, str activation=\"none\", ScalarType? out_dtype=None, "
-      "float? out_scale=None, int out_zero_point=0) -> Tensor");
+  // by_id: what the layers of Python's package call outside of graphs, in which a number would name nothing.
+  const std::string call =
+      "float? input_scale=None, int input_zero_point=0, Tensor? residual=None, str activation=\"none\", "
+      "ScalarType? out_dtype=None, float? out_scale=None, int out_zero_point=0";
+  const auto define = [&](const std::string& name, const std::string& more) {
+    const std::string object = "(Tensor input, __torch__.torch.classes.halfstep.PackedInt8 weight, ";
+    library.def((name + object + call + more + ") -> Tensor").c_str());
+    library.def((name + "_by_id(Tensor input, int weight, " + call + more + ") -> Tensor").c_str());
+  };
+  define("int8_linear", ", Tensor? input_row_scales=None");
+  define("int8_conv2d", "");
 }
 
 void implement_int8_products_cpu(torch::Library& library) {
   library.impl("int8_linear", &linear<Cpu>);
   library.impl("int8_conv2d", &conv2d<Cpu>);
+  library.impl("int8_linear_by_id", &ById<&linear<Cpu>>::call);
+  library.impl("int8_conv2d_by_id", &ById<&conv2d<Cpu>>::call);
 }
 void implement_int8_products_cuda(torch::Library& library) {
 #ifdef HALFSTEP_CUDA
   library.impl("int8_linear", &cuda_linear);
   library.impl("int8_conv2d", &cuda_conv2d);
+  library.impl("int8_linear_by_id", &ById<&cuda_linear>::call);
+  library.impl("int8_conv2d_by_id", &ById<&cuda_conv2d>::call);
 #else
   library.impl("int8_linear", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   library.impl("int8_conv2d", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  library.impl("int8_linear_by_id", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  library.impl("int8_conv2d_by_id", torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
 #endif
 }
 

@@ -1,5 +1,7 @@
 // torch.classes.halfstep.PackedInt8. Contract: halfstep/torch/int8.h.
 #include <cstring>
+#include <shared_mutex>
+#include <unordered_map>
 #include <vector>
 
 #include <ATen/ops/empty.h>
@@ -36,6 +38,17 @@ void check_pair(const std::array<std::int64_t, 2>& pair, const char* argument, s
 // Channels last in memory for a convolution: the order of the terms in every kernel.
 at::Tensor dense(const at::Tensor& weight) {
   return weight.contiguous(weight.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+// All that have an id. Never destroyed: the last ones may die with the process.
+struct Ids {
+  std::shared_mutex mutex;
+  std::int64_t last = 0;
+  std::unordered_map<std::int64_t, c10::weak_intrusive_ptr<PackedInt8>> known;
+};
+Ids& ids() {
+  static auto* const ids = new Ids;
+  return *ids;
 }
 
 std::optional<at::Tensor> moved(const std::optional<at::Tensor>& tensor, at::Device device) {
@@ -95,6 +108,36 @@ c10::intrusive_ptr<PackedInt8> PackedInt8::corrected(at::TensorList shifts) cons
   sum /= static_cast<double>(shifts.size());
   if (bias_) sum += *bias_;
   return c10::make_intrusive<PackedInt8>(weight_, scales_, sum.to(at::kFloat), geometry_, input_factors_);
+}
+
+std::int64_t PackedInt8::id(const c10::intrusive_ptr<PackedInt8>& packed) {
+  const std::unique_lock lock(ids().mutex);
+  if (packed->id_ == 0) {
+    packed->id_ = ++ids().last;
+    ids().known.emplace(packed->id_, packed);
+  }
+  return packed->id_;
+}
+
+c10::intrusive_ptr<PackedInt8> PackedInt8::with_id(std::int64_t id) {
+  c10::intrusive_ptr<PackedInt8> found;
+  {
+    const std::shared_lock lock(ids().mutex);
+    const auto place = ids().known.find(id);
+    if (place != ids().known.end()) found = place->second.lock();
+  }
+  TORCH_CHECK_VALUE(found, "PackedInt8: no object of this process has the id ", id);
+  return found;
+}
+
+// Called where there are weak owners, as an id is; the object is deleted behind it.
+void PackedInt8::release_resources() {
+  c10::weak_intrusive_ptr<PackedInt8> gone{c10::intrusive_ptr<PackedInt8>()};  // dies when the lock is free
+  const std::unique_lock lock(ids().mutex);
+  const auto place = ids().known.find(id_);
+  if (place == ids().known.end()) return;
+  gone = std::move(place->second);
+  ids().known.erase(place);
 }
 
 std::shared_ptr<const PackedInt8::Form> PackedInt8::form(at::Device device) const {
@@ -197,6 +240,7 @@ void define_packed_int8(torch::Library& library) {
       .def("groups", [](const Self& self) { return self->geometry().groups; })
       .def("to", [](const Self& self, const at::Device& device) { return self->to(device); })
       .def("corrected", [](const Self& self, const std::vector<at::Tensor>& shifts) { return self->corrected(shifts); })
+      .def("id", &PackedInt8::id)
       .def("prepare", [](const Self& self, const at::Device& device) { self->form(device); })
       // What torch.export shows to the fake class of halfstep/int8_fake.py.
       .def("__obj_flatten__",

@@ -81,12 +81,48 @@ def packed_from(state: dict[str, Any]) -> torch.ScriptObject:
     )
 
 
+class PackedId:
+    """The id of a layer's PackedInt8, asked for once. Copies and pickles of it know none: there the object is another.
+
+    An op takes the object itself in a graph, and the id where Python calls it: handing the object over takes longer
+    than all else that Python does for a call.
+    """
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: tuple[torch.ScriptObject | None, int] = (None, 0)
+
+    def of(self, packed: torch.ScriptObject) -> int:
+        """Return the id."""
+        known, number = self._known
+        if known is not packed:
+            number = packed.id()
+            self._known = packed, number
+        return number
+
+    def __reduce__(self) -> tuple[type[PackedId], tuple[()]]:
+        return PackedId, ()
+
+
+def called_from_python(input: torch.Tensor) -> bool:
+    """Return whether the op that comes next runs at once on values, and nobody records it."""
+    return (
+        type(input) is torch.Tensor
+        and not input.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 class Int8Layer(nn.Module):
     """The part that all int8 layers share: a PackedInt8 that follows the module from device to device."""
 
     def __init__(self, packed: torch.ScriptObject) -> None:
         super().__init__()
         self.packed = packed
+        self._id = PackedId()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Layer:
         super()._apply(fn, recurse)
@@ -135,6 +171,33 @@ class _Int8Product(Int8Layer):
         self.out_scale = out_scale
         self.out_zero_point = out_zero_point
 
+    def _convolved(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Return the convolution of a batch of images."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - what is below such an `if` alone is no script
+            if called_from_python(input):
+                return torch.ops.halfstep.int8_conv2d_by_id(
+                    input,
+                    self._id.of(self.packed),
+                    self.input_scale,
+                    self.input_zero_point,
+                    residual,
+                    self.activation,
+                    self.out_dtype,
+                    self.out_scale,
+                    self.out_zero_point,
+                )
+        return torch.ops.halfstep.int8_conv2d(
+            input,
+            self.packed,
+            self.input_scale,
+            self.input_zero_point,
+            residual,
+            self.activation,
+            self.out_dtype,
+            self.out_scale,
+            self.out_zero_point,
+        )
+
     def extra_repr(self) -> str:
         """Describe the layer in short."""
         out, *rest = self.packed.weight().shape
@@ -162,6 +225,20 @@ class Int8Linear(_Int8Product):
         row_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - what is below such an `if` alone is no script
+            if called_from_python(input):
+                return torch.ops.halfstep.int8_linear_by_id(
+                    input,
+                    self._id.of(self.packed),
+                    self.input_scale,
+                    self.input_zero_point,
+                    residual,
+                    self.activation,
+                    self.out_dtype,
+                    self.out_scale,
+                    self.out_zero_point,
+                    row_scales,
+                )
         return torch.ops.halfstep.int8_linear(
             input,
             self.packed,
@@ -185,17 +262,8 @@ class Int8Conv2d(_Int8Product):
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
         batched = input.dim() != 3
-        out = torch.ops.halfstep.int8_conv2d(
-            input if batched else input.unsqueeze(0),
-            self.packed,
-            self.input_scale,
-            self.input_zero_point,
-            residual if batched or residual is None else residual.unsqueeze(0),
-            self.activation,
-            self.out_dtype,
-            self.out_scale,
-            self.out_zero_point,
-        )
+        added = residual if batched or residual is None else residual.unsqueeze(0)
+        out = self._convolved(input if batched else input.unsqueeze(0), added)
         return out if batched else out.squeeze(0)
 
 
@@ -220,17 +288,8 @@ class Int8Conv1d(_Int8Product):
         batched = input.dim() == 3
         x = input.unsqueeze(-2)
         added = None if residual is None else residual.unsqueeze(-2)
-        out = torch.ops.halfstep.int8_conv2d(
-            x if batched else x.unsqueeze(0),
-            self.packed,
-            self.input_scale,
-            self.input_zero_point,
-            added if batched or added is None else added.unsqueeze(0),
-            self.activation,
-            self.out_dtype,
-            self.out_scale,
-            self.out_zero_point,
-        ).squeeze(2)
+        added = added if batched or added is None else added.unsqueeze(0)
+        out = self._convolved(x if batched else x.unsqueeze(0), added).squeeze(2)
         return out if batched else out.squeeze(0)
 
 
