@@ -78,16 +78,6 @@ std::optional<AttributePath> path_in(std::string name) {
   return AttributePath{name.substr(0, dot), name.substr(dot + 1)};
 }
 
-// "encoder.0" of its "weight", "encoder.0.mix" of another tensor, "encoder.0.in_proj" of an "in_proj_weight".
-std::string name_of(const AttributePath& path) {
-  constexpr std::string_view kSuffix = "_weight";
-  std::string name = path.name;
-  while (name.size() > 1 && name.back() == '_') name.pop_back();  // insert_attribute() may have put them there
-  if (name == "weight" && !path.module.empty()) return path.module;
-  if (name.ends_with(kSuffix)) name.resize(name.size() - kSuffix.size());
-  return path.module.empty() ? name : path.module + "." + name;
-}
-
 // Integers that are known, as a constant or as a list of constants.
 std::optional<std::vector<std::int64_t>> integers_of(const Value* value) {
   if (value->node()->kind() != prim::ListConstruct) {
@@ -240,6 +230,15 @@ class Finder {
 
 }  // namespace
 
+std::string name_of(const AttributePath& path) {
+  constexpr std::string_view kSuffix = "_weight";
+  std::string name = path.name;
+  while (name.size() > 1 && name.back() == '_') name.pop_back();  // insert_attribute() may have put them there
+  if (name == "weight" && !path.module.empty()) return path.module;
+  if (name.ends_with(kSuffix)) name.resize(name.size() - kSuffix.size());
+  return path.module.empty() ? name : path.module + "." + name;
+}
+
 Constants::Constants(const GraphPtr& graph, const ModuleObject& root) : root_(root) {
   std::set<std::string> assigned;
   for_each_node(graph->block(), [&](const Node* node) {
@@ -353,11 +352,6 @@ std::string refused_input(const ScriptLayer& layer, const at::Tensor& input) {
 
 Value* input_of_product(const Node* node) {
   return const_cast<Node*>(node)->input(op_of(node) == "embedding" ? 1 : 0);
-}
-
-bool reads_shape(const Node* node) {
-  constexpr auto kReaders = std::to_array<std::string_view>({"dim", "len", "numel", "size", "sym_size"});
-  return contains(kReaders, op_of(node));
 }
 
 }  // namespace halfstep::torch_ops

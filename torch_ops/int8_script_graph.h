@@ -15,6 +15,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/alias_analysis.h>
 #include <torch/csrc/jit/ir/ir.h>
 
 #include "halfstep/torch/int8.h"
@@ -56,8 +57,29 @@ torch::jit::Value* insert_attribute(torch::jit::Module& module, torch::jit::Grap
 
 void add_forward(torch::jit::Module& module, const GraphPtr& graph, const c10::FunctionSchema& schema);
 
+// ---------------------------------------------------------------------------------------------------------- nodes
+// (int8_script_nodes.cpp)
+
+// Whether the node asks its input for sizes alone.
+bool reads_shape(const torch::jit::Node* node);
+
+// Who reads more than sizes. A block that gives the value on, and the graph's own return, are readers too.
+std::vector<torch::jit::Node*> readers_of(const torch::jit::Value* value);
+
+// The activation of int8 products that the node applies to its first input; "" if it does something else.
+std::string activation_of(const torch::jit::Node* node);
+
+// Whether torch's max_pool2d takes int8 on this device, and pads with what is smaller than every value.
+bool pools_int8(at::Device device);
+
+// Whether the node computes the same of int8 as of the numbers that they stand for. `pools`: pools_int8().
+bool moves_values(const torch::jit::Node* node, bool pools);
+
 // -------------------------------------------------------------------------------------------------------- layers
 // (int8_script_find.cpp)
+
+// "encoder.0" of its "weight", "encoder.0.mix" of another tensor, "encoder.0.in_proj" of an "in_proj_weight".
+std::string name_of(const AttributePath& path);
 
 struct ScriptLayer {
   std::string name;
@@ -110,8 +132,29 @@ std::string refused_input(const ScriptLayer& layer, const at::Tensor& input);
 // What a product multiplies, or looks up.
 torch::jit::Value* input_of_product(const torch::jit::Node* node);
 
-// Whether the node asks its input for sizes alone.
-bool reads_shape(const torch::jit::Node* node);
+// ----------------------------------------------------------------------------------------------------------- norms
+// (int8_script_norms.cpp)
+
+// A layer norm over the last dimension alone, whose weight and bias are attributes or constants, if it has them.
+struct ScriptNorm {
+  torch::jit::Node* node;
+  std::string name;  // as a layer's, by its weight or bias; without any "layer_norm", "layer_norm_1"
+};
+std::vector<ScriptNorm> find_norms(torch::jit::Graph& graph);
+
+// Whether anything may write to what the norm gives before one of these readers reads it, or to the list of its sizes.
+bool is_written_before(const torch::jit::AliasDb& aliases, torch::jit::Graph& graph, const ScriptNorm& norm,
+                       const std::vector<torch::jit::Node*>& readers);
+
+// A norm becomes halfstep::layer_norm_int8 that gives int8 to these readers, and float to what else reads it. The
+// scales are those of the rows, where `scale` is absent.
+struct Int8NormValues {
+  torch::jit::Value* quantized;
+  torch::jit::Value* scales;
+};
+Int8NormValues insert_int8_norm(torch::jit::Graph& graph, torch::jit::Node* norm,
+                                const std::vector<torch::jit::Node*>& readers, std::optional<double> scale,
+                                std::int64_t zero_point);
 
 // ------------------------------------------------------------------------------------------------------- rewriting
 // (int8_script_rewrite.cpp)
@@ -122,7 +165,8 @@ struct ScriptSettings {
   std::int64_t input_zero_point = 0;
 };
 
-// Layers between which values stay int8, by their numbers, and what each took over, such as "conv1 + relu + int8 out".
+// Layers between which values stay int8, by their numbers, and what each took over, such as "fc1 + norm ln2 + relu +
+// int8 out".
 struct ScriptRegion {
   std::vector<std::size_t> layers;
   std::map<std::size_t, std::string> fused;

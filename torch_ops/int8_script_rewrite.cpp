@@ -1,12 +1,8 @@
-// quantize(): products become int8 ops, take over their activations, and pass int8 on where all readers take it.
+// quantize(): products become int8 ops, take over their activations, and pass int8 on where all readers take it. So do
+// layer norms before them.
 #include <algorithm>
-#include <array>
-#include <set>
 #include <unordered_map>
 
-#include <ATen/ops/full.h>
-#include <ATen/ops/max_pool2d.h>
-#include <c10/util/Exception.h>
 #include <torch/csrc/jit/ir/alias_analysis.h>
 #include <torch/csrc/jit/ir/constants.h>
 
@@ -19,44 +15,6 @@ namespace aten = torch::jit::aten;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// These move values and change none, so that they commute with quantization.
-constexpr auto kMovers = std::to_array<std::string_view>(
-    {"aten::contiguous", "aten::detach", "aten::flatten", "aten::movedim", "aten::permute", "aten::reshape",
-     "aten::squeeze", "aten::t", "aten::transpose", "aten::unflatten", "aten::unsqueeze"});
-
-// Whether torch's max_pool2d takes int8 on this device, and pads with what is smaller than every value. On the CPU it
-// counts the places of a channels-last picture, which int8 convolutions give, in int8: up to 127.
-bool pools_int8(at::Device device) {
-  const at::Tensor x = at::full({1, 2, 16, 16}, -128, at::TensorOptions(device).dtype(at::kChar))
-                           .contiguous(at::MemoryFormat::ChannelsLast);
-  try {
-    const at::Tensor out = at::max_pool2d(x, {3, 3}, {1, 1}, {1, 1});
-    return out.scalar_type() == at::kChar && out.equal(x);
-  } catch (const c10::Error&) {  // "not implemented for 'Char'", or too many places
-    return false;
-  }
-}
-
-// "" for a node that is none.
-std::string activation_of(const Node* node) {
-  const auto constant = [&](std::size_t i) { return torch::jit::toIValue(node->input(i)); };
-  const std::string_view op = node->kind().toQualString();
-  if (op == "aten::relu" || op == "aten::relu_") return "relu";
-  if (op == "aten::relu6" || op == "aten::relu6_") return "relu6";
-  if (op == "aten::silu" || op == "aten::silu_") return "silu";
-  if (op == "aten::hardswish" || op == "aten::hardswish_") return "hardswish";
-  if (op == "aten::hardtanh" || op == "aten::hardtanh_") {
-    const auto low = constant(1), high = constant(2);
-    const bool scalars = low && high && low->isScalar() && high->isScalar();
-    return scalars && low->toScalar().toDouble() == 0.0 && high->toScalar().toDouble() == 6.0 ? "relu6" : "";
-  }
-  if (op == "aten::gelu") {
-    const auto way = constant(1);
-    if (way && way->isString()) return way->toStringRef() == "tanh" ? "gelu_tanh" : "gelu";
-  }
-  return "";
-}
-
 struct Site {
   Node* node;  // the float product, until all is decided
   std::size_t layer;
@@ -64,7 +22,12 @@ struct Site {
   bool residual = false;                // the node's last input, which other sites may replace
   const ScriptSettings* out = nullptr;  // of the readers, where int8 passes on
   bool reads_int8 = false;
+  Value* row_scales = nullptr;  // of int8 whose rows have each its own scale
 };
+
+bool quantize_alike(const ScriptSettings& one, const ScriptSettings& other) {
+  return one.input_scale == other.input_scale && one.input_zero_point == other.input_zero_point;
+}
 
 class Rewriter {
  public:
@@ -113,13 +76,30 @@ class Rewriter {
       if (is_embedding(site)) continue;
       const std::vector<Site*> readers = int8_readers(site);
       if (readers.empty()) continue;
-      site.out = &settings_.at(readers[0]->layer);
+      site.out = &settings_of(*readers[0]);
       note(site, "int8 out");
       for (Site* const reader : readers) {
         reader->reads_int8 = true;
         join(site.layer, reader->layer);
       }
     }
+  }
+
+  // Layer norms write int8 for the products that quantize their result alike, and float for what else reads it.
+  void take_norms(const GraphPtr& graph) {
+    std::vector<TakenNorm> taken;
+    for (ScriptNorm& norm : find_norms(graph_)) {
+      const auto readers = norm_readers(norm.node->output());
+      if (readers) taken.push_back({std::move(norm), *readers});
+    }
+    if (taken.empty()) return;
+    const torch::jit::AliasDb aliases(graph, /*isFrozen=*/true);
+    std::erase_if(taken, [&](const TakenNorm& each) {
+      std::vector<Node*> products;
+      for (const Site* const site : each.readers.sites) products.push_back(site->node);
+      return is_written_before(aliases, graph_, each.norm, products);
+    });
+    for (const TakenNorm& each : taken) take_norm(each);
   }
 
   void insert_ops(const std::function<Value*(std::size_t)>& packed_value) {
@@ -150,6 +130,7 @@ class Rewriter {
   }
 
  private:
+  const ScriptSettings& settings_of(const Site& site) const { return settings_.at(site.layer); }
   bool is_embedding(const Site& site) const { return layers_[site.layer].kind == "embedding"; }
 
   // Who alone reads more of a product than its sizes; null if it is in another block, or the product an embedding.
@@ -174,53 +155,99 @@ class Rewriter {
     if (std::ranges::find(parts, part) == parts.end()) parts.push_back(part);
   }
 
-  // Who reads more than sizes. A block that gives the value on, and the graph's own return, are readers too.
-  static std::vector<Node*> readers_of(const Value* value) {
-    std::vector<Node*> readers;
-    for (const torch::jit::Use& use : value->uses())
-      if (!reads_shape(use.user)) readers.push_back(use.user);
-    return readers;
-  }
-
   // The int8 products that read this one, all by one scale; none if anything else does.
   std::vector<Site*> int8_readers(const Site& site) {
-    std::vector<Site*> readers;
-    std::vector<const Value*> waiting{site.node->output()};
-    while (!waiting.empty()) {
-      const Value* const value = waiting.back();
-      waiting.pop_back();
-      const std::vector<Node*> nodes = readers_of(value);
-      if (nodes.empty()) return {};
-      for (Node* const node : nodes) {
-        if (std::ranges::count(node->inputs(), value) != 1) return {};
-        const auto reader = by_node_.find(node);
-        if (reader != by_node_.end() && !is_embedding(*reader->second)) {
-          if (input_of_product(node) != value) return {};
-          readers.push_back(reader->second);
-        } else if (moves_values(node)) {
-          if (node->input(0) != value) return {};
-          waiting.push_back(node->output());
-        } else {
-          return {};
-        }
-      }
-    }
-    const ScriptSettings& first = settings_.at(readers.front()->layer);
+    const std::vector<Site*> readers = behind(site.node->output());
     const bool alike = std::ranges::all_of(readers, [&](const Site* reader) {
-      const ScriptSettings& own = settings_.at(reader->layer);
-      return own.input_scale && own.input_scale == first.input_scale &&
-             own.input_zero_point == first.input_zero_point && !own.packed->input_factors();
+      const ScriptSettings& own = settings_of(*reader);
+      return own.input_scale && quantize_alike(own, settings_of(*readers.front())) && !own.packed->input_factors();
     });
     return alike ? readers : std::vector<Site*>();
   }
 
-  bool moves_values(const Node* node) const {
-    if (node->kind() == aten::max_pool2d) return pools_int8_;
-    return std::ranges::find(kMovers, node->kind().toQualString()) != kMovers.end();
+  // The int8 products to which all of a value goes, also through what only moves it; else none.
+  std::vector<Site*> behind(const Value* value) {
+    std::vector<Site*> sites;
+    for (Node* const reader : readers_of(value)) {
+      const std::vector<Site*> found = beyond(value, reader);
+      if (found.empty()) return {};
+      sites.insert(sites.end(), found.begin(), found.end());
+    }
+    return sites;
+  }
+
+  // Those to which this reader takes the value; none if it does anything else with it.
+  std::vector<Site*> beyond(const Value* value, Node* reader) {
+    if (std::ranges::count(reader->inputs(), value) != 1) return {};
+    const auto site = by_node_.find(reader);
+    if (site != by_node_.end() && !is_embedding(*site->second))
+      return input_of_product(reader) == value ? std::vector{site->second} : std::vector<Site*>();
+    return moves_values(reader, pools_int8_) && reader->input(0) == value ? behind(reader->output())
+                                                                          : std::vector<Site*>();
+  }
+
+  // What reads a norm and leads to nothing but int8 products that quantize alike, and these.
+  struct NormReaders {
+    std::vector<Node*> nodes;
+    std::vector<Site*> sites;
+  };
+  struct TakenNorm {
+    ScriptNorm norm;
+    NormReaders readers;
+  };
+
+  // Those of the scale by which most products quantize the value; of as many each, the scale of the first one's.
+  std::optional<NormReaders> norm_readers(const Value* value) {
+    std::vector<NormReaders> all;
+    for (Node* const node : readers_of(value)) {
+      std::vector<Site*> sites = beyond(value, node);
+      if (takes_one_int8(node, sites)) all.push_back({{node}, std::move(sites)});
+    }
+    std::ranges::sort(all, {}, [](const NormReaders& each) { return each.sites.front(); });  // as in the float graph
+    std::vector<NormReaders> kinds;
+    for (const NormReaders& each : all) {
+      const auto kind = std::ranges::find_if(kinds, [&](const NormReaders& known) {
+        return quantize_alike(settings_of(*known.sites.front()), settings_of(*each.sites.front()));
+      });
+      if (kind == kinds.end()) {
+        kinds.push_back(each);
+      } else {
+        kind->nodes.push_back(each.nodes.front());
+        kind->sites.insert(kind->sites.end(), each.sites.begin(), each.sites.end());
+      }
+    }
+    const auto most = std::ranges::max_element(kinds, {}, [](const NormReaders& kind) { return kind.sites.size(); });
+    return most == kinds.end() ? std::nullopt : std::optional(*most);
+  }
+
+  // Whether a reader of a norm, and the products to which it leads, take the same int8. By rows only a product of rows
+  // does, and as they are.
+  bool takes_one_int8(const Node* reader, const std::vector<Site*>& sites) const {
+    return !sites.empty() && std::ranges::all_of(sites, [&](const Site* site) {
+      const ScriptSettings& own = settings_of(*site);
+      const bool rows = site->node == reader && layers_[site->layer].kind == "linear";
+      return quantize_alike(own, settings_of(*sites.front())) && !own.packed->input_factors() &&
+             (own.input_scale || rows);
+    });
+  }
+
+  void take_norm(const TakenNorm& taken) {
+    const auto& [nodes, sites] = taken.readers;
+    const ScriptSettings& settings = settings_of(*sites.front());
+    const Int8NormValues values =
+        insert_int8_norm(graph_, taken.norm.node, nodes, settings.input_scale, settings.input_zero_point);
+    for (Site* const site : sites) {
+      site->reads_int8 = true;
+      if (!settings.input_scale) site->row_scales = values.scales;
+      join(sites.front()->layer, site->layer);
+      const std::string part = "norm " + taken.norm.name;
+      std::vector<std::string>& parts = parts_[site->layer];
+      if (std::ranges::find(parts, part) == parts.end()) parts.insert(parts.begin(), part);
+    }
   }
 
   Value* insert_op(const Site& site, Value* packed) {
-    const ScriptSettings& own = settings_.at(site.layer);
+    const ScriptSettings& own = settings_of(site);
     const std::string& kind = layers_[site.layer].kind;
     Value* input = input_of_product(site.node);
     const auto op = [](const char* name) { return c10::Symbol::fromQualString(name); };
@@ -238,9 +265,17 @@ class Rewriter {
       if (residual != nullptr) residual = graph_.insert(aten::unsqueeze, {residual, -2});
     }
     if (residual == nullptr) residual = graph_.insertConstant(c10::IValue());
-    Value* result = graph_.insert(op(kind == "linear" ? "halfstep::int8_linear" : "halfstep::int8_conv2d"),
-                                  {input, packed, scale, own.input_zero_point, residual, site.activation, out_dtype,
-                                   out_scale, is_float ? 0 : site.out->input_zero_point});
+    std::vector<torch::jit::NamedValue> inputs{input,
+                                               packed,
+                                               scale,
+                                               own.input_zero_point,
+                                               residual,
+                                               site.activation,
+                                               out_dtype,
+                                               out_scale,
+                                               is_float ? 0 : site.out->input_zero_point};
+    if (site.row_scales != nullptr) inputs.emplace_back(site.row_scales);
+    Value* result = graph_.insert(op(kind == "linear" ? "halfstep::int8_linear" : "halfstep::int8_conv2d"), inputs);
     return kind == "conv1d" ? graph_.insert(aten::squeeze, {result, -2}) : result;
   }
 
@@ -278,6 +313,7 @@ std::vector<ScriptRegion> make_int8(const GraphPtr& graph, const std::vector<Scr
   rewriter.take_residuals(graph, alike);
   rewriter.take_activations();
   rewriter.pass_int8();
+  rewriter.take_norms(graph);
   rewriter.insert_ops(packed_value);
   return rewriter.regions();
 }

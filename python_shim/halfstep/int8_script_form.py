@@ -221,7 +221,7 @@ class ScriptForm:
     ) -> dict[str, Timing]:
         """Time the layers of a region one after the other, each on what the batch gives it.
 
-        Behind the first one of a chain the int8 layers get int8. Empty where Form's is.
+        The int8 layers behind the first one get int8, from it or with it from a norm. Empty where Form's is.
         """
         names = [name for name in region.layers if not isinstance(layers[name], Int8Embedding)]
         arguments = batch.arguments()
@@ -238,20 +238,24 @@ class ScriptForm:
         return dict(zip(calls, time_on_device(list(calls.values()), device), strict=True))
 
 
-def _run(calls: list[tuple[nn.Module, torch.Tensor]]) -> None:
+def _run(calls: list[tuple[Callable[[torch.Tensor], Any], torch.Tensor]]) -> None:
     for layer, value in calls:
         layer(value)
 
 
 def _int8_calls(
     taken: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]
-) -> list[tuple[nn.Module, torch.Tensor]]:
-    calls = []
+) -> list[tuple[Callable[[torch.Tensor], Any], torch.Tensor]]:
+    calls: list[tuple[Callable[[torch.Tensor], Any], torch.Tensor]] = []
     for place, (name, value) in enumerate(taken.items()):
         layer = layers[name]
-        if place:  # of a chain, whose layers have scales
-            value = torch.ops.halfstep.quantize_int8(value, layer.input_scale, layer.input_zero_point)
-        calls.append((layer, value))
+        if place == 0:
+            calls.append((layer, value))
+        elif layer.input_scale is None:  # of a norm that gives each row its scale
+            quantized, scales = torch.ops.halfstep.quantize_int8_rows(value)
+            calls.append((partial(layer, row_scales=scales), quantized))
+        else:
+            calls.append((layer, torch.ops.halfstep.quantize_int8(value, layer.input_scale, layer.input_zero_point)))
     return calls
 
 

@@ -14,18 +14,19 @@ from torch.fx import GraphModule
 SIZE, HEADS = 16, 2
 
 
-def _heads(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(x.shape[0], x.shape[1], HEADS, -1).transpose(1, 2)
+def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(SIZE, SIZE) for _ in range(4))
+        self.heads, self.root = HEADS, (SIZE // HEADS) ** 0.5  # scripts read no globals
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = _heads(self.q(x)), _heads(self.k(x)), _heads(self.v(x))
-        weights = torch.softmax(q @ k.transpose(-1, -2) / (SIZE // HEADS) ** 0.5, dim=-1)
+        q, k, v = _heads(self.q(x), self.heads), _heads(self.k(x), self.heads), _heads(self.v(x), self.heads)
+        weights = torch.softmax(q @ k.transpose(-1, -2) / self.root, dim=-1)
         return self.out((weights @ v).transpose(1, 2).reshape(x.shape))
 
 
@@ -69,10 +70,11 @@ class Functions(nn.Module):
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.randn(SIZE)), nn.Parameter(torch.randn(SIZE))
         self.a, self.b, self.c = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 3)
+        self.size = SIZE
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.a(F.layer_norm(x, (SIZE,), self.scale, bias=self.shift, eps=1e-4).reshape(-1, SIZE))
-        y = torch.layer_norm(x, [SIZE])
+        x = self.a(F.layer_norm(x, (self.size,), self.scale, bias=self.shift, eps=1e-4).reshape(-1, self.size))
+        y = torch.layer_norm(x, [self.size])
         return self.c(self.b(y) * y.shape[0] + x)
 
 

@@ -1,7 +1,6 @@
 // quantize() of modules that are made here, of TorchScript's text.
 #include "halfstep/torch/int8_script.h"
 
-#include <algorithm>
 #include <sstream>
 #include <thread>
 
@@ -9,29 +8,21 @@
 #include <torch/script.h>
 #include <torch/torch.h>
 
-#include "device_fixture.h"
 #include "halfstep/torch/int8.h"
+#include "int8_script_fixture.h"
 
 namespace halfstep {
 namespace {
 
-torch::jit::Module layer(const char* type, const at::Tensor& weight, const at::Tensor& bias, const char* forward) {
-  torch::jit::Module module(type);
-  module.register_parameter("weight", weight, /*is_buffer=*/false);
-  module.register_parameter("bias", bias, /*is_buffer=*/false);
-  module.register_attribute("training", c10::BoolType::get(), true);
-  if (forward != nullptr) module.define(forward);
-  return module;
-}
+using test::layer;
 
 // An embedding's rows through two linear layers of one class, the first in a loop, a branch that data decides, and a
 // convolution over pictures.
-class Int8Script : public test::DeviceTest {
+class Int8Script : public test::Int8ScriptTest {
  protected:
   void SetUp() override {
-    DeviceTest::SetUp();
+    Int8ScriptTest::SetUp();
     if (IsSkipped()) return;
-    torch::manual_seed(0);
     const char* const linear = "def forward(self, x):\n  return torch.linear(x, self.weight, self.bias)\n";
     mlp_.register_module("first", layer("Linear", random({16, 16}), random({16}), linear));
     mlp_.register_module("second", layer("Linear", random({16, 16}), random({16}), linear));
@@ -76,8 +67,6 @@ class Int8Script : public test::DeviceTest {
     )");
   }
 
-  at::TensorOptions options() const { return at::TensorOptions(at::kFloat).device(GetParam()); }
-  at::Tensor random(at::IntArrayRef sizes) const { return at::randn(sizes, options()).mul_(0.5); }
   std::vector<std::vector<c10::IValue>> rows() const {
     std::vector<std::vector<c10::IValue>> batches;
     for (int i = 0; i < 6; ++i) batches.push_back({random({8, 16}), 2});
@@ -88,25 +77,6 @@ class Int8Script : public test::DeviceTest {
     for (int i = 0; i < 6; ++i) batches.push_back({random({4, 3, 7, 7})});
     return batches;
   }
-  static at::Tensor call(const torch::jit::Module& module, const std::vector<c10::IValue>& batch) {
-    const torch::NoGradGuard no_grad;
-    return module.get_method("forward")(batch).toTensor();
-  }
-  static double noise(const at::Tensor& expected, const at::Tensor& got) {
-    return ((got - expected).square().sum() / expected.square().sum()).item<double>();
-  }
-  static const QuantizedLayer& entry(const QuantizeReport& report, const std::string& name) {
-    const auto found = std::ranges::find(report.layers, name, &QuantizedLayer::name);
-    if (found == report.layers.end()) throw std::runtime_error("no layer " + name);
-    return *found;
-  }
-  static std::int64_t calls_of(const torch::jit::Module& module, const std::string& op) {
-    const std::string text = module.get_method("forward").graph()->toString();
-    std::int64_t count = 0;
-    for (std::size_t at = text.find(op); at != std::string::npos; at = text.find(op, at + 1)) ++count;
-    return count;
-  }
-
   torch::jit::Module mlp_ = torch::jit::Module("Mlp");
   torch::jit::Module cnn_ = torch::jit::Module("Cnn");
 };

@@ -41,7 +41,7 @@ struct QuantizedLayer {
   bool int8 = false;
   std::string why;     // why it stayed float
   std::string kernel;  // what the products run on
-  std::string fused;   // "conv + relu + int8 out": what it took over; empty for nothing
+  std::string fused;   // "fc1 + norm ln2 + relu + int8 out": what it took over; empty for nothing
   double noise = -1;   // share of noise in the module's output with this layer alone in int8; negative: not measured
 };
 
@@ -72,7 +72,9 @@ struct Quantized {
 // embedding, and the matrix products with constants that old traces have (addmm, matmul, mm), wherever they are in the
 // graph, loops and branches included. Activations behind them and additions of tensors that have their shape become
 // part of them, batch norms part of the convolutions before; where every reader of a layer's output is int8, so is the
-// output. Attention is computed by its slow path, whose projections are layers. Layers that stay float are told with
+// output. A layer norm over the last dimension writes int8 for the int8 layers that quantize its result alike, and
+// float for what else reads it; it is computed as halfstep's layer_norm, which sums a row in another order than
+// torch's. Attention is computed by its slow path, whose projections are layers. Layers that stay float are told with
 // the reason.
 //
 // calibration: argument lists of forward, on the module's device; each is called under no_grad. Of three or more every
