@@ -2,7 +2,7 @@
 
     python bench/int8_models.py [--device cuda|cpu] [--models minilm,resnet18,...] [--rounds 25]
         [--threads N] [--batch 64] [--threshold 0.02] [--minilm FILE] [--peers onnxruntime,torchao] [--compile]
-        [--out FILE.json]
+        [--borders] [--out FILE.json]
 
 Models: MiniLM, a sentence encoder, whose file is made by bench/int8_sentences.py (--minilm, else
 build/int8_models/minilm.pt; left out without it), and four networks trained on scikit-learn's digits, see
@@ -10,6 +10,7 @@ bench/int8_model_zoo.py. "bert-base" and "vit-b" have the size of those and rand
 agreement of their outputs. Runs: the model in float32 and in half; "int8 everywhere" is the optimizer with
 speed_guard=False, all layers that keep the accuracy; "int8, speed guard" is the default, and the last column says what
 came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile of half and of int8.
+--borders prints where the time of the int8 models goes, see bench/int8_borders.py.
 On a GPU the time in brackets is that of a CUDA graph's replay.
 
 Accuracy is top-1 for digits and the mean reciprocal rank of a query's document for MiniLM. "agreement" is the share of
@@ -34,6 +35,7 @@ import int8_model_zoo as zoo
 import int8_sentences as sentences
 import torch
 from halfstep import InferencePrecisionOptimizer
+from int8_borders import shares
 from int8_peers import Inputs, bytes_of, onnx_models, torchao_model
 from timing import machine, measure_in_turns, replayed
 from torch import nn
@@ -243,7 +245,20 @@ def table(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )
             print(line(rows[-1]), flush=True)
+        if options.borders:
+            for row in rows:
+                if row["report"] and row["report"]["result"] == "int8":
+                    row["shares"] = shares(runs.models[row["run"]], case.example)
     return rows
+
+
+def shares_line(row: dict[str, Any]) -> str:
+    """Return milliseconds, and parts of the whole."""
+    whole = row["shares"]["model"]
+    parts = (
+        f"{row['shares'][part]:.3f} ({row['shares'][part] / whole:.0%})" for part in ("products", "borders", "rest")
+    )
+    return f"| {row['model']} | {row['run']} | {whole:.3f} | {' | '.join(parts)} |"
 
 
 HEAD = (
@@ -273,6 +288,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, default=sentences.FILE)
     parser.add_argument("--peers", default="onnxruntime,torchao")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--borders", action="store_true", help="print where the time of the int8 models goes")
     parser.add_argument("--explain", action="store_true", help="print what the optimizer did, to stderr")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -296,6 +312,9 @@ def main() -> None:
         result["models"] += table(case, options)
         if options.out:
             options.out.write_text(json.dumps(result, indent=1))
+    if options.borders:
+        print("\n| model | run | ms | int8 products | borders | everything else |\n|---|---|---|---|---|---|")
+        print("\n".join(shares_line(row) for row in result["models"] if "shares" in row))
 
 
 if __name__ == "__main__":

@@ -200,9 +200,10 @@ def test_values_have_their_names_and_regions_are_whole(name: str) -> None:
         whole, float_inputs = subgraph(graph_module, region.nodes)
         assert set(float_inputs) == set(inputs)
     lines = [line for region in regions for line in region.fused]
-    assert {"pre-norm": "fc1 + norm ln2 + relu + int8 out", "post-norm": "attention.q + norm ln0"}.get(
-        name, "a + norm layer_norm"
-    ) in lines
+    assert {
+        "pre-norm": "fc1 + norm ln2 + relu + int8 out",
+        "post-norm": "attention.q + norm ln0 + joined with attention.k, attention.v",
+    }.get(name, "a + norm layer_norm") in lines
     assert {"pre-norm": ["attention.q", "attention.k", "attention.v"], "post-norm": ["fc1", "fc2"]}.get(
         name, ["a"]
     ) in [region.layers for region in regions]
