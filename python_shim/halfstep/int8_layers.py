@@ -3,6 +3,9 @@
 They can be scripted, exported, compiled, copied, pickled, moved and shared between threads. `state_dict()` holds their
 weights as `_extra_state`. They take float32, float16 or bfloat16 and answer in the same dtype, or what `out_dtype` and
 `out_scale` say; int8 tensors pass between layers of one chain.
+
+In exported programs their ops are those that take `out_dtype` by its name: AOTInductor of torch 2.11 confuses dtypes
+among the arguments of ops that are not torch's (torch_ops/int8_named_dtype.cpp).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from halfstep._library import load_library
+from halfstep.half_model import name_of
 from halfstep.int8_fake import register_fakes
 
 load_library()
@@ -135,6 +139,22 @@ class _Int8Product(Int8Layer):
         self.out_scale = out_scale
         self.out_zero_point = out_zero_point
 
+    def _exported(self, op: Callable[..., torch.Tensor], input: torch.Tensor, *tensors: torch.Tensor | None) -> Any:
+        """Call the op as it stands in exported programs, with a residual and perhaps row scales."""
+        residual, *row_scales = tensors
+        return op(
+            input,
+            self.packed,
+            self.input_scale,
+            self.input_zero_point,
+            residual,
+            self.activation,
+            None if self.out_dtype is None else name_of(self.out_dtype),
+            self.out_scale,
+            self.out_zero_point,
+            *row_scales,
+        )
+
     def extra_repr(self) -> str:
         """Describe the layer in short."""
         out, *rest = self.packed.weight().shape
@@ -162,6 +182,8 @@ class Int8Linear(_Int8Product):
         row_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
+        if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+            return self._exported(torch.ops.halfstep.int8_linear_named_dtype, input, residual, row_scales)
         return torch.ops.halfstep.int8_linear(
             input,
             self.packed,
@@ -176,7 +198,25 @@ class Int8Linear(_Int8Product):
         )
 
 
-class Int8Conv2d(_Int8Product):
+class _Int8Conv(_Int8Product):
+    def _conv2d(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Call the op on [batch, in, height, width]."""
+        if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+            return self._exported(torch.ops.halfstep.int8_conv2d_named_dtype, input, residual)
+        return torch.ops.halfstep.int8_conv2d(
+            input,
+            self.packed,
+            self.input_scale,
+            self.input_zero_point,
+            residual,
+            self.activation,
+            self.out_dtype,
+            self.out_scale,
+            self.out_zero_point,
+        )
+
+
+class Int8Conv2d(_Int8Conv):
     """nn.Conv2d in int8: [batch, in, height, width] -> [batch, out, height, width], channels last in memory.
 
     An image without a batch, [in, height, width], gives one too.
@@ -185,21 +225,14 @@ class Int8Conv2d(_Int8Product):
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
         batched = input.dim() != 3
-        out = torch.ops.halfstep.int8_conv2d(
+        out = self._conv2d(
             input if batched else input.unsqueeze(0),
-            self.packed,
-            self.input_scale,
-            self.input_zero_point,
             residual if batched or residual is None else residual.unsqueeze(0),
-            self.activation,
-            self.out_dtype,
-            self.out_scale,
-            self.out_zero_point,
         )
         return out if batched else out.squeeze(0)
 
 
-class Int8Conv1d(_Int8Product):
+class Int8Conv1d(_Int8Conv):
     """nn.Conv1d in int8: [batch, in, length] -> [batch, out, length], a convolution of height 1.
 
     A signal without a batch, [in, length], gives one too. ValueError for an input of another shape.
@@ -220,16 +253,8 @@ class Int8Conv1d(_Int8Product):
         batched = input.dim() == 3
         x = input.unsqueeze(-2)
         added = None if residual is None else residual.unsqueeze(-2)
-        out = torch.ops.halfstep.int8_conv2d(
-            x if batched else x.unsqueeze(0),
-            self.packed,
-            self.input_scale,
-            self.input_zero_point,
-            added if batched or added is None else added.unsqueeze(0),
-            self.activation,
-            self.out_dtype,
-            self.out_scale,
-            self.out_zero_point,
+        out = self._conv2d(
+            x if batched else x.unsqueeze(0), added if batched or added is None else added.unsqueeze(0)
         ).squeeze(2)
         return out if batched else out.squeeze(0)
 
@@ -243,6 +268,8 @@ class Int8Embedding(Int8Layer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up and scale."""
+        if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+            return torch.ops.halfstep.int8_embedding_named_dtype(input, self.packed, name_of(self.out_dtype))
         return torch.ops.halfstep.int8_embedding(input, self.packed, self.out_dtype)
 
     def extra_repr(self) -> str:
