@@ -96,14 +96,12 @@ at::Tensor quantize_int8(const at::Tensor& input, double scale, std::int64_t zer
   constexpr std::string_view op = "quantize_int8";
   check_float(input, op);
   const Int8Parameters parameters = checked_parameters(scale, zero_point, op, "scale");
-  if constexpr (std::is_same_v<Backend, Meta>) {
-    return at::empty_like(input, input.options().dtype(at::kChar));
-  } else {
-    const at::Tensor x = dense_in_place(input);
-    at::Tensor out = at::empty_like(x, x.options().dtype(at::kChar));
+  const at::Tensor x = dense_in_place(input);
+  at::Tensor out = at::empty_like(x, x.options().dtype(at::kChar));
+  if constexpr (!std::is_same_v<Backend, Meta>) {
     if (x.numel() > 0) Backend::quantize(x, parameters, out);
-    return out;
   }
+  return out;
 }
 
 template <class Backend>
@@ -125,14 +123,12 @@ at::Tensor dequantize_int8(const at::Tensor& input, double scale, std::int64_t z
   check_int8(input, op);
   check_out_dtype(out_dtype, op);
   const Int8Parameters parameters = checked_parameters(scale, zero_point, op, "scale");
-  if constexpr (std::is_same_v<Backend, Meta>) {
-    return at::empty_like(input, input.options().dtype(out_dtype));
-  } else {
-    const at::Tensor q = dense_in_place(input);
-    at::Tensor out = at::empty_like(q, q.options().dtype(out_dtype));
+  const at::Tensor q = dense_in_place(input);
+  at::Tensor out = at::empty_like(q, q.options().dtype(out_dtype));
+  if constexpr (!std::is_same_v<Backend, Meta>) {
     if (q.numel() > 0) Backend::dequantize(q, parameters, out);
-    return out;
   }
+  return out;
 }
 
 // Once for each layer, so on the CPU wherever the weight is.

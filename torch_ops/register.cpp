@@ -34,6 +34,7 @@ struct Registration {
     define_gradients(definitions);
     define_packed_int8(definitions);  // whose type the schemas name
     define_int8(definitions);
+    define_int8_named_dtype(definitions);
     define_int8_norms(definitions);
     define_int8_prepare(definitions);
     define_int8_products(definitions);

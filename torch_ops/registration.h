@@ -11,6 +11,7 @@ void define_calibration(torch::Library& library);
 void define_cross_entropy(torch::Library& library);
 void define_gradients(torch::Library& library);
 void define_int8(torch::Library& library);
+void define_int8_named_dtype(torch::Library& library);
 void define_int8_norms(torch::Library& library);
 void define_int8_prepare(torch::Library& library);
 void define_int8_products(torch::Library& library);

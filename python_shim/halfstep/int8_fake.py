@@ -131,12 +131,53 @@ def _int8_conv2d(
     return out.to(memory_format=torch.channels_last)
 
 
+def _dtype_named(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _int8_linear_named_dtype(
+    input: torch.Tensor,
+    weight: Any,
+    input_scale: float | None = None,
+    input_zero_point: int = 0,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    input_row_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _int8_linear(input, weight, out_dtype=_dtype_named(out_dtype), out_scale=out_scale)
+
+
+def _int8_conv2d_named_dtype(
+    input: torch.Tensor,
+    weight: Any,
+    input_scale: float | None = None,
+    input_zero_point: int = 0,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> torch.Tensor:
+    return _int8_conv2d(input, weight, out_dtype=_dtype_named(out_dtype), out_scale=out_scale)
+
+
 def _int8_embedding(indices: torch.Tensor, weight: Any, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return indices.new_empty((*indices.shape, weight.weight().shape[1]), dtype=out_dtype)
 
 
 def _dequantize_weight(weight: Any, out_dtype: torch.dtype) -> torch.Tensor:
     return weight.weight().new_empty(weight.weight().shape, dtype=out_dtype)
+
+
+def _int8_embedding_named_dtype(indices: torch.Tensor, weight: Any, out_dtype: str = "float32") -> torch.Tensor:
+    return _int8_embedding(indices, weight, getattr(torch, out_dtype))
+
+
+def _dequantize_weight_named_dtype(weight: Any, out_dtype: str) -> torch.Tensor:
+    return _dequantize_weight(weight, getattr(torch, out_dtype))
 
 
 @functools.cache
@@ -150,6 +191,10 @@ def register_fakes() -> None:
         ("int8_conv2d", _int8_conv2d),
         ("int8_embedding", _int8_embedding),
         ("dequantize_weight", _dequantize_weight),
+        ("int8_linear_named_dtype", _int8_linear_named_dtype),
+        ("int8_conv2d_named_dtype", _int8_conv2d_named_dtype),
+        ("int8_embedding_named_dtype", _int8_embedding_named_dtype),
+        ("dequantize_weight_named_dtype", _dequantize_weight_named_dtype),
     ):
         torch.library.register_fake(f"halfstep::{name}", function)
         # Ops with an object among their arguments count as ones with side effects; these have none.

@@ -3,6 +3,9 @@
 They can be scripted, exported, compiled, copied, pickled, moved and shared between threads. `state_dict()` holds their
 weights as `_extra_state`. They take float32, float16 or bfloat16 and answer in the same dtype, or what `out_dtype` and
 `out_scale` say; int8 tensors pass between layers of one chain.
+
+In exported programs their ops are those that take `out_dtype` by its name: AOTInductor of torch 2.11 confuses dtypes
+among the arguments of ops that are not torch's (torch_ops/int8_named_dtype.cpp).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from halfstep._library import load_library
+from halfstep.half_model import name_of
 from halfstep.int8_fake import register_fakes
 
 load_library()
@@ -171,31 +175,25 @@ class _Int8Product(Int8Layer):
         self.out_scale = out_scale
         self.out_zero_point = out_zero_point
 
-    def _convolved(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """Return the convolution of a batch of images."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - what is below such an `if` alone is no script
-            if called_from_python(input):
-                return torch.ops.halfstep.int8_conv2d_by_id(
-                    input,
-                    self._id.of(self.packed),
-                    self.input_scale,
-                    self.input_zero_point,
-                    residual,
-                    self.activation,
-                    self.out_dtype,
-                    self.out_scale,
-                    self.out_zero_point,
-                )
-        return torch.ops.halfstep.int8_conv2d(
+    def _from_python(self, op: str, input: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
+        """Call the op of this name, with a residual and perhaps row scales, in the form that suits the caller."""
+        residual, *row_scales = tensors
+        ops, weight, dtype = torch.ops.halfstep, self.packed, self.out_dtype
+        if torch.compiler.is_exporting():
+            op, dtype = f"{op}_named_dtype", None if dtype is None else name_of(dtype)
+        elif called_from_python(input):
+            op, weight = f"{op}_by_id", self._id.of(self.packed)
+        return getattr(ops, op)(
             input,
-            self.packed,
+            weight,
             self.input_scale,
             self.input_zero_point,
             residual,
             self.activation,
-            self.out_dtype,
+            dtype,
             self.out_scale,
             self.out_zero_point,
+            *row_scales,
         )
 
     def extra_repr(self) -> str:
@@ -225,20 +223,8 @@ class Int8Linear(_Int8Product):
         row_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Quantize, multiply, add, activate."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - what is below such an `if` alone is no script
-            if called_from_python(input):
-                return torch.ops.halfstep.int8_linear_by_id(
-                    input,
-                    self._id.of(self.packed),
-                    self.input_scale,
-                    self.input_zero_point,
-                    residual,
-                    self.activation,
-                    self.out_dtype,
-                    self.out_scale,
-                    self.out_zero_point,
-                    row_scales,
-                )
+        if not torch.jit.is_scripting():
+            return self._from_python("int8_linear", input, residual, row_scales)
         return torch.ops.halfstep.int8_linear(
             input,
             self.packed,
@@ -253,7 +239,25 @@ class Int8Linear(_Int8Product):
         )
 
 
-class Int8Conv2d(_Int8Product):
+class _Int8Conv(_Int8Product):
+    def _conv2d(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Call the op on [batch, in, height, width]."""
+        if not torch.jit.is_scripting():
+            return self._from_python("int8_conv2d", input, residual)
+        return torch.ops.halfstep.int8_conv2d(
+            input,
+            self.packed,
+            self.input_scale,
+            self.input_zero_point,
+            residual,
+            self.activation,
+            self.out_dtype,
+            self.out_scale,
+            self.out_zero_point,
+        )
+
+
+class Int8Conv2d(_Int8Conv):
     """nn.Conv2d in int8: [batch, in, height, width] -> [batch, out, height, width], channels last in memory.
 
     An image without a batch, [in, height, width], gives one too.
@@ -263,11 +267,11 @@ class Int8Conv2d(_Int8Product):
         """Quantize, multiply, add, activate."""
         batched = input.dim() != 3
         added = residual if batched or residual is None else residual.unsqueeze(0)
-        out = self._convolved(input if batched else input.unsqueeze(0), added)
+        out = self._conv2d(input if batched else input.unsqueeze(0), added)
         return out if batched else out.squeeze(0)
 
 
-class Int8Conv1d(_Int8Product):
+class Int8Conv1d(_Int8Conv):
     """nn.Conv1d in int8: [batch, in, length] -> [batch, out, length], a convolution of height 1.
 
     A signal without a batch, [in, length], gives one too. ValueError for an input of another shape.
@@ -289,7 +293,7 @@ class Int8Conv1d(_Int8Product):
         x = input.unsqueeze(-2)
         added = None if residual is None else residual.unsqueeze(-2)
         added = added if batched or added is None else added.unsqueeze(0)
-        out = self._convolved(x if batched else x.unsqueeze(0), added).squeeze(2)
+        out = self._conv2d(x if batched else x.unsqueeze(0), added).squeeze(2)
         return out if batched else out.squeeze(0)
 
 
@@ -302,6 +306,8 @@ class Int8Embedding(Int8Layer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up and scale."""
+        if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+            return torch.ops.halfstep.int8_embedding_named_dtype(input, self.packed, name_of(self.out_dtype))
         return torch.ops.halfstep.int8_embedding(input, self.packed, self.out_dtype)
 
     def extra_repr(self) -> str:

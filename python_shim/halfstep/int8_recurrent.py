@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from halfstep.half_model import name_of
 from halfstep.int8_layers import Int8Layer, pack
 from halfstep.int8_model import altered, not_selected
 
@@ -24,6 +25,8 @@ class Int8Weight(Int8Layer):
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in this type."""
+        if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+            return torch.ops.halfstep.dequantize_weight_named_dtype(self.packed, name_of(dtype))
         return torch.ops.halfstep.dequantize_weight(self.packed, dtype)
 
 

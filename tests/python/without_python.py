@@ -1,4 +1,4 @@
-"""TorchScript files in a process without Python: halfstep_run_script of the build folder."""
+"""Saved models in a process without Python: halfstep_run_script of the build folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import torch
 def run_without_python(program: Path, module: torch.jit.ScriptModule, inputs: list, folder: Path) -> tuple:
     """Return what `module`, saved and loaded there, makes of `inputs`."""
     module.save(str(folder / "model.pt"))
+    return run_file(program, folder / "model.pt", inputs, folder)
+
+
+def run_file(program: Path, model: Path, inputs: list, folder: Path) -> tuple:
+    """Return what a TorchScript file, or a package of AOTInductor (`.pt2`, a tuple), makes of `inputs`."""
     torch.save(inputs, folder / "inputs.pt")
     result = subprocess.run(
-        [program, folder / "model.pt", folder / "inputs.pt", folder / "outputs.pt"],
+        [program, model, folder / "inputs.pt", folder / "outputs.pt"],
         capture_output=True,
         text=True,
         check=False,
