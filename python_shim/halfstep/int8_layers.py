@@ -306,8 +306,9 @@ class Int8Embedding(Int8Layer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up and scale."""
-        if not torch.jit.is_scripting() and torch.compiler.is_exporting():
-            return torch.ops.halfstep.int8_embedding_named_dtype(input, self.packed, name_of(self.out_dtype))
+        if not torch.jit.is_scripting():  # noqa: SIM102 - scripts skip this branch only if it stands alone
+            if torch.compiler.is_exporting():
+                return torch.ops.halfstep.int8_embedding_named_dtype(input, self.packed, name_of(self.out_dtype))
         return torch.ops.halfstep.int8_embedding(input, self.packed, self.out_dtype)
 
     def extra_repr(self) -> str:
