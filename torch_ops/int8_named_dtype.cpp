@@ -1,5 +1,5 @@
-// int8_linear_named_dtype and so on: the int8 ops whose out_dtype is a string, for exported programs. The rest of their
-// contract: halfstep/torch/int8.h.
+// int8_linear_named_dtype and so on: the int8 ops whose out_dtype is a string, for compiled and exported programs. The
+// rest of their contract: halfstep/torch/int8.h.
 //
 // AOTInductor of torch 2.11 hands an op the number that a ScalarType has in exported files in place of its own: Float
 // for Half, Double for Float (pytorch/pytorch issue 169157). Strings arrive as they are, in every version.

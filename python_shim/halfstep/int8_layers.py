@@ -5,7 +5,8 @@ weights as `_extra_state`. They take float32, float16 or bfloat16 and answer in 
 `out_scale` say; int8 tensors pass between layers of one chain.
 
 In exported programs their ops are those that take `out_dtype` by its name: AOTInductor of torch 2.11 confuses dtypes
-among the arguments of ops that are not torch's (torch_ops/int8_named_dtype.cpp).
+among the arguments of ops that are not torch's (torch_ops/int8_named_dtype.cpp). So they are under torch.compile, which
+answers `is_exporting()` with True.
 """
 
 from __future__ import annotations

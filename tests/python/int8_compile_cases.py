@@ -68,6 +68,11 @@ def int8_model(
     return model, lambda samples: MADE[kind][1](samples).to(device)
 
 
+def _plain(op: torch._ops.OpOverload) -> str:
+    """Return the op's name, that of an eager call too."""
+    return op._opname.removesuffix("_named_dtype")
+
+
 class Calls(TorchDispatchMode):
     """Counts the calls of halfstep's ops while it is entered, in programs of compilers too."""
 
@@ -81,7 +86,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "halfstep":
-            self.counts[func._opname] += 1
+            self.counts[_plain(func)] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -93,9 +98,9 @@ def calls_of(model: Callable[..., Any], *args: torch.Tensor) -> Counter[str]:
 
 
 def calls_in(graph: torch.fx.Graph) -> Counter[str]:
-    """Count the calls of halfstep's ops in a graph of ATen ops; those of exported programs by their plain names."""
+    """Count the calls of halfstep's ops in a graph of ATen ops."""
     return Counter(
-        node.target._opname.removesuffix("_named_dtype")
+        _plain(node.target)
         for node in graph.nodes
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "halfstep"
     )
