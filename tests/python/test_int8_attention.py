@@ -243,7 +243,9 @@ class Squared(nn.Module):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu, nn.GELU(), Squared()], ids=str)
+@pytest.mark.parametrize(
+    "activation", ["relu", "gelu", F.silu, nn.GELU(), Squared()], ids=["relu", "gelu", "silu", "GELU", "squared"]
+)
 def test_encoder_layers(activation: object, norm_first: bool, batch_first: bool) -> None:
     options = {"activation": activation, "norm_first": norm_first, "batch_first": batch_first}
     layer = randomized(nn.TransformerEncoderLayer(WIDTH, HEADS, 40, **options)).eval()
