@@ -29,6 +29,7 @@ from halfstep.int8_nodes import (
     input_of,
     is_in_place_addition,
     is_plain,
+    is_read_as_values,
     may_write,
     module_of,
     moves_values,
@@ -288,6 +289,8 @@ class _Fuser:
             arguments = (*node.args, *node.kwargs.values())
             if common is None or arguments != (input_of(node), *filter(None, [node.kwargs.get("row_scales")])):
                 continue  # it has a residual
+            if not is_read_as_values(self._root, node):
+                continue
             groups.setdefault((arguments, common), []).append(node)
         found = []
         for nodes in groups.values():

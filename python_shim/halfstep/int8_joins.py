@@ -1,8 +1,9 @@
 """Int8 linear layers that read one value as one product: the query, key and value of attention are the usual case.
 
 One product reads the input once, and is one call instead of several. Each layer's channels keep their own scales, so
-the bits are those of the layers one by one. Each result is a view of some columns; functions of torch that compute
-otherwise where memory is not contiguous (sigmoid) may differ in the last place.
+the bits are those of the layers one by one. Each result is a view of some columns, so what is written to, leaves the
+model or meets code that is not torch's is not joined. Functions of torch that compute otherwise where memory is not
+contiguous (sigmoid) may differ in the last place.
 """
 
 from __future__ import annotations

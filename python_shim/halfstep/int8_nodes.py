@@ -57,6 +57,34 @@ _MOVING_METHODS = (
     "movedim",
     "contiguous",
 )
+# What these return may share memory with their input, beside the ones that move values.
+_ALIASING = (
+    "bfloat16",
+    "chunk",
+    "detach",
+    "diagonal",
+    "expand",
+    "expand_as",
+    "float",
+    "getattr",
+    "getitem",
+    "half",
+    "narrow",
+    "select",
+    "split",
+    "swapaxes",
+    "swapdims",
+    "t",
+    "tensor_split",
+    "to",
+    "type",
+    "type_as",
+    "unbind",
+    "unflatten",
+    "unfold",
+    "view_as",
+)
+_LAYOUT_METHODS = ("as_strided", "data_ptr", "is_contiguous", "storage_offset", "stride", "untyped_storage")
 _POOLS = (F.max_pool2d, torch.max_pool2d)
 
 _SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension")
@@ -201,6 +229,25 @@ def pools_int8(device_type: str) -> bool:
     except RuntimeError:  # "not implemented for 'Char'", or too many places
         return False
     return out.dtype is torch.int8 and torch.equal(out, x)
+
+
+def is_read_as_values(root: nn.Module, node: Node) -> bool:
+    """Return whether the node's value may lie in memory in another way: as columns of a wider tensor.
+
+    It may not if it, or what may share its memory, is written to, is asked for its layout, is given to code that is
+    not torch's, or leaves the model, whose caller may take views of it that need contiguous memory.
+    """
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            named = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+            if user.op == "output" or named in _LAYOUT_METHODS or may_write(root, user):
+                return False
+            moved = user.op == "call_module" and type(module_of(root, user)) in _MOVING_MODULES
+            if user not in seen and (moved or named in (*_MOVING_METHODS, *_ALIASING)):
+                seen.add(user)
+                waiting.append(user)
+    return True
 
 
 def _constants(node: Node) -> list[Any]:

@@ -162,6 +162,38 @@ def twice(self: Some, x: torch.Tensor) -> torch.Tensor:
     return self.a(x).abs() + self.a(x * 2) + self.b(x).abs()
 
 
+def written_to(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    y.mul_(2.0)
+    return y.abs() + self.b(x).abs()
+
+
+def written_to_through_a_view(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    y.view(-1).mul_(2.0)  # a copy, were it columns of a wider tensor
+    return y.abs() + self.b(x).abs()
+
+
+def given_back(self: Some, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return self.a(x).transpose(0, 1), self.b(x), self.c(x).abs(), self.d(x).abs()
+
+
+def asked_for_its_layout(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    return torch.as_strided(y, (5, 4), (8, 1)).abs() + self.b(x).abs()[:, :4]
+
+
+def a_function_of_the_users(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1).abs().view(x.shape)
+
+
+torch.fx.wrap("a_function_of_the_users")
+
+
+def given_to_other_code(self: Some, x: torch.Tensor) -> torch.Tensor:
+    return a_function_of_the_users(self.a(x)) + self.b(x).abs()
+
+
 def gated(self: Some, x: torch.Tensor) -> torch.Tensor:
     return F.silu(self.a(x)) * self.b(x)
 
@@ -177,6 +209,11 @@ def gated(self: Some, x: torch.Tensor) -> torch.Tensor:
         (apart, {}, None),
         (twice, {}, None),
         (gated, {}, None),  # one has an activation
+        (written_to, {}, None),
+        (written_to_through_a_view, {}, None),
+        (given_back, {"c": nn.Linear(8, 8), "d": nn.Linear(8, 8)}, ["c", "d"]),
+        (asked_for_its_layout, {}, None),
+        (given_to_other_code, {}, None),
     ],
 )
 def test_which_layers_are_joined(forward: Any, layers: dict[str, nn.Module], expected: list[str] | None) -> None:
@@ -184,7 +221,11 @@ def test_which_layers_are_joined(forward: Any, layers: dict[str, nn.Module], exp
     unfused = with_int8(traced(Some(forward, **layers).eval()), x)
     result, _ = fused(unfused, x)
     assert list(joined_in(result).values()) == ([] if expected is None else [expected])
-    assert same(run(result, x), run(fused(unfused, x, joins=False)[0], x))
+    outputs, singles = run(result, x), run(fused(unfused, x, joins=False)[0], x)
+    if forward is given_back:
+        assert all(out.view(-1).shape == (40,) for out in outputs[1:])
+        outputs, singles = torch.cat([outputs[0].t(), *outputs[1:]]), torch.cat([singles[0].t(), *singles[1:]])
+    assert same(outputs, singles)
 
 
 def test_layers_that_quantize_otherwise_are_not_joined() -> None:
