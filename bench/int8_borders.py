@@ -1,8 +1,8 @@
 """Where the time of an int8 model goes: its products, the borders at which values become int8, and everything else.
 
-A layer that is given floats is called on them and on the same values in int8: the difference is its border. Layer norms
-that write int8 are borders as a whole, with the norm that they compute. A convolution by images has no form that takes
-int8, so it counts as a product alone.
+A layer that is given floats is called on them and on the same values in int8: the difference is its border. Norms that
+write int8 are borders as a whole, with the norm that they compute. A convolution by images has no form that takes int8,
+so it counts as a product alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from halfstep.int8_layers import Int8Linear
 from halfstep.int8_nodes import PRODUCTS
-from halfstep.int8_norms import Int8LayerNorm
+from halfstep.int8_norms import Int8LayerNorm, Int8RMSNorm
 from timing import measure, replayed
 from torch import nn
 
+NORMS = (Int8LayerNorm, Int8RMSNorm)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -28,7 +29,7 @@ def shares(model: nn.Module, example: tuple[torch.Tensor, ...], repeats: int = 1
     handles = [
         module.register_forward_pre_hook(lambda module, *given: calls.append((module, given)), with_kwargs=True)
         for module in model.modules()
-        if isinstance(module, (*PRODUCTS, Int8LayerNorm))
+        if isinstance(module, (*PRODUCTS, *NORMS))
     ]
     with torch.inference_mode():
         model(*example)
@@ -41,7 +42,7 @@ def shares(model: nn.Module, example: tuple[torch.Tensor, ...], repeats: int = 1
         whole, products, borders = took(partial(model, *example)), 0.0, 0.0
         for module, (args, kwargs) in calls:
             time = took(partial(module, *args, **kwargs))
-            if isinstance(module, Int8LayerNorm):
+            if isinstance(module, NORMS):
                 borders += time
                 continue
             given = _in_int8(module, args[0])

@@ -3,12 +3,12 @@
     activation   relu, relu6, gelu, silu or hardswish, of which the layer's output is the only input
     residual     the addition of another tensor of the same shape
     int8 out     where every reader is an int8 layer that quantizes by the same scale and zero point
-    norm         a layer norm, which writes int8 for the int8 layers that read it, and float for what else does
+    norm         a layer or RMS norm, which writes int8 for the int8 layers that read it, and float for what else does
     joined       linear layers that read the same value alike are one product
 
 In float32 none of them changes a bit, but for gelu, silu, hardswish and norms, which torch rounds at other places: a
-norm is that of halfstep's `layer_norm`, quantized. In half precision the sums are no longer rounded before the
-activation or the addition.
+norm is that of halfstep's `layer_norm` or `rms_norm`, quantized. In half precision the sums are no longer rounded
+before the activation or the addition.
 """
 
 from __future__ import annotations
@@ -281,7 +281,11 @@ class _Fuser:
                 product.out_dtype = out_dtype
 
     def joinable(self) -> list[list[Node]]:
-        """Return the calls of layers that can be one product, several in each group, and link them to one region."""
+        """Return the calls of layers that can be one product, several in each group, and link them to one region.
+
+        Layers of one module alone: what one module reads of another's result, as the layers of a decoder do, would
+        have to be kept from the first of them to the last.
+        """
         groups: dict[tuple[object, ...], list[Node]] = {}
         for node in self._graph.nodes:
             layer = self._product(node)
@@ -291,7 +295,7 @@ class _Fuser:
                 continue  # it has a residual
             if not is_read_as_values(self._root, node):
                 continue
-            groups.setdefault((arguments, common), []).append(node)
+            groups.setdefault((arguments, common, str(node.target).rpartition(".")[0]), []).append(node)
         found = []
         for nodes in groups.values():
             nodes = nodes[: 1 + self._unwritten(nodes)]

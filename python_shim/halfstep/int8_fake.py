@@ -52,6 +52,10 @@ class FakePackedInt8:
         """Return the groups of a convolution."""
         return self._fields["groups"]
 
+    def id(self) -> int:
+        """Raise NotImplementedError: in a program a number would name nothing."""
+        raise NotImplementedError("PackedInt8.id() has no meaning in a traced program, pass the object itself")
+
     def to(self, device: torch.device) -> FakePackedInt8:
         """Return itself: a traced program moves nothing."""
         return self

@@ -110,14 +110,16 @@ class PackedId:
         return PackedId, ()
 
 
-def called_from_python(input: torch.Tensor) -> bool:
-    """Return whether the op that comes next runs at once on values, and nobody records it."""
-    return (
-        type(input) is torch.Tensor
-        and not input.is_meta
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
+def called_from_python(*tensors: torch.Tensor | None) -> bool:
+    """Return whether the op that comes next runs at once on the values of these tensors, and nobody records it."""
+    for each in tensors:
+        if each is not None and (type(each) is not torch.Tensor or each.is_meta):
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
     )
 
 
@@ -135,6 +137,7 @@ class Int8Layer(nn.Module):
         there = fn(torch.empty(0, dtype=torch.int8, device=here)).device
         if there != here and there.type != "meta":
             self.packed = self.packed.to(there)
+            self._id = PackedId()  # which keeps the old weights alive
         return self
 
     @torch.jit.unused
@@ -146,6 +149,7 @@ class Int8Layer(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what get_extra_state() gave, to the device on which the layer is."""
         self.packed = packed_from(state).to(self.packed.scales().device)
+        self._id = PackedId()
 
 
 class _Int8Product(Int8Layer):
@@ -182,7 +186,7 @@ class _Int8Product(Int8Layer):
         ops, weight, dtype = torch.ops.halfstep, self.packed, self.out_dtype
         if torch.compiler.is_exporting():
             op, dtype = f"{op}_named_dtype", None if dtype is None else name_of(dtype)
-        elif called_from_python(input):
+        elif called_from_python(input, *tensors):
             op, weight = f"{op}_by_id", self._id.of(self.packed)
         return getattr(ops, op)(
             input,

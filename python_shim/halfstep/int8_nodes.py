@@ -57,34 +57,19 @@ _MOVING_METHODS = (
     "movedim",
     "contiguous",
 )
-# What these return may share memory with their input, beside the ones that move values.
-_ALIASING = (
-    "bfloat16",
-    "chunk",
-    "detach",
-    "diagonal",
-    "expand",
-    "expand_as",
-    "float",
-    "getattr",
-    "getitem",
-    "half",
-    "narrow",
-    "select",
-    "split",
-    "swapaxes",
-    "swapdims",
-    "t",
-    "tensor_split",
-    "to",
-    "type",
-    "type_as",
-    "unbind",
-    "unflatten",
-    "unfold",
-    "view_as",
-)
-_LAYOUT_METHODS = ("as_strided", "data_ptr", "is_contiguous", "storage_offset", "stride", "untyped_storage")
+# These show a part of a value, or all of it, in another shape.
+_SHOWING = {
+    *("bfloat16", "chunk", "expand", "float", "getitem", "half", "narrow", "select", "split", "t", "to", "type_as"),
+    *("unbind", "unflatten", *_MOVING_METHODS),
+}
+_SHOWING -= {"contiguous", "view"}  # a view that is still in a trace is of another dtype
+# These read values, wherever they lie in memory, and return memory of their own.
+_READING = {
+    *("abs", "add", "addmm", "attend", "baddbmm", "bmm", "cat", "clone", "cos", "div", "einsum", "elu", "exp", "gelu"),
+    *("leaky_relu", "log_softmax", "logsumexp", "matmul", "mean", "mul", "neg", "normalize", "pow", "relu", "rsqrt"),
+    *("scaled_dot_product_attention", "sigmoid", "silu", "sin", "softmax", "softplus", "sqrt", "square", "stack"),
+    *("sub", "sum", "tanh", "truediv"),
+}
 _POOLS = (F.max_pool2d, torch.max_pool2d)
 
 _SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension")
@@ -107,6 +92,7 @@ _IN_PLACE = (
     operator.setitem,
     operator.delitem,
 )
+_IN_PLACE_METHODS = {f"__{function.__name__}__" for function in _IN_PLACE}
 
 
 def module_of(root: nn.Module, node: Node) -> nn.Module | None:
@@ -234,19 +220,26 @@ def pools_int8(device_type: str) -> bool:
 def is_read_as_values(root: nn.Module, node: Node) -> bool:
     """Return whether the node's value may lie in memory in another way: as columns of a wider tensor.
 
-    It may not if it, or what may share its memory, is written to, is asked for its layout, is given to code that is
-    not torch's, or leaves the model, whose caller may take views of it that need contiguous memory.
+    It may if all that is done with it is known to read numbers: what writes to it, asks for its layout, views its bits,
+    hands it out of the model or to code that is not torch's would see the difference.
     """
     waiting, seen = [node], {node}
     while waiting:
         for user in waiting.pop().users:
-            named = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
-            if user.op == "output" or named in _LAYOUT_METHODS or may_write(root, user):
+            if reads_shape(user) or user in seen:
+                continue
+            if user.op == "output" or may_write(root, user):
                 return False
-            moved = user.op == "call_module" and type(module_of(root, user)) in _MOVING_MODULES
-            if user not in seen and (moved or named in (*_MOVING_METHODS, *_ALIASING)):
-                seen.add(user)
+            seen.add(user)
+            if user.op == "call_module":
+                if type(module_of(root, user)) in (*_MOVING_MODULES, *_IDLE_MODULES):
+                    waiting.append(user)
+                continue  # a module of torch's or ours, since it writes to nothing
+            name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+            if name in _SHOWING:
                 waiting.append(user)
+            elif name not in _READING:
+                return False
     return True
 
 
@@ -259,7 +252,8 @@ def may_write(root: nn.Module, node: Node) -> bool:
     if node.op == "call_module":
         return any(map(_module_may_write, root.get_submodule(str(node.target)).modules()))
     if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        name = str(node.target)
+        return name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
     if node.op != "call_function":
         return False
     function, room = node.target, getattr(node.target, "__module__", "") or ""
@@ -276,4 +270,9 @@ def may_write(root: nn.Module, node: Node) -> bool:
 
 def _module_may_write(module: nn.Module) -> bool:
     ours = type(module).__module__.partition(".")[0] in ("torch", "halfstep")
-    return not ours or bool(getattr(module, "inplace", False)) or not is_plain(module)
+    return (
+        not ours
+        or isinstance(module, torch.jit.ScriptModule)
+        or bool(getattr(module, "inplace", False))
+        or not is_plain(module)
+    )

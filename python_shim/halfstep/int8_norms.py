@@ -1,4 +1,4 @@
-"""Layer norms whose result is int8 for the int8 layers that read it, and which norms of a traced model can be such.
+"""Layer and RMS norms that give int8 to the int8 layers that read them, and which norms of a traced model can be such.
 
 Torch adds a row in another order than halfstep does, so such a norm differs from torch's in the last places.
 """
@@ -8,20 +8,24 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from halfstep.int8_layers import Int8Linear
 from halfstep.int8_nodes import argument, input_of, is_plain, module_of, reads_shape
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Whether the mean is taken off.
+_MODULES = {nn.LayerNorm: True, nn.RMSNorm: False}
+_FUNCTIONS = {F.layer_norm: True, torch.layer_norm: True, F.rms_norm: False, torch.rms_norm: False}
 
 
-class Int8LayerNorm(nn.Module):
-    """nn.LayerNorm over one dimension, [..., size] -> (int8 [..., size], scales, float [..., size]).
+class _Int8Norm(nn.Module):
+    """A norm over one dimension, [..., size] -> (int8 [..., size], scales, float [..., size]).
 
     `out_scale` and `out_zero_point` are the int8's. Without a scale every row is quantized by its own largest
     magnitude, and `scales` are float32 [...]; else they are empty. The float result, in the input's dtype, is empty
@@ -32,20 +36,34 @@ class Int8LayerNorm(nn.Module):
         self,
         size: int,
         weight: nn.Parameter | None,
-        bias: nn.Parameter | None,
-        eps: float = 1e-5,
+        eps: float | None,
         *,
         out_scale: float | None = None,
         out_zero_point: int = 0,
         keep_float: bool = False,
     ) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight = weight
         self.size = size
         self.eps = eps
         self.out_scale = out_scale
         self.out_zero_point = out_zero_point
         self.keep_float = keep_float
+
+    def extra_repr(self) -> str:
+        """Describe the layer in short."""
+        out = "per row" if self.out_scale is None else f"out_scale={self.out_scale:.3g}"
+        return f"{self.size}, eps={self.eps}, {out}" + (", float too" if self.keep_float else "")
+
+
+class Int8LayerNorm(_Int8Norm):
+    """nn.LayerNorm over one dimension, [..., size] -> (int8 [..., size], scales, float [..., size]); see _Int8Norm."""
+
+    def __init__(
+        self, size: int, weight: nn.Parameter | None, bias: nn.Parameter | None, eps: float = 1e-5, **options: Any
+    ) -> None:
+        super().__init__(size, weight, eps, **options)
+        self.bias = bias
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalise, round, quantize."""
@@ -60,22 +78,34 @@ class Int8LayerNorm(nn.Module):
             self.keep_float,
         )
 
-    def extra_repr(self) -> str:
-        """Describe the layer in short."""
-        out = "per row" if self.out_scale is None else f"out_scale={self.out_scale:.3g}"
-        return f"{self.size}, eps={self.eps}, {out}" + (", float too" if self.keep_float else "")
+
+class Int8RMSNorm(_Int8Norm):
+    """nn.RMSNorm over one dimension, [..., size] -> (int8 [..., size], scales, float [..., size]); see _Int8Norm."""
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise, round, quantize."""
+        return torch.ops.halfstep.rms_norm_int8(
+            input,
+            [self.size],
+            self.weight,
+            self.eps,
+            self.out_scale,
+            self.out_zero_point,
+            self.keep_float,
+        )
 
 
 @dataclass(frozen=True)
 class NormCall:
-    """A layer norm over the last dimension in a graph: a module's call, or a function's with its weight and bias."""
+    """A norm over the last dimension in a graph: a module's call, or a function's with its weight and bias."""
 
     name: str  # the module's, or the node's
-    module: nn.LayerNorm | None
+    module: nn.LayerNorm | nn.RMSNorm | None
+    center: bool  # False: RMS norm
     size: int
     weight: Node | None = None
     bias: Node | None = None
-    eps: float = 1e-5
+    eps: float | None = None
 
     @classmethod
     def of(cls, root: nn.Module, node: Node) -> NormCall | None:
@@ -84,20 +114,34 @@ class NormCall:
             return None
         module = module_of(root, node)
         if module is not None:
-            plain = type(module) is nn.LayerNorm and is_plain(module) and len(node.args) + len(node.kwargs) == 1
+            plain = type(module) in _MODULES and is_plain(module) and len(node.args) + len(node.kwargs) == 1
             if not plain or len(module.normalized_shape) != 1:
                 return None
-            return cls(str(node.target), module, module.normalized_shape[0], eps=module.eps)
-        if node.op != "call_function" or node.target not in (F.layer_norm, torch.layer_norm):
+            return cls(str(node.target), module, _MODULES[type(module)], module.normalized_shape[0], eps=module.eps)
+        if node.op != "call_function" or node.target not in _FUNCTIONS:
             return None
-        shape = argument(node, 1, "normalized_shape", None)
-        weight, bias = argument(node, 2, "weight", None), argument(node, 3, "bias", None)
-        eps = argument(node, 4, "eps", 1e-5)
+        center = _FUNCTIONS[node.target]
+        shape, weight = argument(node, 1, "normalized_shape", None), argument(node, 2, "weight", None)
+        bias = argument(node, 3, "bias", None) if center else None
+        eps = argument(node, 4, "eps", 1e-5) if center else argument(node, 3, "eps", None)
         stored = all(each is None or (isinstance(each, Node) and each.op == "get_attr") for each in (weight, bias))
         known = isinstance(shape, (tuple, list)) and len(shape) == 1 and type(shape[0]) is int
-        if not stored or not known or not isinstance(eps, (int, float)):
+        if not stored or not known or not isinstance(eps, (int, float, *(() if center else (type(None),)))):
             return None
-        return cls(node.name, None, shape[0], weight, bias, float(eps))
+        return cls(node.name, None, center, shape[0], weight, bias, None if eps is None else float(eps))
+
+    def int8_module(self, **options: Any) -> nn.Module:
+        """Return what stands for the module."""
+        if self.center:
+            return Int8LayerNorm(self.size, self.module.weight, self.module.bias, self.eps, **options).eval()
+        return Int8RMSNorm(self.size, self.module.weight, self.eps, **options).eval()
+
+    def int8_call(self, graph: Graph, x: Node, *options: Any) -> Node:
+        """Put the function's op into the graph."""
+        if self.center:
+            arguments = (x, [self.size], self.weight, self.bias, self.eps, *options)
+            return graph.call_function(torch.ops.halfstep.layer_norm_int8, arguments)
+        return graph.call_function(torch.ops.halfstep.rms_norm_int8, (x, [self.size], self.weight, self.eps, *options))
 
 
 def computes_in_float32(dtypes: set[torch.dtype]) -> bool:
@@ -122,22 +166,11 @@ def put_int8_norm(
     keep = bool(float_readers(node, readers))
     with graph.inserting_before(node):
         if norm.module is not None:
-            layer = Int8LayerNorm(
-                norm.size,
-                norm.module.weight,
-                norm.module.bias,
-                norm.eps,
-                out_scale=scale,
-                out_zero_point=zero_point,
-                keep_float=keep,
-            ).eval()
+            layer = norm.int8_module(out_scale=scale, out_zero_point=zero_point, keep_float=keep)
             _replace(graph_module, norm.module, layer)
             made = graph.call_module(str(node.target), (input_of(node),))
         else:
-            made = graph.call_function(
-                torch.ops.halfstep.layer_norm_int8,
-                (input_of(node), [norm.size], norm.weight, norm.bias, norm.eps, scale, zero_point, keep),
-            )
+            made = norm.int8_call(graph, input_of(node), scale, zero_point, keep)
         quantized = graph.call_function(operator.getitem, (made, 0))
         new = [made, quantized]
         if scale is None:

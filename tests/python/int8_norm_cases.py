@@ -117,14 +117,22 @@ class _OwnNorm(nn.LayerNorm):
         return torch.ops.halfstep.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class _OwnRmsNorm(nn.RMSNorm):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ops.halfstep.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+
+
+_OWN = {F.layer_norm: "layer_norm", torch.layer_norm: "layer_norm", F.rms_norm: "rms_norm", torch.rms_norm: "rms_norm"}
+
+
 def with_own_norms(graph_module: GraphModule, names: Collection[str]) -> GraphModule:
     """Return a copy in which halfstep computes these norms, in float: modules and nodes by their names."""
     twin = copy.deepcopy(graph_module)
     for name, module in twin.named_modules():
         if name in names:
-            module.__class__ = _OwnNorm
+            module.__class__ = _OwnRmsNorm if isinstance(module, nn.RMSNorm) else _OwnNorm
     for node in twin.graph.nodes:
         if node.op == "call_function" and node.name in names:
-            node.target = torch.ops.halfstep.layer_norm
+            node.target = getattr(torch.ops.halfstep, _OWN[node.target])
     twin.recompile()
     return twin

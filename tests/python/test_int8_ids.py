@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from halfstep.int8_fake import FakePackedInt8
 from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Linear, pack
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -122,9 +123,49 @@ def test_graphs_hold_the_object(name: str) -> None:
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
     graph = make_fx(lambda x: layer(x))(x)
     assert "by_id" not in graph.code
+    assert "by_id" not in make_fx(lambda x: layer(x), pre_dispatch=True)(x).code
     with Ops() as mode:
         assert torch.equal(layer(x), expected)
     assert not any("by_id" in each for each in mode.seen)
+
+
+def test_a_residual_of_another_class_sees_the_op_of_objects() -> None:
+    seen: list[str] = []
+
+    class Other(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    make, shape = CASES["linear"]
+    layer, x = make(), torch.randn(shape)
+    layer(x, torch.randn(3, 6).as_subclass(Other))
+    assert any("int8_linear" in each for each in seen)
+    assert not any("by_id" in each for each in seen)
+
+
+def test_exports_know_all_methods_of_the_object(caplog: pytest.LogCaptureFixture) -> None:
+    make, shape = CASES["linear"]
+    layer, x = make().eval(), torch.randn(shape)
+    layer(x)
+    torch.export.export(layer, (x,))
+    assert "doesn't implement" not in caplog.text
+    with pytest.raises(NotImplementedError, match="no meaning in a traced program"):
+        FakePackedInt8().id()
+
+
+def test_former_weights_die_at_once() -> None:
+    kept = torch.randn(6, 8).char()
+    storage = kept.untyped_storage()._weak_ref()
+    layer = Int8Linear(torch.classes.halfstep.PackedInt8(kept, torch.ones(6), None))
+    layer(torch.randn(3, 8))
+    del kept
+    assert not torch.UntypedStorage._expired(storage)
+    layer.load_state_dict(Int8Linear(pack(torch.randn(6, 8))).state_dict())
+    gc.collect()
+    assert torch.UntypedStorage._expired(storage)
+    torch.UntypedStorage._free_weak_ref(storage)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -45,6 +45,25 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(self.heads(x), k, v).transpose(1, 2).flatten(2)
 
 
+class InPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(3.0)
+
+
+class Decoder(nn.Module):
+    """Layers that read one memory, each by a key and a value of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(8, 8) for n in "kv"}) for _ in range(3))
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:
+        x = memory
+        for layer in self.layers:
+            x = F.scaled_dot_product_attention(x, layer["k"](memory), layer["v"](memory))
+        return x
+
+
 class Some(nn.Module):
     """A forward(self, x) of layers a and b, and others where a test has them."""
 
@@ -168,6 +187,36 @@ def written_to(self: Some, x: torch.Tensor) -> torch.Tensor:
     return y.abs() + self.b(x).abs()
 
 
+def written_to_through_a_ravel(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    torch.ravel(y).add_(1.0)
+    return y.abs() + self.b(x).abs()
+
+
+def written_to_by_a_script(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    z = self.a(y).abs()
+    return self.c(y) + z + self.b(y).abs()
+
+
+def written_to_by_a_special_method(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    z = self.a(y)
+    y.__imul__(3.0)
+    return z.abs() + self.b(y).abs()
+
+
+def viewed_as_complex(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = torch.view_as_complex(self.a(x).reshape(-1, 4, 2)).abs()
+    return y.sum(1, keepdim=True) + self.b(x).abs()
+
+
+def rotated(self: Some, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x)
+    y = y * 0.5 + torch.cat((-y[..., 4:], y[..., :4]), -1) * 0.25
+    return y.abs() + self.b(x).float().abs()
+
+
 def written_to_through_a_view(self: Some, x: torch.Tensor) -> torch.Tensor:
     y = self.a(x)
     y.view(-1).mul_(2.0)  # a copy, were it columns of a wider tensor
@@ -211,6 +260,11 @@ def gated(self: Some, x: torch.Tensor) -> torch.Tensor:
         (gated, {}, None),  # one has an activation
         (written_to, {}, None),
         (written_to_through_a_view, {}, None),
+        (written_to_through_a_ravel, {}, None),
+        (written_to_by_a_script, {"c": torch.jit.script(InPlace())}, None),
+        (written_to_by_a_special_method, {}, None),
+        (viewed_as_complex, {"b": nn.Linear(8, 3)}, None),
+        (rotated, {}, ["a", "b"]),
         (given_back, {"c": nn.Linear(8, 8), "d": nn.Linear(8, 8)}, ["c", "d"]),
         (asked_for_its_layout, {}, None),
         (given_to_other_code, {}, None),
@@ -226,6 +280,14 @@ def test_which_layers_are_joined(forward: Any, layers: dict[str, nn.Module], exp
         assert all(out.view(-1).shape == (40,) for out in outputs[1:])
         outputs, singles = torch.cat([outputs[0].t(), *outputs[1:]]), torch.cat([singles[0].t(), *singles[1:]])
     assert same(outputs, singles)
+
+
+def test_layers_of_one_module_alone_are_joined() -> None:
+    x = torch.randn(2, 5, 8)
+    unfused = with_int8(traced(Decoder().eval()), x)
+    result, _ = fused(unfused, x)
+    assert joined_in(result) == {f"layers.{n}.k_v": [f"layers.{n}.k", f"layers.{n}.v"] for n in range(3)}
+    assert same(run(result, x), run(fused(unfused, x, joins=False)[0], x))
 
 
 def test_layers_that_quantize_otherwise_are_not_joined() -> None:

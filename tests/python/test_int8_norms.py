@@ -1,4 +1,4 @@
-"""Layer norms that write int8: the op against the ops that it stands for, and models against those without it."""
+"""Layer and RMS norms that write int8: the ops against what they stand for, and models against those without them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from halfstep.int8_chains import Region
 from halfstep.int8_graph import subgraph
 from halfstep.int8_layers import Int8Linear, pack
 from halfstep.int8_model import share
-from halfstep.int8_norms import Int8LayerNorm
+from halfstep.int8_norms import Int8LayerNorm, Int8RMSNorm
 from halfstep.int8_runs import capture, shapes_of
 from int8_file_cases import plan_in, taken_apart, with_plan
 from int8_graph_cases import call, run, traced, with_int8
@@ -96,14 +96,37 @@ def test_the_op_refuses(arguments: dict[str, Any], error: type[Exception], said:
         ops.layer_norm_int8(**{"input": torch.ones(2, 8), "normalized_shape": [8], **arguments})
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 33), (2, 5001), (1,), (0, 8), (3, 0), (2, 0, 8)])
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_rms_norms_are_a_norm_and_a_quantization(
+    dtype: torch.dtype, shape: tuple[int, ...], eps: float | None, device: torch.device
+) -> None:
+    size = shape[-1]
+    x = (torch.randn(shape) * 3 + 2).to(device, dtype)
+    weight = torch.randn(size).to(device, dtype) if eps is None else None
+    norm = ops.rms_norm(x, [size], weight, eps)
+    for keep in (False, True):
+        quantized, scales, out = ops.rms_norm_int8(x, [size], weight, eps, 0.03, -7, keep)
+        assert same(quantized, ops.quantize_int8(norm, 0.03, -7))
+        assert same(scales, torch.empty(0, device=device))
+        assert same(out, norm if keep else norm.new_empty(0))
+        quantized, scales, out = ops.rms_norm_int8(x, [size], weight, eps, keep_float=keep)
+        assert all(map(same, (quantized, scales), ops.quantize_int8_rows(norm)))
+        assert same(out, norm if keep else norm.new_empty(0))
+    with pytest.raises(ValueError, match="rms_norm_int8: .*expected 0 where scale is absent"):
+        ops.rms_norm_int8(x, [size], zero_point=3)
+
+
 def test_the_op_without_values() -> None:
     x, weight = torch.randn(4, 3, 8).transpose(0, 1).bfloat16(), torch.randn(8)
     for options in ({"scale": 0.1, "keep_float": True}, {}):
-        real = ops.layer_norm_int8(x, [8], weight, **options)
-        meta = ops.layer_norm_int8(x.to("meta"), [8], weight.to("meta"), **options)
-        for one, other in zip(real, meta, strict=True):
-            assert other.is_meta
-            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        for op in (ops.layer_norm_int8, ops.rms_norm_int8):
+            real = op(x, [8], weight, **options)
+            meta = op(x.to("meta"), [8], weight.to("meta"), **options)
+            for one, other in zip(real, meta, strict=True):
+                assert other.is_meta
+                assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,6 +282,11 @@ def computed_weight(self: Two, x: torch.Tensor) -> torch.Tensor:
     return self.a(F.layer_norm(x, (8,), self.norm.weight * 2, self.norm.bias)) + self.b(x)
 
 
+def rms_functions(self: Two, x: torch.Tensor) -> torch.Tensor:
+    x = self.a(F.rms_norm(x, (8,), self.norm.weight, eps=1e-4))
+    return self.b(torch.rms_norm(x, [8]))
+
+
 class Inherited(nn.LayerNorm):
     """Is traced through."""
 
@@ -284,7 +312,10 @@ def _with_hook() -> nn.LayerNorm:
         (both, {"norm": Inherited(8)}, {"a": "layer_norm", "b": "layer_norm"}),
         (both, {"norm": Doubled(8)}, {}),
         (both, {"norm": nn.LayerNorm((5, 8))}, {}),
-        (both, {"norm": nn.RMSNorm(8)}, {}),
+        (both, {"norm": nn.RMSNorm(8)}, {"a": "norm", "b": "norm"}),
+        (both, {"norm": nn.RMSNorm(8, eps=0.01, elementwise_affine=False)}, {"a": "norm", "b": "norm"}),
+        (both, {"norm": nn.RMSNorm((5, 8))}, {}),
+        (rms_functions, {"norm": nn.RMSNorm(8)}, {"a": "rms_norm", "b": "rms_norm_1"}),
         (twice, {}, {}),
         (written_before, {}, {}),
         (written_afterwards, {}, {"a": "norm"}),
@@ -302,7 +333,8 @@ def test_which_norms_are_taken_over(forward: Any, layers: dict[str, nn.Module], 
     assert norms_of(regions) == expected
     apart, _ = fused(cases.with_own_norms(unfused, expected.values()), x, with_norms=False)
     assert same(run(result, x), run(apart, x))
-    assert sum(isinstance(module, Int8LayerNorm) for module in result.modules()) == ("norm" in expected.values())
+    made = [module for module in result.modules() if isinstance(module, (Int8LayerNorm, Int8RMSNorm))]
+    assert len(made) == ("norm" in expected.values())
 
 
 def test_readers_that_quantize_otherwise_get_floats() -> None:

@@ -130,6 +130,12 @@ HALFSTEP_API Int8NormResult layer_norm_int8(const at::Tensor& input, c10::SymInt
                                             const std::optional<at::Tensor>& bias = std::nullopt, double eps = 1e-5,
                                             std::optional<double> scale = std::nullopt, std::int64_t zero_point = 0,
                                             bool keep_float = false);
+// The same of RMS norm, whose eps is float32's epsilon unless it is given.
+HALFSTEP_API Int8NormResult rms_norm_int8(const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+                                          const std::optional<at::Tensor>& weight = std::nullopt,
+                                          std::optional<double> eps = std::nullopt,
+                                          std::optional<double> scale = std::nullopt, std::int64_t zero_point = 0,
+                                          bool keep_float = false);
 
 // int8 of a float32, float16 or bfloat16 tensor, with its strides where it is dense.
 HALFSTEP_API at::Tensor quantize_int8(const at::Tensor& input, double scale, std::int64_t zero_point = 0);
