@@ -1,4 +1,5 @@
-// layer_norm_int8 and rms_norm_int8: schemas, checks and the way to the core. Contract: halfstep/torch/int8.h, halfstep/int8_norms.h.
+// layer_norm_int8 and rms_norm_int8: schemas, checks and the way to the core. Contract: halfstep/torch/int8.h,
+// halfstep/int8_norms.h.
 #include "halfstep/int8_norms.h"
 
 #include <limits>
