@@ -9,7 +9,7 @@ build/int8_models/minilm.pt; left out without it), and four networks trained on 
 bench/int8_model_zoo.py. "bert-base" and "vit-b" have the size of those and random weights: their times count, and the
 agreement of their outputs. Runs: the model in float32 and in half; "int8 everywhere" is the optimizer with
 speed_guard=False, all layers that keep the accuracy; "int8, speed guard" is the default, and the last column says what
-came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile of half and of int8.
+came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile of half and of int8, and int8 as TorchScript.
 --borders prints where the time of the int8 models goes, see bench/int8_borders.py.
 On a GPU the time in brackets is that of a CUDA graph's replay.
 
@@ -204,6 +204,9 @@ def all_runs(case: Case, options: argparse.Namespace, folder: Path) -> Runs:
             model = runs.models[name]
             runs.add(f"{name}, compiled", lambda model=model: torch.compile(model))
             runs.notes[f"{name}, compiled"] = runs.notes.get(name, "")
+        for name in [n for n in ("int8 everywhere", "int8, speed guard") if n in runs.models]:
+            runs.add(f"{name}, script", lambda model=runs.models[name]: torch.jit.script(model))
+            runs.notes[f"{name}, script"] = runs.notes[name]
     return runs
 
 

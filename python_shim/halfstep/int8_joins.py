@@ -78,7 +78,7 @@ def join_products(graph_module: GraphModule, nodes: list[Node]) -> list[str]:
     graph_module.add_submodule(name, joined)
     with graph.inserting_before(nodes[0]):
         product = graph.call_module(name, nodes[0].args, nodes[0].kwargs)
-        split = graph.call_function(torch.split, (product, joined.sizes, -1))
+        split = graph.call_method("split_with_sizes", (product, joined.sizes, -1))
         pieces = [graph.call_function(operator.getitem, (split, i)) for i in range(len(nodes))]
     for node, piece in zip(nodes, pieces, strict=True):
         node.replace_all_uses_with(piece)

@@ -24,6 +24,8 @@ from halfstep.int8_fake import register_fakes
 load_library()
 register_fakes()
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # is there while make_fx or torch.export looks at whole operators
+
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 
 
@@ -119,7 +121,7 @@ def called_from_python(*tensors: torch.Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 
@@ -184,10 +186,10 @@ class _Int8Product(Int8Layer):
         """Call the op of this name, with a residual and perhaps row scales, in the form that suits the caller."""
         residual, *row_scales = tensors
         ops, weight, dtype = torch.ops.halfstep, self.packed, self.out_dtype
-        if torch.compiler.is_exporting():
-            op, dtype = f"{op}_named_dtype", None if dtype is None else name_of(dtype)
-        elif called_from_python(input, *tensors):
+        if called_from_python(input, *tensors):
             op, weight = f"{op}_by_id", self._id.of(self.packed)
+        elif torch.compiler.is_exporting():
+            op, dtype = f"{op}_named_dtype", None if dtype is None else name_of(dtype)
         return getattr(ops, op)(
             input,
             weight,
