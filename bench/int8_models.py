@@ -9,7 +9,8 @@ build/int8_models/minilm.pt; left out without it), and four networks trained on 
 bench/int8_model_zoo.py. "bert-base" and "vit-b" have the size of those and random weights: their times count, and the
 agreement of their outputs. Runs: the model in float32 and in half; "int8 everywhere" is the optimizer with
 speed_guard=False, all layers that keep the accuracy; "int8, speed guard" is the default, and the last column says what
-came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile of half and of int8, and int8 as TorchScript.
+came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile
+of half and of int8, and int8 as TorchScript.
 --borders prints where the time of the int8 models goes, see bench/int8_borders.py.
 On a GPU the time in brackets is that of a CUDA graph's replay.
 
