@@ -41,6 +41,12 @@ def zero_padding(output: torch.Tensor, padding: torch.Tensor, check: bool) -> to
     return output.masked_fill(hidden.unsqueeze(-1), 0.0)
 
 
+def refuse_nested(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise ValueError for nested tensors, before a product is given one."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise ValueError("attention got a nested tensor, expected a padded one and key_padding_mask")
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -62,8 +68,6 @@ def attend(
     q, k, v are projected and of the shapes that nn.MultiheadAttention takes, and so is the output; the other arguments
     are its too. ValueError and TypeError as SplitAttention says.
     """
-    if q.is_nested or k.is_nested or v.is_nested:
-        raise ValueError("attention got a nested tensor, expected a padded one and key_padding_mask")
     if q.dim() not in (2, 3) or k.dim() != q.dim() or v.dim() != q.dim():
         raise ValueError(
             f"query, key and value have {q.dim()}, {k.dim()} and {v.dim()} dimensions, expected 3 each, or 2 without a "
@@ -149,6 +153,7 @@ def _mask(
     return mask
 
 
+torch.fx.wrap("refuse_nested")
 torch.fx.wrap("attend")
 torch.fx.wrap("additive_mask")
 torch.fx.wrap("zero_padding")
@@ -200,6 +205,7 @@ class SplitAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return output and weights; the weights are None unless asked for."""
+        refuse_nested(query, key, value)
         attended = attend(
             self.q_proj(query),
             self.k_proj(key),

@@ -15,6 +15,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from halfstep.calls import HOOKS
+from halfstep.int8_attention import refuse_nested
 from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
 
 PRODUCTS = (Int8Linear, Int8Conv1d, Int8Conv2d)
@@ -180,10 +181,10 @@ def is_idle(root: nn.Module, node: Node) -> bool:
 
 
 def reads_shape(node: Node) -> bool:
-    """Return whether the node asks its input for sizes alone."""
+    """Return whether the node asks its input for sizes alone, or for what else is the same in int8."""
     if node.op == "call_method":
         return node.target in _SHAPE_METHODS
-    return node.target is getattr and node.args[1] in ("shape", "ndim")
+    return node.target is refuse_nested or (node.target is getattr and node.args[1] in ("shape", "ndim"))
 
 
 def moves_values(root: nn.Module, node: Node, device: torch.device) -> bool:

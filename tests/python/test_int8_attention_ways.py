@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from halfstep.int8_attention import SplitAttention
+from halfstep.int8_graph import trace
 from halfstep.int8_layers import Int8Linear, pack
 from int8_attention_cases import (
     BATCH,
@@ -104,6 +105,11 @@ def test_attention_in_int8(sequence: str) -> None:
         expected, expected_weights = module(*given, need_weights=needed)
         assert close(output, expected, 0.03)
         assert weights is None or close(weights, expected_weights, 0.03)
+    nested = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(2, WIDTH)])
+    traced, _ = trace(int8, ("query", "key", "value"))
+    for model in (int8, traced):
+        with pytest.raises(ValueError, match="attention got a nested tensor"):
+            model(nested, nested, nested)
 
 
 def script(model: nn.Module, *args: torch.Tensor) -> nn.Module:
