@@ -184,4 +184,4 @@ def _region(region: RegionReport, shared: set[str]) -> str:
         parts.append("smoothed")
     if region.why and not (region.state == "float" and region.why in shared):
         parts.append(region.why)
-    return f"  {' -> '.join(map(_shown, region.layers))}: {'; '.join(parts)}"
+    return f"  {', '.join(map(_shown, region.layers))}: {'; '.join(parts)}"
