@@ -45,9 +45,10 @@ test: test-cpp test-python test-tf-auto
 test-cpp: setup
 	@$(BIN)/ctest --test-dir build/latest --output-on-failure -j 2
 
-# Two at a time, since most tests keep one processor busy; PYTEST_ARGS="-n 0 --pdb" is for looking into one.
+# Two at a time, since most tests keep one processor busy, in the order of the files: the long ones are not among the last.
+# PYTEST_ARGS="-n 0 --pdb" is for looking into one.
 test-python: setup
-	@HALFSTEP_BUILD=build/latest $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@HALFSTEP_BUILD=build/latest $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 setup-tf:
 	@$(PYTHON) tools/bootstrap.py --tensorflow $(TENSORFLOW) --tensorflow-python "$(TF_PYTHON)"
