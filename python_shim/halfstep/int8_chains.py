@@ -26,6 +26,7 @@ from halfstep.int8_nodes import (
     PRODUCTS,
     activation_of,
     call_sites,
+    has_residual,
     input_of,
     is_in_place_addition,
     is_plain,
@@ -152,7 +153,7 @@ class _Fuser:
         layer = self._product(node)
         if layer is None or layer.activation != "none" or list(node.users) != [add] or other is node:
             return False
-        if len(node.args) + len(node.kwargs) != 1:  # has a residual
+        if has_residual(node):
             return False
         alike = self._shapes.get(add.name)
         if alike is None or any(self._shapes.get(each.name) != alike for each in (node, other)):
@@ -290,12 +291,10 @@ class _Fuser:
         for node in self._graph.nodes:
             layer = self._product(node)
             common = None if layer is None else joins_of(layer)
-            arguments = (*node.args, *node.kwargs.values())
-            if common is None or arguments != (input_of(node), *filter(None, [node.kwargs.get("row_scales")])):
-                continue  # it has a residual
-            if not is_read_as_values(self._root, node):
+            if common is None or has_residual(node) or not is_read_as_values(self._root, node):
                 continue
-            groups.setdefault((arguments, common, str(node.target).rpartition(".")[0]), []).append(node)
+            key = (input_of(node), node.kwargs.get("row_scales"), common, str(node.target).rpartition(".")[0])
+            groups.setdefault(key, []).append(node)
         found = []
         for nodes in groups.values():
             nodes = nodes[: 1 + self._unwritten(nodes)]

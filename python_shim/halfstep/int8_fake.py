@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,39 +137,6 @@ def _int8_conv2d(
     return out.to(memory_format=torch.channels_last)
 
 
-def _dtype_named(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
-
-
-def _int8_linear_named_dtype(
-    input: torch.Tensor,
-    weight: Any,
-    input_scale: float | None = None,
-    input_zero_point: int = 0,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    out_dtype: str | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    input_row_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return _int8_linear(input, weight, out_dtype=_dtype_named(out_dtype), out_scale=out_scale)
-
-
-def _int8_conv2d_named_dtype(
-    input: torch.Tensor,
-    weight: Any,
-    input_scale: float | None = None,
-    input_zero_point: int = 0,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    out_dtype: str | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> torch.Tensor:
-    return _int8_conv2d(input, weight, out_dtype=_dtype_named(out_dtype), out_scale=out_scale)
-
-
 def _int8_embedding(indices: torch.Tensor, weight: Any, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return indices.new_empty((*indices.shape, weight.weight().shape[1]), dtype=out_dtype)
 
@@ -176,12 +145,18 @@ def _dequantize_weight(weight: Any, out_dtype: torch.dtype) -> torch.Tensor:
     return weight.weight().new_empty(weight.weight().shape, dtype=out_dtype)
 
 
-def _int8_embedding_named_dtype(indices: torch.Tensor, weight: Any, out_dtype: str = "float32") -> torch.Tensor:
-    return _int8_embedding(indices, weight, getattr(torch, out_dtype))
+def _named_dtype(fake: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the fake of the op that takes `out_dtype` by its name."""
+    signature = inspect.signature(fake)
 
+    def named(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = signature.bind(*args, **kwargs)
+        name = given.arguments.get("out_dtype")
+        if name is not None:
+            given.arguments["out_dtype"] = getattr(torch, name)
+        return fake(*given.args, **given.kwargs)
 
-def _dequantize_weight_named_dtype(weight: Any, out_dtype: str) -> torch.Tensor:
-    return _dequantize_weight(weight, getattr(torch, out_dtype))
+    return named
 
 
 @functools.cache
@@ -190,16 +165,14 @@ def register_fakes() -> None:
     load_library()
     torch._library.register_fake_class("halfstep::PackedInt8", FakePackedInt8)
     torch._library.register_fake_class("halfstep::Observer", FakeObserver)
-    for name, function in (
-        ("int8_linear", _int8_linear),
-        ("int8_conv2d", _int8_conv2d),
-        ("int8_embedding", _int8_embedding),
-        ("dequantize_weight", _dequantize_weight),
-        ("int8_linear_named_dtype", _int8_linear_named_dtype),
-        ("int8_conv2d_named_dtype", _int8_conv2d_named_dtype),
-        ("int8_embedding_named_dtype", _int8_embedding_named_dtype),
-        ("dequantize_weight_named_dtype", _dequantize_weight_named_dtype),
-    ):
-        torch.library.register_fake(f"halfstep::{name}", function)
+    fakes: dict[str, Callable[..., torch.Tensor]] = {
+        "int8_linear": _int8_linear,
+        "int8_conv2d": _int8_conv2d,
+        "int8_embedding": _int8_embedding,
+        "dequantize_weight": _dequantize_weight,
+    }
+    fakes.update({f"{name}_named_dtype": _named_dtype(fake) for name, fake in fakes.items()})
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"halfstep::{name}", fake)
         # Ops with an object among their arguments count as ones with side effects; these have none.
         torch.library._register_effectful_op(f"halfstep::{name}", None)

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from halfstep.int8_layers import Int8Linear, packed_from, state_of
 from halfstep.int8_nodes import module_of
 
+_BY_CHANNEL = ("weight", "scales", "bias")
 # What is one setting for all channels of a call.
 _SETTINGS = ("input_scale", "input_zero_point", "activation", "out_dtype", "out_scale", "out_zero_point")
 
@@ -30,11 +31,7 @@ class Int8JoinedLinear(Int8Linear):
     def __init__(self, layers: Mapping[str, Int8Linear]) -> None:
         first = next(iter(layers.values()))
         states = [state_of(layer.packed) for layer in layers.values()]
-        rows = {
-            part: torch.cat([state[part] for state in states])
-            for part in ("weight", "scales", "bias")
-            if part in states[0]
-        }
+        rows = {part: torch.cat([state[part] for state in states]) for part in _BY_CHANNEL if part in states[0]}
         super().__init__(packed_from({**states[0], **rows}), **{name: getattr(first, name) for name in _SETTINGS})
         self.names = list(layers)
         self.sizes: list[int] = [layer.packed.weight().size(0) for layer in layers.values()]
@@ -43,7 +40,7 @@ class Int8JoinedLinear(Int8Linear):
     def parts(self) -> dict[str, Int8Linear]:
         """Return the layers that this one stands for, by name; their tensors are views of this one's."""
         state = state_of(self.packed)
-        rows = {part: state[part].split(self.sizes) for part in ("weight", "scales", "bias") if part in state}
+        rows = {part: state[part].split(self.sizes) for part in _BY_CHANNEL if part in state}
         settings = {name: getattr(self, name) for name in _SETTINGS}
         return {
             name: Int8Linear(packed_from({**state, **{part: each[i] for part, each in rows.items()}}), **settings)

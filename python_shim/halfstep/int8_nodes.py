@@ -63,7 +63,7 @@ _SHOWING = {
     *("bfloat16", "chunk", "expand", "float", "getitem", "half", "narrow", "select", "split", "t", "to", "type_as"),
     *("unbind", "unflatten", *_MOVING_METHODS),
 }
-_SHOWING -= {"contiguous", "view"}  # a view that is still in a trace is of another dtype
+_SHOWING -= {"contiguous", "view"}  # the one is about layout, the other, where a trace still has it, about dtypes
 # These read values, wherever they lie in memory, and return memory of their own.
 _READING = {
     *("abs", "add", "addmm", "attend", "baddbmm", "bmm", "cat", "clone", "cos", "div", "einsum", "elu", "exp", "gelu"),
@@ -121,6 +121,11 @@ def call_sites(graph_module: GraphModule) -> dict[nn.Module, list[Node]]:
 def input_of(node: Node) -> Any:
     """Return the first argument of a call."""
     return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def has_residual(node: Node) -> bool:
+    """Return whether a call of an int8 product adds a second tensor."""
+    return len(node.args) + len(node.kwargs.keys() - {"row_scales"}) == 2
 
 
 def argument(node: Node, position: int, name: str, default: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from halfstep.half_model import name_of
 from halfstep.int8_layers import ACTIVATIONS, Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
+from halfstep.int8_nodes import has_residual
 from halfstep.int8_recurrent import MODES
 
 FORMAT = "halfstep optimized model"
@@ -292,7 +293,7 @@ def residuals(model: nn.Module) -> set[str]:
     if not isinstance(model, GraphModule):
         return set()
     calls = [node for node in model.graph.nodes if node.op == "call_module"]
-    return {str(node.target) for node in calls if len(node.args) + len(node.kwargs.keys() - {"row_scales"}) == 2}
+    return {str(node.target) for node in calls if has_residual(node)}
 
 
 def _choice(what: str, value: Any, choices: Collection[str]) -> None:
