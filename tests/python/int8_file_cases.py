@@ -131,7 +131,8 @@ def carry(dtype: torch.dtype, monkeypatch: Any) -> None:
 
     def choose(carriers: Carriers, *_: Any) -> None:
         carriers.fastest = carriers.carrier = dtype
-        carriers.inners[dtype] = half_model(carriers.inners[carriers.own], dtype).module
+        if dtype != carriers.own:
+            carriers.inners[dtype] = half_model(carriers.inners[carriers.own], dtype).module
 
     monkeypatch.setattr(Carriers, "choose", choose)
     monkeypatch.setattr(int8_speed_guard, "loses", lambda _mine, _rival: False)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from halfstep import InferencePrecisionOptimizer
+from halfstep.half_model import CastModel
 from halfstep.int8_layers import pack
 from halfstep.int8_recurrent import Int8LSTM, Int8Recurrent, int8_recurrent
 from halfstep.int8_recurrent_weights import bytes_of
 from inference_cases import batches, digits, trained
+from int8_file_cases import carry
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -266,10 +268,15 @@ def test_the_option_stores_recurrent_weights(reader: nn.Module) -> None:
     assert "recurrent_weights" in report["left"]["lstm"]
 
 
-def test_with_the_speed_guard_the_report_is_of_the_model_that_comes_back(reader: nn.Module) -> None:
+@pytest.mark.parametrize("carrier", [torch.float32, torch.bfloat16])
+def test_with_the_speed_guard_the_report_is_of_the_model_that_comes_back(
+    reader: nn.Module, carrier: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carry(carrier, monkeypatch)
     result, report, _ = optimized(reader, speed_guard=True)
-    assert recurrent(result) == ["lstm", "gru"]
+    assert recurrent(result.module if isinstance(result, CastModel) else result) == ["lstm", "gru"]
     assert report["result"] == "int8"
+    assert report["carrier"] == str(carrier).removeprefix("torch.")
     assert report["milliseconds"]["int8"] > 0
     assert report["drop"] == pytest.approx(drop_of(reader, result), abs=1e-12)
     images, _ = digits()
