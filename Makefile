@@ -19,6 +19,7 @@ TF_PYTHON ?=
 BIN := .venv-$(TORCH)/bin
 TF_BIN := $(if $(filter 2.21.0,$(TENSORFLOW)),.venv-tf,.venv-tf-$(TENSORFLOW))/bin
 TF_TESTS := TF_CPP_MIN_LOG_LEVEL=2
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 TF_OTHER_TESTS := $(addprefix tests/tf_ops/test_,tensorflow_ops.py tensorflow_library.py loss_scale_optimizer.py)
 CXX_FILES := $(shell git ls-files -- '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null | grep -v golden_trajectories)
 
@@ -48,7 +49,7 @@ test-cpp: setup
 # Two at a time, since most tests keep one processor busy, in the order of the files: the long ones are not among the last.
 # PYTEST_ARGS="-n 0 --pdb" is for looking into one.
 test-python: setup
-	@HALFSTEP_BUILD=build/latest $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@HALFSTEP_BUILD=build/latest $(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 setup-tf:
 	@$(PYTHON) tools/bootstrap.py --tensorflow $(TENSORFLOW) --tensorflow-python "$(TF_PYTHON)"
@@ -59,8 +60,8 @@ demo-tf: setup-tf
 # The second run is of the same library in another minor version of TensorFlow.
 test-tf: setup-tf
 	@$(PYTHON) tools/bootstrap.py --tensorflow $(TENSORFLOW_OTHER) --only-tools
-	@$(TF_TESTS) $(TF_BIN)/python -m pytest tests/tf_ops -m "not slow" $(PYTEST_ARGS)
-	@$(TF_TESTS) .venv-tf-$(TENSORFLOW_OTHER)/bin/python -m pytest $(TF_OTHER_TESTS) $(PYTEST_ARGS)
+	@$(TF_TESTS) $(TF_BIN)/python -m pytest tests/tf_ops -m "not slow" $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+	@$(TF_TESTS) .venv-tf-$(TENSORFLOW_OTHER)/bin/python -m pytest $(TF_OTHER_TESTS) $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 # Trains in float16 on the CPU, for a minute or for a quarter of an hour, as the processor is.
 test-tf-slow: setup-tf

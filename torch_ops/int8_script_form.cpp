@@ -169,7 +169,7 @@ ScriptForm::Built ScriptForm::build(const std::map<std::size_t, ScriptSettings>&
       }
       return value;
     };
-    built.regions = make_int8(graph, layers_, settings, out_dtype, device(), alike_, packed_value);
+    built.regions = make_int8(graph, layers_, settings, out_dtype, alike_, packed_value);
   });
   return built;
 }

@@ -69,11 +69,12 @@ std::vector<torch::jit::Node*> readers_of(const torch::jit::Value* value);
 // The activation of int8 products that the node applies to its first input; "" if it does something else.
 std::string activation_of(const torch::jit::Node* node);
 
-// Whether torch's max_pool2d takes int8 on this device, and pads with what is smaller than every value.
-bool pools_int8(at::Device device);
+// Whether the node computes the same of int8 as of the numbers that they stand for. A maximum pooling does once it is
+// int8_max_pool2d.
+bool moves_values(const torch::jit::Node* node);
 
-// Whether the node computes the same of int8 as of the numbers that they stand for. `pools`: pools_int8().
-bool moves_values(const torch::jit::Node* node, bool pools);
+// Lets a node of moves_values() take int8 and give it: the same node, or what has taken its place.
+torch::jit::Node* move_int8(torch::jit::Graph& graph, torch::jit::Node* node);
 
 // -------------------------------------------------------------------------------------------------------- layers
 // (int8_script_find.cpp)
@@ -176,7 +177,7 @@ struct ScriptRegion {
 // is not int8; none: that of each layer's weight. `alike`: the noted sums whose summands are always of one shape.
 std::vector<ScriptRegion> make_int8(const GraphPtr& graph, const std::vector<ScriptLayer>& layers,
                                     const std::map<std::size_t, ScriptSettings>& settings,
-                                    std::optional<at::ScalarType> out_dtype, at::Device device,
+                                    std::optional<at::ScalarType> out_dtype,
                                     const std::unordered_set<std::size_t>& alike,
                                     const std::function<torch::jit::Value*(std::size_t layer)>& packed_value);
 

@@ -2,9 +2,6 @@
 #include <algorithm>
 #include <array>
 
-#include <ATen/ops/full.h>
-#include <ATen/ops/max_pool2d.h>
-#include <c10/util/Exception.h>
 #include <torch/csrc/jit/ir/constants.h>
 
 #include "int8_script_graph.h"
@@ -27,18 +24,6 @@ std::vector<Node*> readers_of(const Value* value) {
   return readers;
 }
 
-// On the CPU it counts the places of a channels-last picture, which int8 convolutions give, in int8: up to 127.
-bool pools_int8(at::Device device) {
-  const at::Tensor x = at::full({1, 2, 16, 16}, -128, at::TensorOptions(device).dtype(at::kChar))
-                           .contiguous(at::MemoryFormat::ChannelsLast);
-  try {
-    const at::Tensor out = at::max_pool2d(x, {3, 3}, {1, 1}, {1, 1});
-    return out.scalar_type() == at::kChar && out.equal(x);
-  } catch (const c10::Error&) {  // "not implemented for 'Char'", or too many places
-    return false;
-  }
-}
-
 std::string activation_of(const Node* node) {
   const auto constant = [&](std::size_t i) { return torch::jit::toIValue(node->input(i)); };
   const std::string_view op = node->kind().toQualString();
@@ -58,13 +43,24 @@ std::string activation_of(const Node* node) {
   return "";
 }
 
-bool moves_values(const Node* node, bool pools) {
+bool moves_values(const Node* node) {
   // These move values and change none, so that they commute with quantization.
   constexpr auto kMovers = std::to_array<std::string_view>(
       {"aten::contiguous", "aten::detach", "aten::flatten", "aten::movedim", "aten::permute", "aten::reshape",
        "aten::squeeze", "aten::t", "aten::transpose", "aten::unflatten", "aten::unsqueeze"});
-  if (node->kind() == aten::max_pool2d) return pools;
+  if (node->kind() == aten::max_pool2d) return true;
   return std::ranges::find(kMovers, node->kind().toQualString()) != kMovers.end();
+}
+
+Node* move_int8(torch::jit::Graph& graph, Node* node) {
+  if (node->kind() != aten::max_pool2d) return node;
+  const torch::jit::WithInsertPoint before(node);
+  Node* const pool = graph.insertNode(  // of the same arguments
+      graph.create(c10::Symbol::fromQualString("halfstep::int8_max_pool2d"), node->inputs(), 1));
+  pool->setSourceRange(node->sourceRange());
+  node->output()->replaceAllUsesWith(pool->output());
+  node->destroy();
+  return pool;
 }
 
 }  // namespace halfstep::torch_ops

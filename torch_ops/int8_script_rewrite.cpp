@@ -32,9 +32,8 @@ bool quantize_alike(const ScriptSettings& one, const ScriptSettings& other) {
 class Rewriter {
  public:
   Rewriter(torch::jit::Graph& graph, const std::vector<ScriptLayer>& layers,
-           const std::map<std::size_t, ScriptSettings>& settings, std::optional<at::ScalarType> out_dtype,
-           at::Device device)
-      : graph_(graph), layers_(layers), settings_(settings), out_dtype_(out_dtype), pools_int8_(pools_int8(device)) {
+           const std::map<std::size_t, ScriptSettings>& settings, std::optional<at::ScalarType> out_dtype)
+      : graph_(graph), layers_(layers), settings_(settings), out_dtype_(out_dtype) {
     for_each_node(graph.block(), [&](Node* node) {
       const auto layer = noted_layer(node);
       if (layer && settings.contains(*layer)) sites_.push_back({node, *layer});
@@ -82,6 +81,7 @@ class Rewriter {
         reader->reads_int8 = true;
         join(site.layer, reader->layer);
       }
+      take_int8(site.node->output());
     }
   }
 
@@ -182,8 +182,13 @@ class Rewriter {
     const auto site = by_node_.find(reader);
     if (site != by_node_.end() && !is_embedding(*site->second))
       return input_of_product(reader) == value ? std::vector{site->second} : std::vector<Site*>();
-    return moves_values(reader, pools_int8_) && reader->input(0) == value ? behind(reader->output())
-                                                                          : std::vector<Site*>();
+    return moves_values(reader) && reader->input(0) == value ? behind(reader->output()) : std::vector<Site*>();
+  }
+
+  // What moves a value to int8 products takes int8.
+  void take_int8(const Value* value) {
+    for (Node* const reader : readers_of(value))
+      if (!by_node_.contains(reader)) take_int8(move_int8(graph_, reader)->output());
   }
 
   // What reads a norm and leads to nothing but int8 products that quantize alike, and these.
@@ -236,6 +241,7 @@ class Rewriter {
     const ScriptSettings& settings = settings_of(*sites.front());
     const Int8NormValues values =
         insert_int8_norm(graph_, taken.norm.node, nodes, settings.input_scale, settings.input_zero_point);
+    take_int8(values.quantized);
     for (Site* const site : sites) {
       site->reads_int8 = true;
       if (!settings.input_scale) site->row_scales = values.scales;
@@ -294,7 +300,6 @@ class Rewriter {
   const std::vector<ScriptLayer>& layers_;
   const std::map<std::size_t, ScriptSettings>& settings_;
   std::optional<at::ScalarType> out_dtype_;
-  bool pools_int8_;
   std::vector<Site> sites_;
   std::unordered_map<const Node*, Site*> by_node_;
   std::map<std::size_t, std::vector<std::string>> parts_;
@@ -305,10 +310,10 @@ class Rewriter {
 
 std::vector<ScriptRegion> make_int8(const GraphPtr& graph, const std::vector<ScriptLayer>& layers,
                                     const std::map<std::size_t, ScriptSettings>& settings,
-                                    std::optional<at::ScalarType> out_dtype, at::Device device,
+                                    std::optional<at::ScalarType> out_dtype,
                                     const std::unordered_set<std::size_t>& alike,
                                     const std::function<Value*(std::size_t layer)>& packed_value) {
-  Rewriter rewriter(*graph, layers, settings, out_dtype, device);
+  Rewriter rewriter(*graph, layers, settings, out_dtype);
   rewriter.take_activations();
   rewriter.take_residuals(graph, alike);
   rewriter.take_activations();

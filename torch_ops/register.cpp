@@ -36,6 +36,7 @@ struct Registration {
     define_int8(definitions);
     define_int8_named_dtype(definitions);
     define_int8_norms(definitions);
+    define_int8_pool(definitions);
     define_int8_prepare(definitions);
     define_int8_products(definitions);
     define_int8_script(definitions);
@@ -53,6 +54,7 @@ struct Registration {
     implement_gradients_cpu(cpu);
     implement_int8_cpu(cpu);
     implement_int8_norms_cpu(cpu);
+    implement_int8_pool_cpu(cpu);
     implement_int8_products_cpu(cpu);
     implement_norms_cpu(cpu);
     implement_optimizer_cpu(cpu);
@@ -61,6 +63,7 @@ struct Registration {
     implement_gradients_cuda(cuda);
     implement_int8_cuda(cuda);
     implement_int8_norms_cuda(cuda);
+    implement_int8_pool_cuda(cuda);
     implement_int8_products_cuda(cuda);
     implement_norms_cuda(cuda);
     implement_optimizer_cuda(cuda);
@@ -73,6 +76,7 @@ struct Registration {
     implement_gradients_meta(meta);
     implement_int8_meta(meta);
     implement_int8_norms_meta(meta);
+    implement_int8_pool_meta(meta);
     implement_norms_meta(meta);
     implement_optimizer_meta(meta);
     implement_scaling_meta(meta);

@@ -31,9 +31,11 @@ from halfstep.int8_nodes import (
     is_in_place_addition,
     is_plain,
     is_read_as_values,
+    max_pool_of,
     may_write,
     module_of,
     moves_values,
+    put_int8_pool,
     reads_shape,
     summands_of,
 )
@@ -74,8 +76,7 @@ def fuse(
     norms: the pairs of fold_batch_norms(), which are told with the other parts.
 
     A layer that is called several times stays as it is. The layer's node takes the name of the last operation that it
-    took over; joined layers are gone from the module, and an Int8JoinedLinear is where the first of them was. Int8 max
-    pooling is relied on if torch has it on the layers' device: fuse again for another device.
+    took over; joined layers are gone from the module, and an Int8JoinedLinear is where the first of them was.
     """
     fuser = _Fuser(graph_module, shapes)
     for conv, norm in norms:
@@ -175,43 +176,54 @@ class _Fuser:
             layer = self._product(node)
             if layer is None or layer.out_scale is not None:
                 continue
-            readers = self._int8_readers(node, layer.packed.scales().device)
+            readers = self._int8_readers(node)
             if readers:
                 self._links += [(node, reader) for reader in readers]
                 reader = self._product(readers[0])
                 layer.out_scale, layer.out_zero_point = reader.input_scale, reader.input_zero_point
                 layer.out_dtype = None
                 self.note(str(node.target), "int8 out")
+                for user in list(node.users):
+                    self._take_int8(user)
         for _, node in self._links:
             reader = self._product(node)
             if reader.out_scale is None:
                 reader.out_dtype = out_dtype
 
-    def _int8_readers(self, node: Node, device: torch.device) -> list[Node]:
+    def _take_int8(self, user: Node) -> None:
+        """Let the poolings among those that move a value to int8 layers take int8."""
+        if self._product(user) is not None or reads_shape(user):
+            return
+        if max_pool_of(self._root, user) is not None:
+            put_int8_pool(self._root, user)
+        for each in list(user.users):
+            self._take_int8(each)
+
+    def _int8_readers(self, node: Node) -> list[Node]:
         """Return the int8 layers that read the node's output, all by one scale; none if anything else reads it."""
-        readers = self._behind(node, device)
+        readers = self._behind(node)
         kinds = {self._taken_as(reader) for reader in readers}
         static = all(kind is not None and kind[0] is not None for kind in kinds)
         return readers if static and len(kinds) == 1 else []
 
-    def _behind(self, node: Node, device: torch.device) -> list[Node]:
+    def _behind(self, node: Node) -> list[Node]:
         """Return the int8 layers to which all of the node's value goes, also through what only moves it; else none."""
         readers: list[Node] = []
         for user in node.users:
             if not reads_shape(user):
-                found = self._beyond(node, user, device)
+                found = self._beyond(node, user)
                 if not found:
                     return []
                 readers += found
         return readers
 
-    def _beyond(self, value: Node, user: Node, device: torch.device) -> list[Node]:
+    def _beyond(self, value: Node, user: Node) -> list[Node]:
         """Return the int8 layers to which the user takes the value; none if it does anything else with it."""
         if input_of(user) is not value or value in user.args[1:]:
             return []
         if self._product(user) is not None:
             return [user]
-        return self._behind(user, device) if moves_values(self._root, user, device) else []
+        return self._behind(user) if moves_values(self._root, user) else []
 
     def _taken_as(self, reader: Node) -> tuple[float | None, int] | None:
         """Return scale and zero point by which an int8 layer quantizes its input; None if it multiplies it before."""
@@ -220,25 +232,21 @@ class _Fuser:
 
     def take_norms(self, out_dtype: torch.dtype) -> None:
         """Let layer norms write int8 for the int8 layers that quantize their result alike."""
-        products = [layer for node in self._graph.nodes if (layer := self._product(node)) is not None]
-        if not products:
-            return
-        device = products[0].packed.scales().device
         for node in list(self._graph.nodes):
             norm = NormCall.of(self._root, node)
             if norm is None or (norm.module is not None and self._sites[norm.module] != [node]):
                 continue
             if not computes_in_float32({dtype for _, dtype in self._shapes.get(node.name, ())}):
                 continue
-            scale, zero_point, readers = self._norm_readers(node, device)
+            scale, zero_point, readers = self._norm_readers(node)
             if readers and not (float_readers(node, readers) and self._written_before(node, readers)):
                 self._take_norm(node, norm, readers, scale, zero_point, out_dtype)
 
-    def _norm_readers(self, node: Node, device: torch.device) -> tuple[float | None, int, dict[Node, list[Node]]]:
+    def _norm_readers(self, node: Node) -> tuple[float | None, int, dict[Node, list[Node]]]:
         """Return how most of the int8 layers quantize that read the node, and its users that lead to those alone."""
         kinds: dict[tuple[float | None, int], dict[Node, list[Node]]] = {}
         for user in node.users:
-            found = [] if reads_shape(user) else self._beyond(node, user, device)
+            found = [] if reads_shape(user) else self._beyond(node, user)
             alike = {self._taken_as(reader) for reader in found}
             if len(alike) != 1 or None in alike:
                 continue
@@ -271,6 +279,8 @@ class _Fuser:
         out_dtype: torch.dtype,
     ) -> None:
         layers = [reader for found in readers.values() for reader in found]
+        for reader in readers:
+            self._take_int8(reader)
         names = self._names.pop(node)
         self._added[names[0]] = put_int8_norm(self._root, node, norm, readers, scale, zero_point)
         self._names[layers[0]] += names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import inspect
 import operator
 from typing import Any
@@ -72,6 +71,7 @@ _READING = {
     *("sub", "sum", "tanh", "truediv"),
 }
 _POOLS = (F.max_pool2d, torch.max_pool2d)
+_POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 _SHAPE_METHODS = ("size", "dim", "numel", "nelement", "ndimension")
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -192,35 +192,48 @@ def reads_shape(node: Node) -> bool:
     return node.target is refuse_nested or (node.target is getattr and node.args[1] in ("shape", "ndim"))
 
 
-def moves_values(root: nn.Module, node: Node, device: torch.device) -> bool:
+def moves_values(root: nn.Module, node: Node) -> bool:
     """Return whether the node computes the same of int8 as of the numbers that they stand for: views and maxima.
 
-    torch's maximum pooling takes int8 on some devices only.
+    A maximum pooling does once it is int8_max_pool2d: put_int8_pool().
     """
     module = module_of(root, node)
-    if type(module) is nn.MaxPool2d:
-        return is_plain(module) and not module.return_indices and pools_int8(device.type)
+    if max_pool_of(root, node) is not None:
+        return True
     if module is not None:
         return type(module) in _MOVING_MODULES and is_plain(module)
     if node.op == "call_method":
         return node.target in _MOVING_METHODS and not any(isinstance(each, torch.dtype) for each in _constants(node))
-    if node.op == "call_function" and node.target in _POOLS:
-        return not argument(node, 6, "return_indices", False) and pools_int8(device.type)
     return node.op == "call_function" and node.target in _MOVING_FUNCTIONS
 
 
-@functools.cache
-def pools_int8(device_type: str) -> bool:
-    """Return whether torch's max_pool2d takes int8 there, and pads with what is smaller than every value.
+def max_pool_of(root: nn.Module, node: Node) -> tuple[Any, ...] | None:
+    """Return what int8_max_pool2d takes beside the picture, of a maximum pooling that it can stand for; else None."""
+    module = module_of(root, node)
+    if module is not None:
+        if type(module) is not nn.MaxPool2d or not is_plain(module) or len(node.args) + len(node.kwargs) != 1:
+            return None
+        given = [getattr(module, name) for name in _POOL_ARGUMENTS]
+    elif node.op == "call_function" and node.target in _POOLS:
+        defaults = (None, None, 0, 1, False, False)
+        given = [
+            argument(node, 1 + i, name, default)
+            for i, (name, default) in enumerate(zip(_POOL_ARGUMENTS, defaults, strict=True))
+        ]
+    else:
+        return None
+    kernel_size, stride, padding, dilation, ceil_mode, return_indices = given
+    sizes = [[each] if type(each) is int else each for each in (kernel_size, stride or [], padding, dilation)]
+    known = all(isinstance(each, (tuple, list)) and all(type(size) is int for size in each) for each in sizes)
+    return (*map(list, sizes), bool(ceil_mode)) if known and return_indices is False else None
 
-    On the CPU it counts the places of a channels-last picture, which int8 convolutions give, in int8: up to 127.
-    """
-    x = torch.full((1, 2, 16, 16), -128, dtype=torch.int8, device=device_type).to(memory_format=torch.channels_last)
-    try:
-        out = F.max_pool2d(x, 3, 1, 1)
-    except RuntimeError:  # "not implemented for 'Char'", or too many places
-        return False
-    return out.dtype is torch.int8 and torch.equal(out, x)
+
+def put_int8_pool(root: nn.Module, node: Node) -> None:
+    """Let a maximum pooling, one of max_pool_of(), take int8 and give it. The module that it called stays."""
+    arguments = max_pool_of(root, node)
+    picture = input_of(node)
+    node.op, node.target = "call_function", torch.ops.halfstep.int8_max_pool2d
+    node.args, node.kwargs = (picture, *arguments), {}
 
 
 def is_read_as_values(root: nn.Module, node: Node) -> bool:
@@ -263,8 +276,10 @@ def may_write(root: nn.Module, node: Node) -> bool:
     if node.op != "call_function":
         return False
     function, room = node.target, getattr(node.target, "__module__", "") or ""
-    if function in _IN_PLACE or "out" in node.kwargs or isinstance(function, (OpOverload, OpOverloadPacket)):
+    if function in _IN_PLACE or "out" in node.kwargs:
         return True
+    if isinstance(function, (OpOverload, OpOverloadPacket)):  # ours write where their names say so
+        return not str(function).startswith("halfstep.") or function.__name__.partition(".")[0].endswith("_")
     if room == F.__name__ and any(each is True for each in _constants(node)):
         return True  # `inplace`, or another flag that is taken for it
     if room == "halfstep.int8_attention":

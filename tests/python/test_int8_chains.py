@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from halfstep import int8_nodes
 from halfstep.int8_chains import Region, fuse
 from halfstep.int8_folding import fold_batch_norms
 from halfstep.int8_graph import subgraph
 from halfstep.int8_layers import Int8Linear, pack
 from halfstep.int8_model import share
-from halfstep.int8_nodes import pools_int8
 from halfstep.int8_runs import capture, shapes_of
 from int8_graph_cases import MODELS, call, made, run, traced, with_int8
 from torch import nn
@@ -129,8 +127,7 @@ def test_mobilenet() -> None:
     }
 
 
-def test_int8_passes_through_pooling_and_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_nodes, "pools_int8", lambda _device: True)  # pictures this small are pooled everywhere
+def test_int8_passes_through_pooling_and_views() -> None:
     model, batch = made("plain")
     graph_module, unfused = prepared(model, batch)
     result, regions = fused(unfused, batch)
@@ -143,9 +140,8 @@ def test_int8_passes_through_pooling_and_views(monkeypatch: pytest.MonkeyPatch) 
     values = capture(result, batch, call, [name for name in passed if "size" not in name])
     assert {passed[name] for name, value in values.items() if value.dtype is torch.int8} == {
         "conv1",
-        "pool",
+        torch.ops.halfstep.int8_max_pool2d,
         "conv2",
-        F.max_pool2d,
         "reshape",
         "fc1",
     }
@@ -468,10 +464,10 @@ def test_pooling(pool: Any, passes: bool) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.b((self.pool if isinstance(pool, nn.Module) else pool)(self.a(x)))
 
-    x = torch.randn(3, 3, 20, 19)  # of small pictures torch's int8 pooling takes all, of these not on every device
+    x = torch.randn(3, 3, 20, 19)
     _, unfused = prepared(Model().eval(), x)
     result, _ = fused(unfused, x)
-    assert (result.a.out_scale is not None) == (passes and pools_int8("cpu"))
+    assert (result.a.out_scale is not None) == passes
     assert torch.equal(run(result, x), run(unfused, x))
 
 

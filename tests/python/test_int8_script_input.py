@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from halfstep import InferencePrecisionOptimizer
 from halfstep._library import find_folder
 from halfstep.int8_layers import Int8Conv2d, Int8Embedding, Int8Linear
-from halfstep.int8_nodes import pools_int8
 from int8_file_cases import carry
 from torch import nn
 
@@ -261,12 +260,12 @@ def test_int8_stays_int8_between_layers() -> None:
     assert calls(result, "halfstep::int8_") == 3
 
 
-def test_int8_passes_a_pooling_where_torch_pools_it() -> None:
+def test_int8_passes_a_pooling() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 1), nn.Flatten())
     batch = CASES["cnn"][1]
     inference, result = optimized(scripted(model.eval(), None), batch)
     regions = [region["layers"] for region in inference.report()["regions"]]
-    assert regions == ([["0", "3"]] if pools_int8("cpu") else [["0"], ["3"]])
+    assert regions == [["0", "3"]]
     x = batch(5)
     assert noise(model(x), result(x)) < 0.01
 

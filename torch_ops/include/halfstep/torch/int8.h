@@ -137,6 +137,12 @@ HALFSTEP_API Int8NormResult rms_norm_int8(const at::Tensor& input, c10::SymIntAr
                                           std::optional<double> scale = std::nullopt, std::int64_t zero_point = 0,
                                           bool keep_float = false);
 
+// Maximum pooling of int8, input [batch, channels, height, width] or without a batch, any strides -> the same in
+// channels_last memory. Arguments are those of torch's max_pool2d; without a stride it is the kernel's size.
+HALFSTEP_API at::Tensor int8_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size,
+                                        at::IntArrayRef stride = {}, at::IntArrayRef padding = 0,
+                                        at::IntArrayRef dilation = 1, bool ceil_mode = false);
+
 // int8 of a float32, float16 or bfloat16 tensor, with its strides where it is dense.
 HALFSTEP_API at::Tensor quantize_int8(const at::Tensor& input, double scale, std::int64_t zero_point = 0);
 
