@@ -283,7 +283,12 @@ struct ById<function, at::Tensor (*)(const at::Tensor&, const Weight&, Arguments
 
 // The name of the kernels that the products run on a device, for reports.
 std::string int8_kernel(const at::Device& device) {
-  if (device.is_cuda()) return "halfstep mma.sync";
+#ifdef HALFSTEP_CUDA
+  if (device.is_cuda()) {
+    const auto index = device.has_index() ? device.index() : c10::cuda::current_device();
+    return cuda::has_int8_wgmma(index) ? "halfstep wgmma" : "halfstep mma.sync";
+  }
+#endif
   switch (cpu::best_int8_isa()) {
     case Int8Isa::kPortable:
       return "halfstep portable";

@@ -136,10 +136,10 @@ torch::jit::Value* input_of_product(const torch::jit::Node* node);
 // ----------------------------------------------------------------------------------------------------------- norms
 // (int8_script_norms.cpp)
 
-// A layer norm over the last dimension alone, whose weight and bias are attributes or constants, if it has them.
+// A layer or RMS norm over the last dimension alone, whose weight and bias are attributes or constants, if it has them.
 struct ScriptNorm {
   torch::jit::Node* node;
-  std::string name;  // as a layer's, by its weight or bias; without any "layer_norm", "layer_norm_1"
+  std::string name;  // as a layer's, by its weight or bias; without any "layer_norm", "layer_norm_1", "rms_norm"
 };
 std::vector<ScriptNorm> find_norms(torch::jit::Graph& graph);
 
@@ -147,7 +147,7 @@ std::vector<ScriptNorm> find_norms(torch::jit::Graph& graph);
 bool is_written_before(const torch::jit::AliasDb& aliases, torch::jit::Graph& graph, const ScriptNorm& norm,
                        const std::vector<torch::jit::Node*>& readers);
 
-// A norm becomes halfstep::layer_norm_int8 that gives int8 to these readers, and float to what else reads it. The
+// A norm becomes halfstep::layer_norm_int8 or rms_norm_int8, which gives int8 to these readers, and float to what else reads it. The
 // scales are those of the rows, where `scale` is absent.
 struct Int8NormValues {
   torch::jit::Value* quantized;

@@ -51,25 +51,27 @@ CUtensorMap tensor_map(const std::int8_t* data, const cuuint64_t (&sizes)[kDims]
   return map;
 }
 
-bool is_hopper() {
-#ifdef HALFSTEP_HOPPER
-  int device = 0;
-  int major = 0;
-  HS_CUDA_TRY(cudaGetDevice(&device));
-  HS_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major == 9;
-#else
-  return false;
-#endif
-}
-
 bool can_run(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
              const Int8Finish& finish) {
   const std::uint64_t multiples = address_of(input) | address_of(weight) | static_cast<std::uint64_t>(shape.terms);
-  return shape.terms > 0 && multiples % 16 == 0 && shape.channels % 32 == 0 && finish.packs && is_hopper();
+  if (shape.terms == 0 || multiples % 16 != 0 || shape.channels % 32 != 0 || !finish.packs) return false;
+  int device = 0;
+  HS_CUDA_TRY(cudaGetDevice(&device));
+  return has_int8_wgmma(device);
 }
 
 }  // namespace
+
+bool has_int8_wgmma(int device) {
+#ifdef HALFSTEP_HOPPER
+  int major = 0;
+  HS_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major == 9;
+#else
+  static_cast<void>(device);
+  return false;
+#endif
+}
 
 CUtensorMap hopper_input_map(const Int8LinearShape& shape, const std::int8_t* input, int rows) {
   const auto terms = static_cast<cuuint64_t>(shape.terms);

@@ -122,6 +122,11 @@ class _OwnRmsNorm(nn.RMSNorm):
         return torch.ops.halfstep.rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
 
+def make_own(norm: nn.LayerNorm | nn.RMSNorm) -> None:
+    """Let halfstep compute the norm, in float."""
+    norm.__class__ = _OwnRmsNorm if isinstance(norm, nn.RMSNorm) else _OwnNorm
+
+
 _OWN = {F.layer_norm: "layer_norm", torch.layer_norm: "layer_norm", F.rms_norm: "rms_norm", torch.rms_norm: "rms_norm"}
 
 
@@ -130,7 +135,7 @@ def with_own_norms(graph_module: GraphModule, names: Collection[str]) -> GraphMo
     twin = copy.deepcopy(graph_module)
     for name, module in twin.named_modules():
         if name in names:
-            module.__class__ = _OwnRmsNorm if isinstance(module, nn.RMSNorm) else _OwnNorm
+            make_own(module)
     for node in twin.graph.nodes:
         if node.op == "call_function" and node.name in names:
             node.target = getattr(torch.ops.halfstep, _OWN[node.target])

@@ -1,4 +1,4 @@
-"""Layer norms of TorchScript that write int8, against traced models and against norms whose readers quantize."""
+"""Layer and RMS norms of TorchScript that write int8, against traced models and against norms whose readers quantize."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("no_jit_fuser")
 
-OP = "halfstep::layer_norm_int8"
+OPS = ("halfstep::layer_norm_int8", "halfstep::rms_norm_int8")
 NAMES = {"functions": {"a": "scale", "b": "layer_norm"}}  # by the weight, where there is one
 
 
@@ -63,7 +63,7 @@ def norms_of(regions: list[tuple[list[str], list[str]]]) -> dict[str, str]:
 
 def keeps_float(script: torch.jit.ScriptModule) -> list[bool]:
     """Return of each norm that writes int8 whether it writes float too."""
-    return [list(node.inputs())[-1].toIValue() for node in script.graph.findAllNodes(OP, True)]
+    return [list(node.inputs())[-1].toIValue() for op in OPS for node in script.graph.findAllNodes(op, True)]
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -93,7 +93,7 @@ def test_scripts_give_the_bits_of_traced_models(
     if rows:
         names.pop("a", None)  # by rows int8 passes through no view
     assert norms_of(regions) == names
-    assert result.graph.str().count(OP) == len(set(names.values()))
+    assert len(keeps_float(result)) == len(set(names.values()))
 
     graph_module.to(dtype)
     expected = share(graph_module)
@@ -175,6 +175,21 @@ class InALoop(Two):
         return x
 
 
+class RmsFunctions(Two):
+    """One by a weight that is not the module's only tensor, one without a weight or an epsilon."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(F.rms_norm(x, [8], self.norm.weight, 1e-3)) + self.b(torch.rms_norm(x * 2, [8]))
+
+
+class OwnRmsFunctions(Two):
+    """The same by halfstep's float norms."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = torch.ops.halfstep.rms_norm(x, [8], self.norm.weight, 1e-3)
+        return self.a(first) + self.b(torch.ops.halfstep.rms_norm(x * 2, [8]))
+
+
 class Unread(Two):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.a(x) + self.b(x))
@@ -247,13 +262,6 @@ class WrittenAfterwards(Two):
         return z + y
 
 
-class _OwnNorm(nn.LayerNorm):
-    """What the float result of a norm that writes int8 is."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.ops.halfstep.layer_norm(input, [8], self.weight, self.bias, self.eps)
-
-
 def _layers(model: Two) -> dict[str, Int8Linear]:
     return {name: Int8Linear(pack(layer.weight, layer.bias), input_scale=0.06) for name, layer in _linears(model)}
 
@@ -265,7 +273,10 @@ def _linears(model: Two) -> list[tuple[str, nn.Linear]]:
 def _apart(model: Two) -> Two:
     """Return a copy whose norms are halfstep's in float."""
     twin = copy.deepcopy(model)
-    twin.norm.__class__ = _OwnNorm
+    if type(model) is RmsFunctions:
+        twin.__class__ = OwnRmsFunctions
+    else:
+        cases.make_own(twin.norm)
     return twin
 
 
@@ -293,6 +304,13 @@ def _apart(model: Two) -> Two:
         (WrittenInALoop, None, {}, []),
         (WrittenBetween, None, {}, []),
         (WrittenAfterwards, None, {"a": "norm"}, [True]),
+        (Two, nn.RMSNorm(8), {"a": "norm", "b": "norm"}, [False]),
+        (Two, nn.RMSNorm(8, eps=0.01, elementwise_affine=False), {"a": "rms_norm", "b": "rms_norm"}, [False]),
+        (Two, nn.RMSNorm((5, 8)), {}, []),
+        (Shapes, nn.RMSNorm(8), {"a": "norm", "b": "norm"}, [False]),
+        (Residual, nn.RMSNorm(8), {"a": "norm"}, [True]),
+        (WrittenInALoop, nn.RMSNorm(8), {}, []),
+        (RmsFunctions, None, {"a": "norm", "b": "rms_norm"}, [False, False]),
     ],
 )
 def test_which_norms_write_int8(
@@ -301,6 +319,8 @@ def test_which_norms_write_int8(
     model = kind(copy.deepcopy(norm)).eval().requires_grad_(False)
     x = torch.randn(3, 5, 8)
     layers = _layers(model)
+    for parameter in model.norm.parameters():
+        nn.init.uniform_(parameter, 0.4, 1.0)
     if rows:
         layers = {name: Int8Linear(layer.packed) for name, layer in layers.items()}
         if kind is Shapes:  # by rows int8 passes through no view

@@ -118,6 +118,22 @@ TEST_P(Int8ScriptNorms, LayerNormsThatAreWrittenToOrReadByFloatLayers) {
             no);
 }
 
+TEST_P(Int8ScriptNorms, RmsNormsWriteInt8) {
+  const torch::jit::Module model = normed(R"(
+    def forward(self, x):
+      y = torch.rms_norm(x, [16], self.norm.weight, 1e-5)
+      return torch.relu(self.a.forward(y)) + self.b.forward(torch.rms_norm(y * x, [16])) * y
+  )");
+  const auto batches = rows();
+  const torch::NoGradGuard no_grad;
+  const Quantized result = quantize(model, batches);
+  EXPECT_EQ(entry(result.report, "a").fused, "a + norm norm + relu");
+  EXPECT_EQ(entry(result.report, "b").fused, "b + norm rms_norm");
+  EXPECT_EQ(calls_of(result.module, "aten::rms_norm"), 0);
+  EXPECT_EQ(calls_of(result.module, "halfstep::rms_norm_int8"), 2);
+  for (const auto& batch : batches) EXPECT_LT(noise(call(model, batch), call(result.module, batch)), 0.01);
+}
+
 TEST_P(Int8ScriptNorms, ALayerNormOfAHalfModuleStaysHalf) {
   torch::jit::Module model = normed(R"(
     def forward(self, x):

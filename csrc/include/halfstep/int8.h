@@ -196,6 +196,10 @@ void int8_embedding(const Int8Embedding& call, const Executor& executor);
 // The same on device memory. Enqueues on `stream` only: no synchronisation, no host read, capturable in a CUDA graph.
 // Weights are plain, [channels, terms], at 16-byte boundaries where rows allow it (any alignment is correct).
 namespace cuda {
+// Whether products of rows can run on Hopper's wgmma on this device, which takes a library built for 90a; all else runs
+// on mma.sync.
+HALFSTEP_API bool has_int8_wgmma(int device);
+
 void quantize(const TensorView& input, const ChannelFactors& factors, const Int8Parameters& parameters,
               std::int8_t* out, CudaStream stream);
 void quantize_rows(const TensorView& input, const ChannelFactors& factors, std::int64_t rows, std::int8_t* out,
