@@ -1,8 +1,12 @@
 // Times each tile of the Hopper int8 product over many sizes, for bench/int8_tiles.py, which fits the table of
 // csrc/cuda/int8_hopper.cu to them. Prints "rows terms channels tile microseconds", a tile of -1 being what the table
 // takes. Bias and bfloat16 output; replayed from a CUDA graph.
+//
+// "halfstep_int8_tiles conv" times convolutions instead: "batch size channels out kernel stride", the microseconds of
+// int8_conv2d, and those of each tile that takes them.
 #include <algorithm>
 #include <cstdio>
+#include <string_view>
 #include <vector>
 
 #include "int8_tiles.h"
@@ -53,25 +57,28 @@ double microseconds(cudaStream_t stream, const Run& run) {
   return 1e3 * static_cast<double>(times[times.size() / 2]) / kCalls;
 }
 
-}  // namespace
+struct Memory {
+  std::int8_t* input = device_memory<std::int8_t>(64 * 112 * 112 * 128);
+  std::int8_t* weight = device_memory<std::int8_t>(8192 * 8192);
+  float* scales = device_memory<float>(8192);
+  float* bias = device_memory<float>(8192);
+  std::uint16_t* out = device_memory<std::uint16_t>(16384 * 8192);
 
-int main() {
-  constexpr std::int64_t kMost = 8192;
-  auto* const input = device_memory<std::int8_t>(16384 * 4096);
-  auto* const weight = device_memory<std::int8_t>(kMost * kMost);
-  auto* const scales = device_memory<float>(kMost);
-  auto* const bias = device_memory<float>(kMost);
-  auto* const out = device_memory<std::uint16_t>(16384 * kMost);
-  cudaStream_t stream = nullptr;
-  HS_CUDA_TRY(cudaStreamCreate(&stream));
-  Int8Epilogue epilogue{.input = {.scale = 0.01F}, .weight_scales = scales, .bias = bias};
-  epilogue.out = {out, halfstep::Int8OutKind::kFloat, halfstep::DType::kBFloat16, {}};
+  Int8Epilogue epilogue() const {
+    Int8Epilogue epilogue{.input = {.scale = 0.01F}, .weight_scales = scales, .bias = bias};
+    epilogue.out = {out, halfstep::Int8OutKind::kFloat, halfstep::DType::kBFloat16, {}};
+    return epilogue;
+  }
+};
+
+void time_products(const Memory& memory, cudaStream_t stream) {
   for (const std::int64_t rows : {33, 64, 128, 197, 256, 512, 1024, 2048, 4096, 8192, 12608, 16384})
     for (const std::int64_t terms : {256, 768, 1024, 3072, 4096})
       for (const std::int64_t channels : {256, 768, 1024, 3072, 4096}) {
         const Int8LinearShape shape{rows, terms, channels};
         const auto run = [&](Int8Tile tile) {
-          if (!halfstep::cuda::int8_linear_by_tile(tile, shape, input, weight, nullptr, epilogue, {stream}))
+          if (!halfstep::cuda::int8_linear_by_tile(tile, shape, memory.input, memory.weight, nullptr, memory.epilogue(),
+                                                   {stream}))
             throw halfstep::InvalidArgument("this GPU or this library has no Hopper product");
         };
         for (int tile = -1; tile < halfstep::cuda::kInt8Tiles; ++tile) {
@@ -80,5 +87,62 @@ int main() {
                       static_cast<long long>(channels), tile, microseconds(stream, [&] { run(chosen); }));
         }
       }
+}
+
+// Those of ResNet-50 and of small images, square, padded by half of the kernel.
+void time_convolutions(const Memory& memory, cudaStream_t stream) {
+  struct Sizes {
+    std::int64_t batch, size, channels, out, kernel, stride;
+  };
+  constexpr Sizes kSizes[] = {{64, 56, 64, 64, 3, 1},    {64, 56, 128, 128, 3, 2}, {64, 28, 128, 128, 3, 1},
+                              {64, 28, 256, 256, 3, 2},  {64, 14, 256, 256, 3, 1}, {64, 14, 512, 512, 3, 2},
+                              {64, 7, 512, 512, 3, 1},   {64, 56, 256, 512, 1, 2}, {64, 14, 1024, 2048, 1, 2},
+                              {1, 56, 64, 64, 3, 1},     {1, 14, 256, 256, 3, 1},  {16, 32, 32, 32, 3, 1},
+                              {256, 16, 128, 128, 5, 1}, {8, 112, 16, 32, 3, 1}};
+  for (const Sizes& s : kSizes) {
+    const std::int64_t out = (s.size + 2 * (s.kernel / 2) - s.kernel) / s.stride + 1;
+    const halfstep::Int8ConvShape shape{.batch = s.batch,
+                                        .height = s.size,
+                                        .width = s.size,
+                                        .channels = s.channels,
+                                        .out_height = out,
+                                        .out_width = out,
+                                        .out_channels = s.out,
+                                        .kernel_height = s.kernel,
+                                        .kernel_width = s.kernel,
+                                        .stride_height = s.stride,
+                                        .stride_width = s.stride,
+                                        .pad_height = s.kernel / 2,
+                                        .pad_width = s.kernel / 2};
+    const double plain = microseconds(stream, [&] {
+      halfstep::cuda::int8_conv2d(shape, memory.input, memory.weight, nullptr, memory.epilogue(), {stream});
+    });
+    std::printf("%lld %lld %lld %lld %lld %lld int8_conv2d %.2f", static_cast<long long>(s.batch),
+                static_cast<long long>(s.size), static_cast<long long>(s.channels), static_cast<long long>(s.out),
+                static_cast<long long>(s.kernel), static_cast<long long>(s.stride), plain);
+    for (int tile = 0; tile < halfstep::cuda::kInt8Tiles; ++tile) {
+      bool ran = false;
+      const auto run = [&] {
+        ran = halfstep::cuda::int8_conv2d_by_tile(static_cast<Int8Tile>(tile), shape, memory.input, memory.weight,
+                                                  nullptr, memory.epilogue(), {stream});
+      };
+      run();
+      if (ran) std::printf(" tile %d %.2f", tile, microseconds(stream, run));
+    }
+    std::printf("\n");
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const Memory memory;
+  cudaStream_t stream = nullptr;
+  HS_CUDA_TRY(cudaStreamCreate(&stream));
+  if (count > 1 && std::string_view(arguments[1]) == "conv") {
+    time_convolutions(memory, stream);
+  } else {
+    time_products(memory, stream);
+  }
   return 0;
 }

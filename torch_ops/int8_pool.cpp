@@ -99,8 +99,12 @@ void define_int8_pool(torch::Library& library) {
       "bool ceil_mode=False) -> Tensor");
 }
 
-void implement_int8_pool_cpu(torch::Library& library) { library.impl("int8_max_pool2d", &max_pool2d<Cpu>); }
-void implement_int8_pool_meta(torch::Library& library) { library.impl("int8_max_pool2d", &max_pool2d<Meta>); }
+void implement_int8_pool_cpu(torch::Library& library) {
+  library.impl("int8_max_pool2d", &max_pool2d<Cpu>);
+}
+void implement_int8_pool_meta(torch::Library& library) {
+  library.impl("int8_max_pool2d", &max_pool2d<Meta>);
+}
 void implement_int8_pool_cuda(torch::Library& library) {
 #ifdef HALFSTEP_CUDA
   library.impl("int8_max_pool2d", &max_pool2d<Cuda>);

@@ -147,8 +147,8 @@ std::vector<ScriptNorm> find_norms(torch::jit::Graph& graph);
 bool is_written_before(const torch::jit::AliasDb& aliases, torch::jit::Graph& graph, const ScriptNorm& norm,
                        const std::vector<torch::jit::Node*>& readers);
 
-// A norm becomes halfstep::layer_norm_int8 or rms_norm_int8, which gives int8 to these readers, and float to what else reads it. The
-// scales are those of the rows, where `scale` is absent.
+// A norm becomes halfstep::layer_norm_int8 or rms_norm_int8, which gives int8 to these readers, and float to what else
+// reads it. The scales are those of the rows, where `scale` is absent.
 struct Int8NormValues {
   torch::jit::Value* quantized;
   torch::jit::Value* scales;

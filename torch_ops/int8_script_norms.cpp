@@ -15,11 +15,13 @@ namespace prim = torch::jit::prim;
 using torch::jit::Node;
 using torch::jit::Value;
 
-// The first arguments of both ops, the float one and that to int8: input, normalized_shape, weight, of a layer norm bias,
-// eps.
+// The first arguments of both ops, the float one and that to int8: input, normalized_shape, weight, of a layer norm
+// bias, eps.
 constexpr std::size_t kShape = 1, kWeight = 2, kBias = 3;
 
-bool has_bias(const Node* norm) { return norm->kind() == torch::jit::aten::layer_norm; }
+bool has_bias(const Node* norm) {
+  return norm->kind() == torch::jit::aten::layer_norm;
+}
 
 bool is_absent_or_stored(const Value* parameter) {
   const Node* node = parameter->node();

@@ -41,6 +41,15 @@ __device__ inline void barrier_arrive(std::uint32_t barrier, int rank) {
       "r"(rank)
       : "memory");
 }
+// Arrives when all copies (cp.async) that this thread has asked for are there.
+__device__ inline void barrier_arrive_after_copies(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Between writes to shared memory by threads, cp.async included, that this thread knows of, and products that read
+// them.
+__device__ inline void products_see_writes() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 // Waits for the end of the phase of this parity.
 __device__ inline void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(

@@ -10,62 +10,11 @@
 // Limit: that of the tiled product, with the input read once for each tap, from the caches; depthwise, the bytes of
 // input and output over the memory bandwidth.
 #include "int8_gemm.cuh"
+#include "int8_image.cuh"
 #include "int8_linear.cuh"
 
 namespace halfstep::cuda {
 namespace {
-
-// The sizes that fit 32 bits, and the zero point as four bytes.
-struct Image {
-  const std::int8_t* data;
-  std::int64_t channels;
-  std::int64_t out_pixels;
-  int height, width;
-  int out_height, out_width;
-  int group_channels;
-  int kernel_height, kernel_width;
-  int stride_height, stride_width;
-  int pad_height, pad_width;
-  int dilation_height, dilation_width;
-  std::uint32_t padding;
-};
-
-// An output pixel as the taps see it: the input pixel under the first tap, which may lie outside.
-struct Origin {
-  std::int64_t image;
-  int y, x;
-
-  __device__ Origin(const Image& in, std::int64_t pixel)
-      : image(pixel / in.out_width / in.out_height),
-        y(static_cast<int>(pixel / in.out_width % in.out_height) * in.stride_height - in.pad_height),
-        x(static_cast<int>(pixel % in.out_width) * in.stride_width - in.pad_width) {}
-};
-
-__device__ inline bool is_inside(const Image& in, int y, int x) {
-  return static_cast<unsigned>(y) < static_cast<unsigned>(in.height) &&
-         static_cast<unsigned>(x) < static_cast<unsigned>(in.width);
-}
-
-// The input elements under one term, (ky, kx, channel) in this order.
-struct Tap {
-  int ky, kx, channel;
-
-  __device__ Tap(const Image& in, int term) {
-    const auto group_channels = static_cast<unsigned>(in.group_channels);
-    const unsigned tap = static_cast<unsigned>(term) / group_channels;
-    channel = static_cast<int>(static_cast<unsigned>(term) - tap * group_channels);
-    ky = static_cast<int>(tap / static_cast<unsigned>(in.kernel_width));
-    kx = static_cast<int>(tap) - ky * in.kernel_width;
-  }
-  __device__ void advance(const Image& in, int channels) {
-    channel += channels;
-    if (channel < in.group_channels) return;
-    channel = 0;
-    if (++kx < in.kernel_width) return;
-    kx = 0;
-    ++ky;
-  }
-};
 
 template <int unit>
 struct GatheredRows {
@@ -197,39 +146,6 @@ __global__ __launch_bounds__(kDirectBlock, 4) void small_groups_kernel(const __g
   finish_sums(finish, ChannelTerms<1>(finish, channel, finish.channels), pixel, channel, finish.channels, sums);
 }
 
-// Every size is at most a quarter of what an int holds, and so is what the taps reach.
-Image checked_image(const Int8ConvShape& s, const std::int8_t* input, std::int32_t zero_point) {
-  const auto fit = [](const char* name, std::int64_t value, std::int64_t least) {
-    constexpr std::int64_t kMost = std::int64_t{1} << 28;
-    HS_CHECK(value >= least && value <= kMost, "int8_conv2d: ", name, " is ", value, ", expected ", least, " .. ",
-             kMost);
-    return static_cast<int>(value);
-  };
-  HS_CHECK(s.groups > 0 && s.channels % s.groups == 0 && s.out_channels % s.groups == 0, "int8_conv2d: ", s.groups,
-           " groups do not divide ", s.channels, " and ", s.out_channels, " channels");
-  fit("kernel_height * dilation_height", s.kernel_height * s.dilation_height, 1);
-  fit("kernel_width * dilation_width", s.kernel_width * s.dilation_width, 1);
-  fit("out_height * stride_height", s.out_height * s.stride_height, 0);
-  fit("out_width * stride_width", s.out_width * s.stride_width, 0);
-  return {.data = input,
-          .channels = s.channels,
-          .out_pixels = s.out_pixels(),
-          .height = fit("height", s.height, 0),
-          .width = fit("width", s.width, 0),
-          .out_height = fit("out_height", s.out_height, 0),
-          .out_width = fit("out_width", s.out_width, 0),
-          .group_channels = fit("channels of a group", s.group_channels(), 0),
-          .kernel_height = fit("kernel_height", s.kernel_height, 1),
-          .kernel_width = fit("kernel_width", s.kernel_width, 1),
-          .stride_height = fit("stride_height", s.stride_height, 1),
-          .stride_width = fit("stride_width", s.stride_width, 1),
-          .pad_height = fit("pad_height", s.pad_height, 0),
-          .pad_width = fit("pad_width", s.pad_width, 0),
-          .dilation_height = fit("dilation_height", s.dilation_height, 1),
-          .dilation_width = fit("dilation_width", s.dilation_width, 1),
-          .padding = static_cast<std::uint8_t>(zero_point) * 0x01010101U};
-}
-
 unsigned direct_blocks(std::int64_t threads) {
   const std::int64_t blocks = (threads + kDirectBlock - 1) / kDirectBlock;
   HS_CHECK(blocks < std::int64_t{1} << 31, "int8_conv2d: ", threads, " outputs are too many");
@@ -268,7 +184,7 @@ bool is_product(const Int8ConvShape& s) {
 
 void int8_conv2d(const Int8ConvShape& shape, const std::int8_t* input, const std::int8_t* weight,
                  const std::int32_t* weight_sums, const Int8Epilogue& epilogue, CudaStream stream) {
-  const Image image = checked_image(shape, input, epilogue.input.zero_point);
+  const Image image = checked_image("int8_conv2d", shape, input, epilogue.input.zero_point);
   const Int8Finish finish = int8_finish("int8_conv2d", epilogue, weight_sums, shape.terms(), shape.out_channels,
                                         /*rows_per_scale=*/shape.out_height * shape.out_width);
   if (image.out_pixels == 0 || shape.out_channels == 0) return;

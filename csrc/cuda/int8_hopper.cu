@@ -51,16 +51,16 @@ CUtensorMap tensor_map(const std::int8_t* data, const cuuint64_t (&sizes)[kDims]
   return map;
 }
 
-bool can_run(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
-             const Int8Finish& finish) {
+}  // namespace
+
+bool can_run_hopper(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
+                    const Int8Finish& finish) {
   const std::uint64_t multiples = address_of(input) | address_of(weight) | static_cast<std::uint64_t>(shape.terms);
   if (shape.terms == 0 || multiples % 16 != 0 || shape.channels % 32 != 0 || !finish.packs) return false;
   int device = 0;
   HS_CUDA_TRY(cudaGetDevice(&device));
   return has_int8_wgmma(device);
 }
-
-}  // namespace
 
 bool has_int8_wgmma(int device) {
 #ifdef HALFSTEP_HOPPER
@@ -105,7 +105,7 @@ Int8Tile int8_tile_for(const Int8LinearShape& shape, int processors) {
 
 Int8Tile hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
                      const Int8Finish& finish) {
-  if (!can_run(shape, input, weight, finish)) return Int8Tile::kNone;
+  if (!can_run_hopper(shape, input, weight, finish)) return Int8Tile::kNone;
   int device = 0;
   int processors = 0;
   HS_CUDA_TRY(cudaGetDevice(&device));
@@ -133,7 +133,7 @@ bool int8_linear_by_tile(Int8Tile tile, const Int8LinearShape& shape, const std:
                          const std::int8_t* weight, const std::int32_t* weight_sums, const Int8Epilogue& epilogue,
                          CudaStream stream) {
   const Int8Finish finish = int8_finish("int8_linear_by_tile", epilogue, weight_sums, shape.terms, shape.channels, 1);
-  if (tile == Int8Tile::kNone || shape.rows == 0 || !can_run(shape, input, weight, finish)) return false;
+  if (tile == Int8Tile::kNone || shape.rows == 0 || !can_run_hopper(shape, input, weight, finish)) return false;
   launch_int8_hopper(tile, shape, input, weight, finish, static_cast<cudaStream_t>(stream.handle));
   return true;
 }

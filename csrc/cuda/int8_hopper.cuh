@@ -301,7 +301,8 @@ __device__ void finish_sums(const HopperCall& call, const HopperTerms<Tile::kCha
   }
 }
 
-template <class Tile, class Activate>
+// kGathered: threads have written the input, not the copying engine.
+template <bool kGathered, class Tile, class Activate>
 __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kChannels>* terms, const HopperCall& call,
                                int rank, const Activate& activate_values) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
@@ -325,6 +326,7 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
     std::uint32_t before = 0;
     for (int slice = 0; slice < call.slices; ++slice) {
       barrier_wait(stages.full(), stages.phase);
+      if constexpr (kGathered) products_see_writes();
       const std::uint64_t a = matrix_descriptor(stages.input() + consumer * 64 * kHopperSlice);
       const std::uint64_t b = matrix_descriptor(stages.weight());
       product_fence();
@@ -379,7 +381,7 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void int8_hopper_kernel(const __
     if (threadIdx.x == 0) copy_tiles(stages, &input, &weight, call, rank);
   } else {
     if constexpr (Tile::kConsumers == 2) take_registers<232>();
-    multiply_tiles(stages, terms, call, rank, activate_values);
+    multiply_tiles<false>(stages, terms, call, rank, activate_values);
   }
   if constexpr (Tile::kCluster > 1) cluster_sync();  // nobody copies into a block, or arrives there, that is gone
 #endif

@@ -11,6 +11,10 @@ namespace halfstep::cuda {
 Int8Tile hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
                      const Int8Finish& finish);
 
+// Whether a product of this shape can run on any tile.
+bool can_run_hopper(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
+                    const Int8Finish& finish);
+
 void launch_int8_hopper(Int8Tile tile, const Int8LinearShape& shape, const std::int8_t* input,
                         const std::int8_t* weight, const Int8Finish& finish, cudaStream_t stream);
 

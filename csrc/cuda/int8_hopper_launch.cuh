@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "int8_hopper.cuh"
 #include "int8_tiles.h"
@@ -15,22 +16,30 @@ namespace halfstep::cuda {
 CUtensorMap hopper_input_map(const Int8LinearShape& shape, const std::int8_t* input, int rows);
 CUtensorMap hopper_weight_map(const Int8LinearShape& shape, const std::int8_t* weight, int channels);
 
-template <class Tile, class Activate>
-void launch_hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
-                        const Int8Finish& finish, const Activate& activate_values, cudaStream_t stream) {
+inline ClampActivation clamp_activation(Activation activation) {
+  return {0.0F, activation == Activation::kRelu6 ? 6.0F : std::numeric_limits<float>::infinity(),
+          activation == Activation::kNone};
+}
+
+template <class Tile>
+HopperCall hopper_call(const Int8LinearShape& shape, const Int8Finish& finish) {
   const auto tiles_of = [](std::int64_t size, int tile) { return (size + tile - 1) / tile; };
   const std::int64_t row_tiles = tiles_of(shape.rows, Tile::kRows * Tile::kCluster);
   const std::int64_t channel_tiles = tiles_of(shape.channels, Tile::kChannels);
   HS_CHECK(shape.rows < (std::int64_t{1} << 31) - 256 && shape.channels < (std::int64_t{1} << 31) - 256 &&
                row_tiles * channel_tiles < std::int64_t{1} << 30,
            "int8 product of ", shape.rows, " rows and ", shape.channels, " channels is too large");
-  const HopperCall call{shape.rows,
-                        shape.channels,
-                        static_cast<int>(tiles_of(shape.terms, kHopperSlice)),
-                        static_cast<int>(row_tiles),
-                        static_cast<int>(channel_tiles),
-                        finish};
-  const auto kernel = int8_hopper_kernel<Tile, Activate>;
+  return {shape.rows,
+          shape.channels,
+          static_cast<int>(tiles_of(shape.terms, kHopperSlice)),
+          static_cast<int>(row_tiles),
+          static_cast<int>(channel_tiles),
+          finish};
+}
+
+// As many clusters as there is room for, or tiles.
+template <class Tile, auto kernel, class... Arguments>
+void launch_clusters(const HopperCall& call, cudaStream_t stream, const Arguments&... arguments) {
   int device = 0;
   int processors = 0;
   HS_CUDA_TRY(cudaGetDevice(&device));
@@ -45,16 +54,23 @@ void launch_hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, 
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {Tile::kCluster, 1, 1};
   cudaLaunchConfig_t config{};
-  const auto most = static_cast<std::int64_t>(processors / Tile::kCluster);
-  config.gridDim = static_cast<unsigned>(std::min(row_tiles * channel_tiles, most) * Tile::kCluster);
+  config.gridDim = static_cast<unsigned>(std::min(call.row_tiles * call.channel_tiles, processors / Tile::kCluster) *
+                                         Tile::kCluster);
   config.blockDim = Tile::kThreads;
   config.dynamicSmemBytes = Tile::kSharedBytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  HS_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, hopper_input_map(shape, input, Tile::kRows),
-                                 hopper_weight_map(shape, weight, Tile::kChannels / Tile::kCluster), call,
-                                 activate_values));
+  HS_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <class Tile, class Activate>
+void launch_hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
+                        const Int8Finish& finish, const Activate& activate_values, cudaStream_t stream) {
+  const HopperCall call = hopper_call<Tile>(shape, finish);
+  launch_clusters<Tile, int8_hopper_kernel<Tile, Activate>>(
+      call, stream, hopper_input_map(shape, input, Tile::kRows),
+      hopper_weight_map(shape, weight, Tile::kChannels / Tile::kCluster), call, activate_values);
 }
 
 template <class Activate>

@@ -33,6 +33,9 @@ template <int kPending>
 __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+__device__ inline void wait_for_all_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
 __device__ inline void store_shared(std::uint32_t to, std::uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");

@@ -1,5 +1,6 @@
 // int8 convolutions on the GPU: bit for bit what the scalar reference says.
 #include "int8_cuda_fixture.h"
+#include "int8_tiles.h"
 
 namespace halfstep {
 namespace {
@@ -162,6 +163,85 @@ TEST_F(Int8ConvCuda, NothingToDo) {
   empty.out_height = 0;
   check_conv(empty);
 }
+
+// Hopper's tiles one by one.
+class Int8ConvTiles : public test::Int8CudaTest, public testing::WithParamInterface<cuda::Int8Tile> {
+ protected:
+  void SetUp() override {
+    Int8CudaTest::SetUp();
+    if (!IsSkipped() && !cuda::has_int8_wgmma(0)) GTEST_SKIP() << "needs compute capability 9.0";
+  }
+  void check_tile(const Int8ConvShape& shape, const Int8Setting& setting = {}) {
+    test::Int8Product product = test::conv_product(shape);
+    product.call = [&](auto... arguments) { ASSERT_TRUE(cuda::int8_conv2d_by_tile(GetParam(), shape, arguments...)); };
+    check(product, setting);
+  }
+};
+
+TEST_P(Int8ConvTiles, KernelsStridesPaddingAndDilation) {
+  for (const std::int64_t channels : {16, 48, 128})
+    for (const std::int64_t kernel : {1, 2, 3, 5})
+      for (const std::int64_t stride : {1, 2})
+        for (const std::int64_t pad : {0, 1, 2})
+          for (const bool uneven : {false, true})
+            if ((channels / 16 + kernel + stride + pad) % 3 != 0 || kernel == 3)
+              check_tile(shape_of({3, 10, 13, channels, 96, kernel, kernel, stride, pad, 1 + channels % 5 % 2}, uneven),
+                         {.zero_point = uneven ? -11 : 0});
+}
+
+// A slice of 128 terms lies in eight taps, in one, or in a part of one; and the last slice is not full.
+TEST_P(Int8ConvTiles, ChannelsAroundTheEdgesOfSlices) {
+  for (const std::int64_t channels : {16, 32, 80, 112, 128, 144, 272})
+    for (const std::int64_t out_channels : {32, 160, 288})
+      check_tile(shape_of({2, 9, 7, channels, out_channels, 3, 3, 1, 1}), {.zero_point = 100});
+}
+
+// Each block walks over several tiles, whose pixels lie in several images.
+TEST_P(Int8ConvTiles, ManyTiles) {
+  check_tile(shape_of({2, 113, 113, 16, 64, 3, 3, 1, 1}), {.zero_point = -128});
+  check_tile(shape_of({600, 7, 7, 32, 64, 3, 3, 1, 1}), {.zero_point = 127});
+  check_tile(shape_of({3, 57, 57, 16, 544, 3, 3, 2, 1}));
+}
+
+TEST_P(Int8ConvTiles, OutputSizesThatReachBeyondTheImage) {
+  Int8ConvShape shape = shape_of({2, 5, 4, 32, 64, 3, 3, 2, 1});
+  shape.out_height += 3;
+  shape.out_width += 2;
+  check_tile(shape, {.zero_point = 50});
+}
+
+TEST_P(Int8ConvTiles, EveryEpilogue) {
+  for (Int8Setting setting : test::int8_settings()) {
+    setting.out_offset = 0;  // one that is not aligned is for other kernels
+    check_tile(shape_of({3, 9, 11, 48, 352, 3, 3, 1, 1}), setting);
+    if (testing::Test::HasFailure()) return;
+  }
+}
+
+TEST_P(Int8ConvTiles, LongSumsOfSaturatedValues) {
+  for (const std::int32_t zero_point : {127, -128, 0})
+    check_tile(shape_of({1, 3, 3, 7296, 32, 3, 3, 1, 1}), {.zero_point = zero_point, .saturated = true});
+}
+
+TEST_P(Int8ConvTiles, RefusesWhatItCannotGather) {
+  const test::DeviceArray<std::int8_t> bytes(64 * 1024);
+  const test::DeviceArray<float> scales(1024);
+  const Int8Epilogue epilogue{.weight_scales = scales.get(), .out = {bytes.get() + 32768, Int8OutKind::kInt8}};
+  const auto runs = [&](const Int8ConvShape& shape, std::size_t offset = 0) {
+    return cuda::int8_conv2d_by_tile(GetParam(), shape, bytes.get() + offset, bytes.get() + 8192, nullptr, epilogue,
+                                     {stream_});
+  };
+  EXPECT_TRUE(runs(shape_of({1, 8, 8, 16, 32, 3, 3, 1, 1})));
+  EXPECT_FALSE(runs(shape_of({1, 8, 8, 16, 32, 3, 3, 1, 1}), 8));
+  EXPECT_FALSE(runs(shape_of({1, 8, 8, 24, 32, 3, 3, 1, 1})));
+  EXPECT_FALSE(runs(shape_of({1, 8, 8, 16, 48, 3, 3, 1, 1})));
+  EXPECT_FALSE(runs(shape_of({1, 8, 8, 32, 32, 3, 3, 1, 1, 1, 2})));
+  EXPECT_FALSE(runs(shape_of({0, 8, 8, 16, 32, 3, 3, 1, 1})));
+  EXPECT_FALSE(runs(shape_of({1, 2, 40000, 16, 32, 1, 1})));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Int8ConvTiles,
+                         testing::Values(cuda::Int8Tile::k128x256, cuda::Int8Tile::k128x128, cuda::Int8Tile::k64x64));
 
 TEST_F(Int8ConvCuda, RefusesWhatItCannotCompute) {
   const Int8Epilogue epilogue{.input = {}, .weight_scales = nullptr, .out = {nullptr, Int8OutKind::kSums}};

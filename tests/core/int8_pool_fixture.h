@@ -45,14 +45,14 @@ inline std::vector<Int8PoolShape> pool_shapes() {
     shapes.push_back({1, channels, {9, 5}, {9, 5}, {3, 5}, {1, 1}, {1, 2}});
     shapes.push_back({1, channels, {6, 13}, {4, 4}, {3, 2}, {2, 3}, {1, 0}, {2, 3}});  // the last windows reach outside
   }
-  shapes.push_back({1, 8, {1, 1}, {3, 3}, {5, 5}, {1, 1}, {3, 3}, {2, 2}});   // some windows have no tap inside
-  shapes.push_back({1, 8, {2, 40}, {1, 40}, {9, 1}, {1, 1}, {4, 0}});         // higher than the image
-  shapes.push_back({3, 16, {1, 300}, {1, 150}, {1, 2}, {1, 2}});              // a signal
-  shapes.push_back({1, 48, {5, 5}, {1, 1}, {5, 5}});                          // all of the image
-  shapes.push_back({1, 16, {7, 7}, {7, 7}, {1, 1}});                          // nothing happens
-  shapes.push_back({1, 16, {9, 9}, {3, 3}, {2, 2}, {4, 4}});                  // pixels that no window has
-  shapes.push_back({0, 16, {9, 9}, {3, 3}, {2, 2}, {4, 4}});                  // no image
-  shapes.push_back({2, 64, {112, 112}, {56, 56}, {3, 3}, {2, 2}, {1, 1}});    // of a ResNet
+  shapes.push_back({1, 8, {1, 1}, {3, 3}, {5, 5}, {1, 1}, {3, 3}, {2, 2}});  // some windows have no tap inside
+  shapes.push_back({1, 8, {2, 40}, {1, 40}, {9, 1}, {1, 1}, {4, 0}});        // higher than the image
+  shapes.push_back({3, 16, {1, 300}, {1, 150}, {1, 2}, {1, 2}});             // a signal
+  shapes.push_back({1, 48, {5, 5}, {1, 1}, {5, 5}});                         // all of the image
+  shapes.push_back({1, 16, {7, 7}, {7, 7}, {1, 1}});                         // nothing happens
+  shapes.push_back({1, 16, {9, 9}, {3, 3}, {2, 2}, {4, 4}});                 // pixels that no window has
+  shapes.push_back({0, 16, {9, 9}, {3, 3}, {2, 2}, {4, 4}});                 // no image
+  shapes.push_back({2, 64, {112, 112}, {56, 56}, {3, 3}, {2, 2}, {1, 1}});   // of a ResNet
   return shapes;
 }
 

@@ -1,4 +1,4 @@
-"""Layer and RMS norms of TorchScript that write int8, against traced models and against norms whose readers quantize."""
+"""Layer and RMS norms of TorchScript that write int8, against traced models and norms whose readers quantize."""
 
 from __future__ import annotations
 
