@@ -44,9 +44,11 @@ using Pair = std::array<std::int64_t, 2>;
 
 // {height, width}; one number is both.
 Pair checked_pair(at::IntArrayRef given, std::string_view argument, std::int64_t least) {
-  const bool fits =
-      (given.size() == 1 || given.size() == 2) && std::ranges::all_of(given, [&](auto n) { return n >= least; });
-  TORCH_CHECK_VALUE(fits, kOp, ": ", argument, " is ", given, ", expected one or two numbers of at least ", least);
+  constexpr std::int64_t kMost = std::int64_t{1} << 28;  // as Int8PoolShape has it
+  const bool fits = (given.size() == 1 || given.size() == 2) &&
+                    std::ranges::all_of(given, [&](auto n) { return n >= least && n <= kMost; });
+  TORCH_CHECK_VALUE(fits, kOp, ": ", argument, " is ", given, ", expected one or two numbers of ", least, " .. ",
+                    kMost);
   return {given.front(), given.back()};
 }
 
@@ -62,17 +64,20 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::
   const Pair step = stride.empty() ? kernel : checked_pair(stride, "stride", 1);
   const Pair pad = checked_pair(padding, "padding", 0);
   const Pair apart = checked_pair(dilation, "dilation", 1);
+  for (std::int64_t i = 1; i < 4; ++i)
+    TORCH_CHECK_VALUE(input.sym_size(i) > 0, kOp, ": input has shape ", input.sym_sizes(),
+                      ", expected sizes of at least 1 but for the batch");
   const auto out_size = [&](std::size_t i) {
-    const c10::SymInt padded = input.sym_size(2 + static_cast<std::int64_t>(i)) + 2 * pad[i];
-    const std::int64_t reach = apart[i] * (kernel[i] - 1) + 1;
     TORCH_CHECK_VALUE(pad[i] <= kernel[i] / 2, kOp, ": padding is ", padding, ", expected at most half of kernel_size ",
                       kernel_size);
-    TORCH_CHECK_VALUE(padded >= reach, kOp, ": the padded input is ", padded, i == 0 ? " high" : " wide",
-                      ", expected at least ", reach, ", the kernel's reach");
-    if (!ceil_mode) return (padded - reach) / step[i] + 1;
-    const c10::SymInt most = (padded - reach + (step[i] - 1)) / step[i] + 1;
+    const c10::SymInt padded = input.sym_size(2 + static_cast<std::int64_t>(i)) + 2 * pad[i];
+    const std::int64_t reach = apart[i] * (kernel[i] - 1) + 1;
+    const std::int64_t beyond = ceil_mode ? step[i] - 1 : 0;  // how far a window may reach out of the padded input
+    TORCH_CHECK_VALUE(padded + beyond >= reach, kOp, ": the padded input is ", padded, i == 0 ? " high" : " wide",
+                      ", expected at least ", reach - beyond);
+    const c10::SymInt size = (padded - reach + beyond) / step[i] + 1;
     // The last window starts inside of the image, or of the padding before it.
-    return (most - 1) * step[i] >= padded - pad[i] ? most - 1 : most;
+    return ceil_mode && (size - 1) * step[i] >= padded - pad[i] ? size - 1 : size;
   };
   const c10::SymDimVector sizes{input.sym_size(0), input.sym_size(1), out_size(0), out_size(1)};
   constexpr auto channels_last = at::MemoryFormat::ChannelsLast;

@@ -286,7 +286,7 @@ std::string int8_kernel(const at::Device& device) {
 #ifdef HALFSTEP_CUDA
   if (device.is_cuda()) {
     const auto index = device.has_index() ? device.index() : c10::cuda::current_device();
-    return cuda::has_int8_wgmma(index) ? "halfstep wgmma" : "halfstep mma.sync";
+    return cuda::has_int8_wgmma(index) ? "halfstep wgmma, mma.sync" : "halfstep mma.sync";
   }
 #endif
   switch (cpu::best_int8_isa()) {

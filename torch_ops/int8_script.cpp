@@ -20,6 +20,7 @@
 #include "errors.h"
 #include "halfstep/torch/calibration.h"
 #include "int8_script_graph.h"
+#include "int8_script_speed.h"
 #include "registration.h"
 
 namespace halfstep {
@@ -167,6 +168,7 @@ class Quantizer {
     calibrate();
     Guard guard(reference, judging_);
     Layers chosen = search(guard);
+    if (options_.speed_guard && !chosen.empty()) chosen = faster(chosen, guard);
     auto [module, regions] = built(chosen);
     const Verdict verdict = guard.judge(module);
     report_.noise = verdict.noise;
@@ -230,7 +232,7 @@ class Quantizer {
     Layers order;
     for (const auto& [layer, settings] : settings_) order.push_back(layer);
     if (order.empty()) {
-      report_.note = "no layer can be int8; a float copy came back";
+      note("no layer can be int8; a float copy came back");
       return {};
     }
     const double threshold = options_.accuracy_threshold;
@@ -261,10 +263,78 @@ class Quantizer {
     for (std::size_t i = 0; i < holds; ++i)
       report_.layers[order[i]].why =
           "given back for accuracy, number " + std::to_string(i + 1) + " of the most harmful";
-    if (holds == order.size())
-      report_.note = "no layer alone keeps the noise at the threshold or below; a float copy came back";
+    if (holds == order.size()) note("no layer alone keeps the noise at the threshold or below; a float copy came back");
     return without(holds);
   }
+
+  // Those of the chosen layers that are not slower in int8; none if all of the module is.
+  Layers faster(const Layers& chosen, Guard& guard) {
+    const Arguments& batch = *calibrating_.front();
+    const std::string own = c10::toString(form_.layers()[chosen.front()].weight.scalar_type());
+    Layers kept = chosen;
+    std::map<std::size_t, std::string> slower;
+    for (const torch_ops::ScriptRegion& region : built(chosen).regions) {
+      const auto times = torch_ops::time_region(form_, region, settings_, batch);
+      if (!times) continue;
+      const double share = torch_ops::share_of(times->in_int8, times->in_float);
+      for (const std::size_t layer : region.layers) {
+        report_.layers[layer].milliseconds = 1e3 * torch_ops::median(times->in_float);
+        report_.layers[layer].int8_milliseconds = 1e3 * torch_ops::median(times->in_int8);
+        if (share <= 1) continue;
+        std::erase(kept, layer);
+        slower[layer] = "slower: int8 takes " + std::to_string(share) + " of the time of " + own;
+      }
+    }
+    // In the whole, what is at the borders of int8 counts too.
+    std::vector<Layers> ways{{}, kept};
+    if (kept != chosen) ways.push_back(chosen);
+    std::vector<std::function<void()>> calls;
+    for (const Layers& layers : ways)
+      calls.emplace_back([module = built(layers).module, &batch] { torch_ops::call_module(module, batch); });
+    const auto half = call_in_bfloat16(batch, own);
+    if (half) calls.push_back(*half);
+    const auto times = torch_ops::time_in_turns(calls, form_.device());
+    const bool all = kept.empty() || (ways.size() > 2 && torch_ops::share_of(times[2], times[1]) < 1);
+    const std::size_t best = all ? ways.size() - 1 : std::size_t{1};
+    report_.milliseconds = 1e3 * torch_ops::median(times[0]);
+    report_.int8_milliseconds = 1e3 * torch_ops::median(times[best]);
+    const double share = torch_ops::share_of(times[best], times[0]);
+    if (half && torch_ops::share_of(times.back(), times[share > 1 ? 0 : best]) < 1)
+      note("in bfloat16 the module takes " + std::to_string(1e3 * torch_ops::median(times.back())) +
+           " ms, less than what came back: cast it, and quantize that");
+    const std::string whole =
+        "all of the module takes " + std::to_string(share) + " of the time of " + own + " in int8";
+    const Layers result = share > 1 ? Layers() : ways[best];
+    if (!result.empty() && result != chosen && !guard.judge(built(result).module).kept(options_.accuracy_threshold)) {
+      note("layers that are slower in int8 stay int8: without them the threshold is not kept");
+      return chosen;
+    }
+    if (result.empty()) note(whole + "; a float copy came back");
+    for (const std::size_t layer : chosen)
+      if (std::ranges::count(result, layer) == 0)
+        report_.layers[layer].why = slower.contains(layer) ? slower[layer] : whole;
+    return result;
+  }
+
+  // A call of the module in bfloat16; none if it is not of float32, or fails there.
+  std::optional<std::function<void()>> call_in_bfloat16(const Arguments& batch, const std::string& own) const {
+    if (own != c10::toString(at::kFloat)) return std::nullopt;
+    try {
+      torch::jit::Module module = built({}).module.deepcopy();  // whose parameters are its own
+      module.to(at::kBFloat16);
+      Arguments halves;
+      for (const c10::IValue& argument : batch)
+        halves.push_back(argument.isTensor() && argument.toTensor().is_floating_point()
+                             ? c10::IValue(argument.toTensor().to(at::kBFloat16))
+                             : argument);
+      torch_ops::call_module(module, halves);
+      return [module, halves] { torch_ops::call_module(module, halves); };
+    } catch (const std::exception&) {  // its code may take float32 for granted in any way
+      return std::nullopt;
+    }
+  }
+
+  void note(const std::string& text) { report_.note += (report_.note.empty() ? "" : "; ") + text; }
 
   void describe(const Layers& chosen, const std::vector<torch_ops::ScriptRegion>& regions) {
     static const auto kernel_on = op_of<std::string(const at::Device&)>("halfstep::int8_kernel");
@@ -301,6 +371,8 @@ std::ostream& operator<<(std::ostream& out, const QuantizeReport& report) {
   if (report.bound_everywhere != report.bound)
     out << "with all candidates in int8: " << report.noise_everywhere << ", at most " << report.bound_everywhere
         << '\n';
+  if (report.milliseconds >= 0)
+    out << "a call takes " << report.milliseconds << " ms in float, " << report.int8_milliseconds << " in int8\n";
   for (const std::string& folded : report.folded) out << "batch norm " << folded << '\n';
   for (const QuantizedLayer& layer : report.layers) {
     out << "  " << layer.name << ": ";
@@ -311,6 +383,8 @@ std::ostream& operator<<(std::ostream& out, const QuantizeReport& report) {
       out << "float, " << layer.why;
     }
     if (layer.noise >= 0) out << "; alone it makes noise of " << layer.noise;
+    if (layer.milliseconds >= 0)
+      out << "; " << layer.milliseconds << " ms in float, " << layer.int8_milliseconds << " in int8";
     out << '\n';
   }
   if (!report.note.empty()) out << "note: " << report.note << '\n';

@@ -23,7 +23,7 @@ constexpr int kChunksOfRow = kHopperSlice / kChunkBytes;
 constexpr int kSixteenBits = 32767;
 
 // What lies outside of an image: 16 bytes of each zero point, from -128 on, which copies can read.
-struct Outside {
+struct alignas(kChunkBytes) Outside {
   std::int8_t bytes[256][kChunkBytes];
   constexpr Outside() : bytes() {
     for (int zero_point = -128; zero_point < 128; ++zero_point)
@@ -47,8 +47,8 @@ __device__ void gather_tiles(HopperStages<Tile> stages, const CUtensorMap* weigh
   const int tiles = call.row_tiles * call.channel_tiles;
   for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
     const HopperPlace at(call, tile);
-    int first[kPasses];   // of the pixel under the first tap, in bytes
-    int corner[kPasses];  // its y in the upper 16 bits, its x in the lower
+    unsigned first[kPasses];  // the byte of the pixel under the first tap; outside of the image it means nothing
+    int corner[kPasses];      // its y in the upper 16 bits, its x in the lower
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const auto pixel = static_cast<unsigned>(at.row * Tile::kRows + i * kPass + own_row);
@@ -59,7 +59,10 @@ __device__ void gather_tiles(HopperStages<Tile> stages, const CUtensorMap* weigh
       const auto y = static_cast<int>(line - picture * static_cast<unsigned>(image.out_height)) * image.stride_height -
                      image.pad_height;
       const bool exists = pixel < static_cast<std::uint64_t>(call.rows);
-      first[i] = ((static_cast<int>(picture) * image.height + y) * image.width + x) * image.group_channels;
+      first[i] = ((picture * static_cast<unsigned>(image.height) + static_cast<unsigned>(y)) *
+                      static_cast<unsigned>(image.width) +
+                  static_cast<unsigned>(x)) *
+                 static_cast<unsigned>(image.group_channels);
       corner[i] = (exists ? y : kNowhere) * (1 << 16) | (x & 0xffff);
     }
     Tap tap(image, chunk * kChunkBytes);
@@ -71,7 +74,7 @@ __device__ void gather_tiles(HopperStages<Tile> stages, const CUtensorMap* weigh
       }
       const int dy = tap.ky * image.dilation_height;
       const int dx = tap.kx * image.dilation_width;
-      const int away = (dy * image.width + dx) * image.group_channels + tap.channel;
+      const auto away = static_cast<unsigned>((dy * image.width + dx) * image.group_channels + tap.channel);
       const bool is_term = tap.ky < image.kernel_height;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {

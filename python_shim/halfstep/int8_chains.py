@@ -6,9 +6,9 @@
     norm         a layer or RMS norm, which writes int8 for the int8 layers that read it, and float for what else does
     joined       linear layers that read the same value alike are one product
 
-In float32 none of them changes a bit, but for gelu, silu, hardswish and norms, which torch rounds at other places: a
-norm is that of halfstep's `layer_norm` or `rms_norm`, quantized. In half precision the sums are no longer rounded
-before the activation or the addition.
+In float32 none of them changes a bit of what is finite, but for gelu, silu, hardswish and norms, which torch rounds at
+other places: a norm is that of halfstep's `layer_norm` or `rms_norm`, quantized. In half precision the sums are no
+longer rounded before the activation or the addition.
 """
 
 from __future__ import annotations

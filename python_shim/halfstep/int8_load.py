@@ -37,7 +37,6 @@ from halfstep.int8_runs import Shapes, shapes_of
 from halfstep.int8_wrappers import inner_of, without_wrappers
 from halfstep.whole_files import check_readable
 
-_BORDERS = ("out_dtype", "out_scale", "out_zero_point")  # what depends on where int8 passes between layers
 _NO_GEOMETRY = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
@@ -281,16 +280,12 @@ def _fused(inner: nn.Module, layers: dict[str, nn.Module], plan: Plan, device: t
         regions = [RegionPlan(region.layers, region.fused) for region in found]
     else:
         regions = [RegionPlan([name], []) for name in layers]
-    # torch pools int8 on some devices only, so that chains end at other places there. That changes no sums.
-    elsewhere = plan.device.type != device.type
     added = residuals(built)
     for layer in plan.layers:
         now = LayerPlan.of(layer.name, layers[layer.name], layer.name in added)
         for key in vars(layer):
-            if not (elsewhere and key in _BORDERS):
-                _same(f"layer {layer.name!r}: {key}", getattr(layer, key), getattr(now, key))
-    if not elsewhere:
-        _same("regions", plan.regions, regions)
+            _same(f"layer {layer.name!r}: {key}", getattr(layer, key), getattr(now, key))
+    _same("regions", plan.regions, regions)
     if plan.settings != settings_of(inner):  # last: the others say where
         raise ValueError("it is of other code than the model's: the settings of torch's layers differ")
     if plan.graph is not None and plan.graph != digest_of(inner):

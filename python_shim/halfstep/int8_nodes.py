@@ -225,7 +225,9 @@ def max_pool_of(root: nn.Module, node: Node) -> tuple[Any, ...] | None:
     kernel_size, stride, padding, dilation, ceil_mode, return_indices = given
     sizes = [[each] if type(each) is int else each for each in (kernel_size, stride or [], padding, dilation)]
     known = all(isinstance(each, (tuple, list)) and all(type(size) is int for size in each) for each in sizes)
-    return (*map(list, sizes), bool(ceil_mode)) if known and return_indices is False else None
+    if not known or type(ceil_mode) is not bool or return_indices is not False:
+        return None
+    return (*map(list, sizes), ceil_mode)
 
 
 def put_int8_pool(root: nn.Module, node: Node) -> None:

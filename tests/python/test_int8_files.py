@@ -330,7 +330,7 @@ def test_times_are_taken_again_on_another_device(tmp_path: Path, monkeypatch: py
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["plain", "resnet", "encoder"])
 def test_a_file_of_another_kind_of_device(kind: str, tmp_path: Path) -> None:
-    """Chains may end elsewhere there; the sums are the same integers, and the rest is float32."""
+    """The sums are the same integers there, and the rest is float32."""
     for one, other in (("cpu", "cuda"), ("cuda", "cpu")):
         inference, result, batch = optimized(kind, one)
         inference.save(tmp_path / "m")

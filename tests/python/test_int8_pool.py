@@ -52,6 +52,13 @@ def test_as_torch_pools_floats(shape: tuple[int, ...], options: dict[str, Any], 
         assert (meta.shape, meta.stride(), meta.dtype) == (out.shape, out.stride(), out.dtype)
 
 
+@pytest.mark.parametrize(("size", "kernel"), [(2, 3), (1, 2), (3, 4), (2, 2)])
+def test_windows_larger_than_the_picture(size: int, kernel: int) -> None:
+    x = images(2, 3, size, 9)
+    options = {"kernel_size": kernel, "stride": 2, "ceil_mode": True}
+    assert torch.equal(pool(x, **options).float(), F.max_pool2d(x.float(), **options))
+
+
 def test_what_padding_alone_gives_is_the_int8_of_minus_infinity() -> None:
     x = images(1, 2, 2, 2)
     options = {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 3}
@@ -65,14 +72,21 @@ def test_what_padding_alone_gives_is_the_int8_of_minus_infinity() -> None:
     [
         ((torch.zeros(1, 2, 4, 4), 2), TypeError, "input is Float, expected Char"),
         ((torch.zeros(4, 4, dtype=torch.int8), 2), ValueError, r"input has shape \[4, 4\], expected \[batch, channels"),
-        ((images(1, 2, 4, 4), []), ValueError, r"kernel_size is \[\], expected one or two numbers of at least 1"),
+        ((images(1, 2, 4, 4), []), ValueError, r"kernel_size is \[\], expected one or two numbers of 1 .. 268435456"),
         ((images(1, 2, 4, 4), [2, 2, 2]), ValueError, r"kernel_size is \[2, 2, 2\], expected one or two numbers"),
-        ((images(1, 2, 4, 4), 0), ValueError, "kernel_size is .*expected one or two numbers of at least 1"),
-        ((images(1, 2, 4, 4), 2, 0), ValueError, "stride is .*expected one or two numbers of at least 1"),
-        ((images(1, 2, 4, 4), 2, 1, -1), ValueError, "padding is .*expected one or two numbers of at least 0"),
+        ((images(1, 2, 4, 4), 0), ValueError, "kernel_size is .*expected one or two numbers of 1 .. 268435456"),
+        ((images(1, 2, 4, 4), 2, 0), ValueError, "stride is .*expected one or two numbers of 1 .. 268435456"),
+        ((images(1, 2, 4, 4), 2, 1, -1), ValueError, "padding is .*expected one or two numbers of 0 .. 268435456"),
         ((images(1, 2, 4, 4), 2, 1, 2), ValueError, r"padding is \[2, 2\], expected at most half of kernel_size"),
-        ((images(1, 2, 4, 4), 2, 1, 0, 0), ValueError, "dilation is .*expected one or two numbers of at least 1"),
-        ((images(1, 2, 4, 4), [1, 5]), ValueError, "the padded input is 4 wide, expected at least 5, the kernel's"),
+        ((images(1, 2, 4, 4), 2, 1, 0, 0), ValueError, "dilation is .*expected one or two numbers of 1 .. 268435456"),
+        ((images(1, 2, 4, 4), [1, 5]), ValueError, "the padded input is 4 wide, expected at least 5"),
+        (
+            (images(1, 2, 4, 4), [1, 9], [1, 3], 0, 1, True),
+            ValueError,
+            "the padded input is 4 wide, expected at least 7",
+        ),
+        ((images(1, 2, 0, 4), 2), ValueError, r"input has shape \[1, 2, 0, 4\], expected sizes of at least 1"),
+        ((images(1, 2, 4, 4), 2, 1, 0, 2**62), ValueError, "dilation is .*expected one or two numbers"),
     ],
 )
 def test_errors(arguments: tuple[Any, ...], error: type[Exception], said: str) -> None:
@@ -92,6 +106,35 @@ def test_compiled(device: str) -> None:
     for size in (9, 12, 31):
         x = images(2, 5, size, size + 1, device=device)
         assert torch.equal(compiled(x), pool(x, 3, 2, 1) + 1)
+
+
+class Small(nn.Module):
+    """Pools pictures that may be smaller than the window, and rounds as the batch says."""
+
+    def __init__(self, rounds: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.rounds = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), rounds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu()
+        return self.b(F.max_pool2d(x, 3, 2, ceil_mode=True if self.rounds else x.size(0) > 4))
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_pictures_of_every_size_and_batch(rounds: bool) -> None:
+    model = Small(rounds).eval()
+    inference = halfstep.InferencePrecisionOptimizer(
+        "int8", accuracy_threshold=1.0, eval_fn=lambda _model: 1.0, speed_guard=False, progress=False
+    )
+    result = inference.optimize_for_inference(model, [torch.randn(4, 3, 16, 16) for _ in range(3)], "cpu")
+    assert [region["layers"] for region in inference.report()["regions"]] == (
+        [["a", "b"]] if rounds else [["a"], ["b"]]
+    )
+    for shape in ((2, 3, 16, 16), (8, 3, 15, 15), *([(2, 3, 2, 2)] if rounds else [])):
+        x = torch.randn(shape)
+        out, expected = call(result, x), call(model, x)
+        assert out.shape == expected.shape
+        assert (out - expected).norm() <= 0.05 * expected.norm()
 
 
 class Picture(nn.Module):

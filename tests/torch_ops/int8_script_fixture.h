@@ -24,6 +24,13 @@ inline torch::jit::Module layer(const char* type, const at::Tensor& weight, cons
   return module;
 }
 
+// quantize() whatever is faster on this machine.
+inline Quantized quantized(const torch::jit::Module& module, const std::vector<std::vector<c10::IValue>>& calibration,
+                           QuantizeOptions options = {}) {
+  options.speed_guard = false;
+  return quantize(module, calibration, options);
+}
+
 class Int8ScriptTest : public DeviceTest {
  protected:
   void SetUp() override {

@@ -50,7 +50,7 @@ TEST_P(Int8ScriptNorms, LayerNormsWriteInt8) {
   for (const bool dynamic : {false, true}) {
     QuantizeOptions how;
     how.dynamic = dynamic;
-    const Quantized result = quantize(model, batches, how);
+    const Quantized result = test::quantized(model, batches, how);
     EXPECT_EQ(entry(result.report, "a").fused, "a + norm norm + relu");
     EXPECT_EQ(entry(result.report, "b").fused, "b + norm norm");
     EXPECT_EQ(calls_of(result.module, "aten::layer_norm"), 0);
@@ -75,7 +75,7 @@ TEST_P(Int8ScriptNorms, LayerNormsThatAreWrittenToOrReadByFloatLayers) {
   const auto batches = rows();
   const auto fused = [&](const char* forward, const QuantizeOptions& how = {}) {
     const torch::jit::Module model = normed(forward);
-    const Quantized result = quantize(model, batches, how);
+    const Quantized result = test::quantized(model, batches, how);
     for (const auto& batch : batches)
       EXPECT_LT(noise(call(model, {batch[0].toTensor().clone()}), call(result.module, {batch[0].toTensor().clone()})),
                 0.01);
@@ -126,7 +126,7 @@ TEST_P(Int8ScriptNorms, RmsNormsWriteInt8) {
   )");
   const auto batches = rows();
   const torch::NoGradGuard no_grad;
-  const Quantized result = quantize(model, batches);
+  const Quantized result = test::quantized(model, batches);
   EXPECT_EQ(entry(result.report, "a").fused, "a + norm norm + relu");
   EXPECT_EQ(entry(result.report, "b").fused, "b + norm rms_norm");
   EXPECT_EQ(calls_of(result.module, "aten::rms_norm"), 0);
@@ -143,7 +143,7 @@ TEST_P(Int8ScriptNorms, ALayerNormOfAHalfModuleStaysHalf) {
   model.to(at::kBFloat16);
   std::vector<std::vector<c10::IValue>> batches = rows();
   for (auto& batch : batches) batch[0] = batch[0].toTensor().to(at::kBFloat16);
-  const Quantized result = quantize(model, batches);
+  const Quantized result = test::quantized(model, batches);
   EXPECT_EQ(calls_of(result.module, "halfstep::layer_norm_int8"), 1);
   const at::Tensor got = call(result.module, batches[0]);
   EXPECT_EQ(got.scalar_type(), at::kBFloat16);

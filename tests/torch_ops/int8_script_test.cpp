@@ -85,7 +85,7 @@ INSTANTIATE_TEST_SUITE_P(Devices, Int8Script, testing::Values(at::kCPU, at::kCUD
 
 TEST_P(Int8Script, LayersInLoopsAndBranches) {
   const auto batches = rows();
-  const Quantized result = quantize(mlp_, batches);
+  const Quantized result = test::quantized(mlp_, batches);
   EXPECT_TRUE(result.report.kept);
   EXPECT_EQ(result.report.samples, 16);
   EXPECT_LE(result.report.bound, 0.02);
@@ -109,7 +109,7 @@ TEST_P(Int8Script, LayersInLoopsAndBranches) {
 
 TEST_P(Int8Script, BatchNormsAreFoldedAndInt8PassesOn) {
   const auto batches = pictures();
-  const Quantized result = quantize(cnn_, batches);
+  const Quantized result = test::quantized(cnn_, batches);
   EXPECT_EQ(result.report.folded, std::vector<std::string>{"norm into conv"});
   EXPECT_EQ(entry(result.report, "conv").fused, "conv + relu + int8 out");
   EXPECT_EQ(entry(result.report, "next").fused, "next + relu") << "the addition reads it too";
@@ -122,7 +122,7 @@ TEST_P(Int8Script, BatchNormsAreFoldedAndInt8PassesOn) {
   for (const auto& batch : batches) EXPECT_LT(noise(call(cnn_, batch), call(result.module, batch)), 0.01);
   QuantizeOptions apart;
   apart.fold_batch_norm = false;
-  const Quantized plain = quantize(cnn_, batches, apart);
+  const Quantized plain = test::quantized(cnn_, batches, apart);
   EXPECT_TRUE(plain.report.folded.empty());
   EXPECT_EQ(calls_of(plain.module, "aten::batch_norm"), 1);
 }
@@ -132,7 +132,7 @@ TEST_P(Int8Script, TheBitsOfTheOps) {
   QuantizeOptions dynamic;
   dynamic.dynamic = true;
   dynamic.include = {"second"};
-  const Quantized result = quantize(mlp_, batches, dynamic);
+  const Quantized result = test::quantized(mlp_, batches, dynamic);
   EXPECT_EQ(result.report.int8_layers(), 1);
   EXPECT_EQ(entry(result.report, "first").why, "not in include");
   const auto packed = result.module.attr("second").toModule().attr("packed").toCustomClass<PackedInt8>();
@@ -154,7 +154,7 @@ TEST_P(Int8Script, TheBitsOfTheOps) {
 
 TEST_P(Int8Script, SavedLoadedAndCalledFromSeveralThreads) {
   const auto batches = rows();
-  const Quantized result = quantize(mlp_, batches);
+  const Quantized result = test::quantized(mlp_, batches);
   std::stringstream file;
   result.module.save(file);
   const torch::jit::Module loaded = torch::jit::load(file);
@@ -175,7 +175,7 @@ TEST_P(Int8Script, AHalfModuleStaysHalf) {
   mlp_.to(at::kBFloat16);
   std::vector<std::vector<c10::IValue>> batches = rows();
   for (auto& batch : batches) batch[0] = batch[0].toTensor().to(at::kBFloat16);
-  const Quantized result = quantize(mlp_, batches);
+  const Quantized result = test::quantized(mlp_, batches);
   EXPECT_EQ(entry(result.report, "first").fused, "first + relu + int8 out");
   mlp_.eval();
   const at::Tensor got = call(result.module, batches[0]);
@@ -188,7 +188,7 @@ TEST_P(Int8Script, TheModuleStaysAsItIs) {
   const at::Tensor before = call(mlp_, batches[0]);
   const at::Tensor weight = mlp_.attr("rare").toModule().attr("weight").toTensor();
   const at::Tensor copy = weight.clone();
-  const Quantized result = quantize(mlp_, batches);
+  const Quantized result = test::quantized(mlp_, batches);
   EXPECT_TRUE(mlp_.is_training());
   EXPECT_FALSE(result.module.is_training());
   result.module.attr("rare").toModule().attr("weight").toTensor().zero_();
@@ -198,10 +198,10 @@ TEST_P(Int8Script, TheModuleStaysAsItIs) {
 
 TEST_P(Int8Script, TheGuardGivesBackTheMostHarmful) {
   const auto batches = rows();
-  const Quantized all = quantize(mlp_, batches);
+  const Quantized all = test::quantized(mlp_, batches);
   QuantizeOptions options;
   options.accuracy_threshold = 0.5 * all.report.noise;
-  const Quantized some = quantize(mlp_, batches, options);
+  const Quantized some = test::quantized(mlp_, batches, options);
   EXPECT_TRUE(some.report.kept);
   EXPECT_LE(some.report.bound, options.accuracy_threshold);
   EXPECT_EQ(some.report.noise_everywhere, all.report.noise);
@@ -215,7 +215,7 @@ TEST_P(Int8Script, TheGuardGivesBackTheMostHarmful) {
   EXPECT_GE(best_given_back, worst_kept);
 
   options.accuracy_threshold = 0;
-  const Quantized none = quantize(mlp_, batches, options);
+  const Quantized none = test::quantized(mlp_, batches, options);
   EXPECT_EQ(none.report.int8_layers(), 0);
   EXPECT_NE(none.report.note.find("a float copy came back"), std::string::npos);
   EXPECT_EQ(calls_of(none.module, "halfstep::"), 0);
@@ -235,7 +235,7 @@ TEST_P(Int8Script, BuffersThatForwardWritesAreNotTheCalibrations) {
       self.count.add_(1)
       return self.linear.forward(x) + 0.0 * self.count
   )");
-  const Quantized result = quantize(counter, {{random({4, 16})}, {random({4, 16})}});
+  const Quantized result = test::quantized(counter, {{random({4, 16})}, {random({4, 16})}});
   EXPECT_EQ(result.module.attr("count").toTensor().item<float>(), 0);
   EXPECT_EQ(counter.attr("count").toTensor().item<float>(), 0);
   call(result.module, {random({4, 16})});
@@ -245,7 +245,7 @@ TEST_P(Int8Script, BuffersThatForwardWritesAreNotTheCalibrations) {
 TEST_P(Int8Script, Refusals) {
   const auto batches = rows();
   const auto message = [&](const QuantizeOptions& options) {
-    return message_of([&] { quantize(mlp_, batches, options); });
+    return message_of([&] { test::quantized(mlp_, batches, options); });
   };
   const auto expect = [](const std::string& text, const char* part) {
     EXPECT_NE(text.find(part), std::string::npos) << text;
@@ -253,14 +253,14 @@ TEST_P(Int8Script, Refusals) {
   expect(message({.bits = 9}), "bits is 9, expected 2 to 8");
   expect(message({.accuracy_threshold = 2}), "accuracy_threshold is 2, expected 0 to 1");
   expect(message({.exclude = {"third"}}), "exclude has 'third', which names no layer");
-  expect(message_of([&] { quantize(mlp_, {}); }), "calibration is empty");
+  expect(message_of([&] { test::quantized(mlp_, {}); }), "calibration is empty");
   torch::jit::Module without("Without");
-  expect(message_of([&] { quantize(without, batches); }), "module is a Without without a method forward");
+  expect(message_of([&] { test::quantized(without, batches); }), "module is a Without without a method forward");
   without.define("def forward(self, x: Tensor, steps: int) -> int:\n  return steps\n");
-  expect(message_of([&] { quantize(without, batches); }), "output holds no floating-point tensor");
+  expect(message_of([&] { test::quantized(without, batches); }), "output holds no floating-point tensor");
   torch::jit::Module nan("Nan");
   nan.define("def forward(self, x: Tensor, steps: int):\n  return torch.log(x - 1e9)\n");
-  expect(message_of([&] { quantize(nan, batches); }), "NaN or infinity on a calibration batch");
+  expect(message_of([&] { test::quantized(nan, batches); }), "NaN or infinity on a calibration batch");
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ struct QuantizeOptions {
   std::vector<std::string> exclude = {};
   // The largest accepted share of noise in the power of the outputs: 0.02 are 17 dB, 0.001 are 30 dB.
   double accuracy_threshold = 0.02;
+  bool speed_guard = true;  // float where int8 is not faster; without it int8 is kept for its size
 };
 
 // A product of the module, by the name of the submodule whose weight it is: "encoder.0"; of another tensor than
@@ -43,6 +44,8 @@ struct QuantizedLayer {
   std::string kernel;  // what the products run on
   std::string fused;   // "fc1 + norm ln2 + relu + int8 out": what it took over; empty for nothing
   double noise = -1;   // share of noise in the module's output with this layer alone in int8; negative: not measured
+  // Of the layers between which values stay int8, one after the other, in float and in int8; negative: not measured.
+  double milliseconds = -1, int8_milliseconds = -1;
 };
 
 struct HALFSTEP_API QuantizeReport {
@@ -56,7 +59,10 @@ struct HALFSTEP_API QuantizeReport {
   bool kept = true;
   std::int64_t samples = 0;      // that judged
   std::int64_t evaluations = 0;  // of modules
-  std::string note;              // what to know beside, such as why the float module came back
+  // Of the module in float and with the int8 layers that were found faster, on the first batch that calibrated, copies
+  // of its arguments included; negative: not measured.
+  double milliseconds = -1, int8_milliseconds = -1;
+  std::string note;  // what to know beside, such as why the float module came back
 
   std::int64_t int8_layers() const;
 };
@@ -82,6 +88,10 @@ struct Quantized {
 // If the outputs' share of noise is above the threshold, layers are given back to float in the order of the noise that
 // each makes alone, as few as it takes by doubling and bisection; if nothing keeps it, a float copy comes back, and the
 // report says so.
+//
+// Then layers between which values stay int8 are timed in int8 and in float, in the module's own type, and given back
+// where int8 is slower; and so is the whole, in which case a float copy comes back. A float32 module that would be
+// faster in bfloat16 than in int8 gets a note that says so: cast it, and quantize that.
 //
 // The module is not changed and shares no memory with the copy, but for constants of its graph. The copy has `forward`
 // with all calls inlined and the attributes that it uses; other methods are left out. It may be called from several
