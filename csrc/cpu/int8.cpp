@@ -1,6 +1,7 @@
 // int8 linear layers and convolutions on the CPU. Contract: halfstep/int8.h.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "halfstep/int8.h"
 #include "halfstep/status.h"
@@ -19,13 +20,25 @@ void check(const Int8ConvShape& s) {
            " x ", s.dilation_width, "; expected at least 1");
 }
 
-// A call of memcpy takes as long as a dozen of these steps, and groups often have a few channels only.
-void copy_terms(const std::int8_t* terms, std::int64_t count, std::int8_t* out) {
-  if (count % 4 != 0 || count > 32) {
-    std::memcpy(out, terms, static_cast<std::size_t>(count));
-    return;
+// Few bytes, by moves that may overlap: a call of memcpy takes longer than they do.
+inline void copy_few(const std::int8_t* from, std::int64_t count, std::int8_t* to) {
+  const auto by = [&]<std::size_t kBytes>(std::integral_constant<std::size_t, kBytes>) {
+    constexpr auto kStep = static_cast<std::int64_t>(kBytes);
+    for (std::int64_t i = 0; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, kBytes);
+    if (count % kStep != 0) std::memcpy(to + count - kStep, from + count - kStep, kBytes);
+  };
+  constexpr std::int64_t kFew = 512;
+  if (count > kFew) {
+    std::memcpy(to, from, static_cast<std::size_t>(count));
+  } else if (count >= 16) {
+    by(std::integral_constant<std::size_t, 16>());
+  } else if (count >= 8) {
+    by(std::integral_constant<std::size_t, 8>());
+  } else if (count >= 4) {
+    by(std::integral_constant<std::size_t, 4>());
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
-  for (; count > 0; count -= 4, terms += 4, out += 4) std::memcpy(out, terms, 4);
 }
 
 // Copies the inputs of output pixels to rows of terms, the zero point where the kernel stands over the border.
@@ -34,18 +47,15 @@ class Gather {
   Gather(const Int8ConvShape& shape, const std::int8_t* input, std::int32_t zero_point)
       : s_(shape), input_(input), zero_point_(zero_point) {}
 
-  void operator()(std::int64_t pixel, std::int64_t group, std::int8_t* out) const {
-    const std::int64_t image = pixel / (s_.out_height * s_.out_width);
-    const std::int64_t top = pixel / s_.out_width % s_.out_height * s_.stride_height - s_.pad_height;
-    const std::int64_t left = pixel % s_.out_width * s_.stride_width - s_.pad_width;
-    const std::int64_t width = s_.kernel_width * s_.group_channels();
-    for (std::int64_t ky = 0; ky < s_.kernel_height; ++ky, out += width) {
-      const std::int64_t y = top + ky * s_.dilation_height;
-      if (y < 0 || y >= s_.height) {
-        fill(out, width);
-      } else {
-        gather_line(input_ + (image * s_.height + y) * s_.width * s_.channels + group * s_.group_channels(), left, out);
-      }
+  // `count` pixels from `pixel` on, as terms of one group.
+  void operator()(std::int64_t pixel, std::int64_t count, std::int64_t group, std::int8_t* out) const {
+    while (count > 0) {
+      const std::int64_t x = pixel % s_.out_width;
+      const std::int64_t run = std::min(count, s_.out_width - x);
+      gather_run(pixel / s_.out_width, x, run, group, out);
+      pixel += run;
+      count -= run;
+      out += run * s_.terms();
     }
   }
 
@@ -54,24 +64,40 @@ class Gather {
     std::memset(out, zero_point_, static_cast<std::size_t>(count));
   }
 
+  // Pixels beside each other in one row of the outputs, line by line of the kernel.
+  void gather_run(std::int64_t row, std::int64_t x, std::int64_t count, std::int64_t group, std::int8_t* out) const {
+    const std::int64_t terms = s_.terms();
+    const std::int64_t width = s_.kernel_width * s_.group_channels();
+    const std::int64_t first = x * s_.stride_width - s_.pad_width;
+    const std::int8_t* const image = input_ + row / s_.out_height * s_.height * s_.width * s_.channels;
+    const bool neighbours = s_.groups == 1 && s_.dilation_width == 1;  // the kernel's taps on a line are, in memory
+    for (std::int64_t ky = 0; ky < s_.kernel_height; ++ky, out += width) {
+      const std::int64_t y = row % s_.out_height * s_.stride_height - s_.pad_height + ky * s_.dilation_height;
+      if (y < 0 || y >= s_.height) {
+        for (std::int64_t i = 0; i < count; ++i) fill(out + i * terms, width);
+        continue;
+      }
+      const std::int8_t* const line = image + y * s_.width * s_.channels + group * s_.group_channels();
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t left = first + i * s_.stride_width;
+        if (neighbours && left >= 0 && left + s_.kernel_width <= s_.width) {
+          copy_few(line + left * s_.channels, width, out + i * terms);
+        } else {
+          gather_line(line, left, out + i * terms);
+        }
+      }
+    }
+  }
+
   // The kernel's taps on one line of the image, from column `left` on.
   void gather_line(const std::int8_t* line, std::int64_t left, std::int8_t* out) const {
     const std::int64_t channels = s_.group_channels();
-    if (s_.groups == 1 && s_.dilation_width == 1) {  // neighbours in memory
-      const std::int64_t begin = std::clamp<std::int64_t>(-left, 0, s_.kernel_width);
-      const std::int64_t end = std::clamp<std::int64_t>(s_.width - left, begin, s_.kernel_width);
-      fill(out, begin * channels);
-      std::memcpy(out + begin * channels, line + (left + begin) * channels,
-                  static_cast<std::size_t>((end - begin) * channels));
-      fill(out + end * channels, (s_.kernel_width - end) * channels);
-      return;
-    }
     for (std::int64_t kx = 0; kx < s_.kernel_width; ++kx, out += channels) {
       const std::int64_t x = left + kx * s_.dilation_width;
       if (x < 0 || x >= s_.width) {
         fill(out, channels);
       } else {
-        copy_terms(line + x * s_.channels, channels, out);
+        copy_few(line + x * s_.channels, channels, out);
       }
     }
   }
@@ -118,7 +144,7 @@ void int8_conv2d(const Int8ConvShape& shape, const std::int8_t* input, const voi
   const Gather gather(shape, input, epilogue.input.zero_point);
   product.get_rows = [&](std::int64_t row, std::int64_t count, std::int64_t group, std::int8_t* buffer) {
     if (!product.gathers) return Int8Rows{input + row * terms, terms};
-    for (std::int64_t i = 0; i < count; ++i) gather(row + i, group, buffer + i * terms);
+    gather(row, count, group, buffer);
     return Int8Rows{buffer, terms};
   };
   multiply_packed(product, packed, epilogue, isa, executor);

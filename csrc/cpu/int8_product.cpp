@@ -107,11 +107,38 @@ class Task {
                   kInt8Block * sizeof(std::uint32_t));
       for (int i = 0; i < kInt8Block; ++i) of_block[i] *= shift;
     }
+    if (pitch == product_.channels && 2 * pitch <= kLongRun && !epilogue_.row_scales)
+      return finish_several_at_once(sums, corrections);
     for (std::int64_t row = 0; row < rows_; ++row)
       finish_run({epilogue_, sums + row * pitch, corrections.data(),
                   input_scale(epilogue_, (row_ + row) / product_.rows_per_scale), channel_,
                   (row_ + row) * product_.channels + channel_, channels_});
   }
+
+  // Rows of few channels lie one behind the other: several are a run, with as many copies of what channels have.
+  void finish_several_at_once(const std::int32_t* sums, std::vector<std::uint32_t>& corrections) const {
+    const std::int64_t several = std::min(rows_, kLongRun / product_.channels);
+    const auto copied = [&](const float* of_channels) {
+      std::vector<float> copies;
+      if (of_channels)
+        for (std::int64_t i = 0; i < several; ++i)
+          copies.insert(copies.end(), of_channels, of_channels + product_.channels);
+      return copies;
+    };
+    const std::vector<float> scales = copied(epilogue_.weight_scales);
+    const std::vector<float> bias = copied(epilogue_.bias);
+    corrections.resize(static_cast<std::size_t>(several * product_.channels));
+    for (std::int64_t i = product_.channels; i < several * product_.channels; ++i)
+      corrections[static_cast<std::size_t>(i)] = corrections[static_cast<std::size_t>(i - product_.channels)];
+    Int8Epilogue epilogue = epilogue_;
+    epilogue.weight_scales = scales.data();
+    epilogue.bias = bias.empty() ? nullptr : bias.data();
+    for (std::int64_t row = 0; row < rows_; row += several)
+      finish_run({epilogue, sums + row * product_.channels, corrections.data(), epilogue.input.scale, 0,
+                  (row_ + row) * product_.channels, std::min(several, rows_ - row) * product_.channels});
+  }
+
+  static constexpr std::int64_t kLongRun = 256;
 
   const Int8Product& product_;
   const Int8Epilogue& epilogue_;

@@ -18,7 +18,9 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 constexpr std::int64_t kSlowTerms = 24;
 
-void sleep_for_milliseconds(int count) { std::this_thread::sleep_for(std::chrono::milliseconds(count)); }
+void sleep_for_milliseconds(int count) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(count));
+}
 
 // As torch's, and 2 ms slower in float32.
 at::Tensor slow_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
