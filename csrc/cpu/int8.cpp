@@ -1,8 +1,8 @@
 // int8 linear layers and convolutions on the CPU. Contract: halfstep/int8.h.
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
+#include "copy_few.h"
 #include "halfstep/int8.h"
 #include "halfstep/status.h"
 #include "int8_depthwise.h"
@@ -18,27 +18,6 @@ void check(const Int8ConvShape& s) {
   HS_CHECK(s.stride_height >= 1 && s.stride_width >= 1 && s.dilation_height >= 1 && s.dilation_width >= 1,
            "int8_conv2d: stride is ", s.stride_height, " x ", s.stride_width, " and dilation ", s.dilation_height,
            " x ", s.dilation_width, "; expected at least 1");
-}
-
-// Few bytes, by moves that may overlap: a call of memcpy takes longer than they do.
-inline void copy_few(const std::int8_t* from, std::int64_t count, std::int8_t* to) {
-  const auto by = [&]<std::size_t kBytes>(std::integral_constant<std::size_t, kBytes>) {
-    constexpr auto kStep = static_cast<std::int64_t>(kBytes);
-    for (std::int64_t i = 0; i + kStep <= count; i += kStep) std::memcpy(to + i, from + i, kBytes);
-    if (count % kStep != 0) std::memcpy(to + count - kStep, from + count - kStep, kBytes);
-  };
-  constexpr std::int64_t kFew = 512;
-  if (count > kFew) {
-    std::memcpy(to, from, static_cast<std::size_t>(count));
-  } else if (count >= 16) {
-    by(std::integral_constant<std::size_t, 16>());
-  } else if (count >= 8) {
-    by(std::integral_constant<std::size_t, 8>());
-  } else if (count >= 4) {
-    by(std::integral_constant<std::size_t, 4>());
-  } else {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = from[i];
-  }
 }
 
 // Copies the inputs of output pixels to rows of terms, the zero point where the kernel stands over the border.

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "clones.h"
+#include "copy_few.h"
 #include "halfstep/status.h"
 
 #if defined(HS_INT8_X86)
@@ -73,7 +74,7 @@ const char* name_of(Int8Isa isa) {
 
 void int8_prepare_plain(const std::int8_t* terms, std::int64_t count, void* prepared) {
   auto* const out = static_cast<std::int8_t*>(prepared);
-  std::copy(terms, terms + count, out);
+  copy_few(terms, count, out);
   std::fill(out + count, out + int8_quads(count) * kInt8Quad, std::int8_t{0});
 }
 

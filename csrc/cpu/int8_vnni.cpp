@@ -17,8 +17,21 @@ constexpr std::int64_t kQuadBytes = kInt8Block * kInt8Quad;
 
 HS_CLONES void prepare(const std::int8_t* terms, std::int64_t count, void* prepared) {
   auto* const out = static_cast<std::uint8_t*>(prepared);
-  for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<std::uint8_t>(terms[i] ^ 0x80);
-  for (std::int64_t i = count; i % kInt8Quad != 0; ++i) out[i] = 0;
+  const auto shift = [&](std::int64_t begin, std::int64_t end) __attribute__((always_inline)) {
+    for (std::int64_t i = begin; i < end; ++i) out[i] = static_cast<std::uint8_t>(terms[i] ^ 0x80);
+  };
+  // By whole vectors, the last of which overlaps the one before it: rows of a few dozen terms are mostly ends.
+  constexpr std::int64_t kWide = 64;
+  constexpr std::int64_t kNarrow = 16;
+  std::int64_t i = 0;
+  for (; i + kWide <= count; i += kWide) shift(i, i + kWide);
+  for (; i + kNarrow <= count; i += kNarrow) shift(i, i + kNarrow);
+  if (i < count && count >= kNarrow) {
+    shift(count - kNarrow, count);
+  } else {
+    shift(i, count);
+  }
+  for (i = count; i % kInt8Quad != 0; ++i) out[i] = 0;
 }
 
 [[gnu::always_inline]] inline std::int32_t load_quad(const std::uint8_t* at) {
