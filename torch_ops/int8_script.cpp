@@ -170,7 +170,8 @@ class Quantizer {
     Layers chosen = search(guard);
     if (options_.speed_guard && !chosen.empty()) chosen = faster(chosen, guard);
     auto [module, regions] = built(chosen);
-    const Verdict verdict = guard.judge(module);
+    Verdict verdict = guard.judge(module);
+    if (options_.bias_correction && !chosen.empty()) verdict = correct_biases(chosen, verdict, guard);
     report_.noise = verdict.noise;
     report_.bound = verdict.bound;
     report_.kept = verdict.kept(options_.accuracy_threshold);
@@ -307,6 +308,7 @@ class Quantizer {
     const Layers result = share > 1 ? Layers() : ways[best];
     if (!result.empty() && result != chosen && !guard.judge(built(result).module).kept(options_.accuracy_threshold)) {
       note("layers that are slower in int8 stay int8: without them the threshold is not kept");
+      report_.int8_milliseconds = 1e3 * torch_ops::median(times[2]);  // of all that were chosen
       return chosen;
     }
     if (result.empty()) note(whole + "; a float copy came back");
@@ -314,6 +316,35 @@ class Quantizer {
       if (std::ranges::count(result, layer) == 0)
         report_.layers[layer].why = slower.contains(layer) ? slower[layer] : whole;
     return result;
+  }
+
+  // Moves biases by the mean error of their layer, unless the guard likes the module better as it is.
+  Verdict correct_biases(const Layers& chosen, const Verdict& verdict, Guard& guard) {
+    static const auto mean_difference =
+        op_of<at::Tensor(const at::Tensor&, const at::Tensor&, std::int64_t)>("halfstep::mean_difference");
+    constexpr std::size_t kBatches = 8;
+    std::map<std::size_t, std::vector<at::Tensor>> shifts;
+    const auto watch = c10::make_intrusive<ScriptForm::Watch>();
+    watch->see = [&](std::size_t i, const at::Tensor& input) {
+      const ScriptLayer& layer = form_.layers()[i];
+      if (layer.kind == "embedding" || std::ranges::count(chosen, i) == 0) return;
+      const at::Tensor expected = torch_ops::float_product(layer, input);
+      const at::Tensor got = torch_ops::int8_product(layer, settings_.at(i), input);
+      shifts[i].push_back(mean_difference.call(expected, got, expected.dim() + layer.channel_dim()));
+    };
+    const torch::jit::Module watched = form_.watched(watch);
+    for (std::size_t i = 0; i < std::min(kBatches, calibrating_.size()); ++i)
+      torch_ops::call_module(watched, *calibrating_[i]);
+    if (shifts.empty()) return verdict;
+    const auto before = settings_;
+    for (const auto& [layer, found] : shifts) settings_.at(layer).packed = settings_.at(layer).packed->corrected(found);
+    const Verdict corrected = guard.judge(built(chosen).module);
+    if (corrected.bound <= verdict.bound) {
+      report_.corrected = static_cast<std::int64_t>(shifts.size());
+      return corrected;
+    }
+    settings_ = before;
+    return verdict;
   }
 
   // A call of the module in bfloat16; none if it is not of float32, or fails there.
@@ -373,6 +404,7 @@ std::ostream& operator<<(std::ostream& out, const QuantizeReport& report) {
         << '\n';
   if (report.milliseconds >= 0)
     out << "a call takes " << report.milliseconds << " ms in float, " << report.int8_milliseconds << " in int8\n";
+  if (report.corrected > 0) out << "biases corrected in " << report.corrected << " layers\n";
   for (const std::string& folded : report.folded) out << "batch norm " << folded << '\n';
   for (const QuantizedLayer& layer : report.layers) {
     out << "  " << layer.name << ": ";

@@ -166,6 +166,12 @@ struct ScriptSettings {
   std::int64_t input_zero_point = 0;
 };
 
+// A product by itself, in float and in int8 (int8_script_products.cpp). An int8 input has no type of its own to write.
+at::Tensor float_product(const ScriptLayer& layer, const at::Tensor& input);
+at::Tensor int8_product(const ScriptLayer& layer, const ScriptSettings& settings, const at::Tensor& input,
+                        std::optional<at::ScalarType> out_dtype = std::nullopt,
+                        const std::optional<at::Tensor>& row_scales = std::nullopt);
+
 // Layers between which values stay int8, by their numbers, and what each took over, such as "fc1 + norm ln2 + relu +
 // int8 out".
 struct ScriptRegion {

@@ -5,8 +5,6 @@
 #include <chrono>
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/linear.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 namespace halfstep::torch_ops {
@@ -30,32 +28,22 @@ double seconds_of(const std::function<void()>& call, int repeats, at::Device dev
   return seconds_since(begin) / repeats;
 }
 
-at::Tensor multiply(const ScriptLayer& layer, const at::Tensor& input) {
-  if (layer.kind == "linear") return at::linear(input, layer.weight, layer.bias);
-  const PackedInt8::Geometry& g = layer.geometry;
-  return at::conv2d(layer.kind == "conv1d" ? input.unsqueeze(-2) : input, layer.weight, layer.bias, g.stride, g.padding,
-                    g.dilation, g.groups);
-}
-
 // What a layer does in int8, on float or on the int8 that a layer before it writes.
-std::function<void()> int8_product(const ScriptLayer& layer, const ScriptSettings& settings, const at::Tensor& given,
-                                   bool takes_int8) {
-  Int8Call call;
-  call.input_scale = settings.input_scale;
-  call.input_zero_point = settings.input_zero_point;
-  at::Tensor input = layer.kind == "conv1d" ? given.unsqueeze(-2) : given;
-  if (takes_int8 && settings.input_scale) {
-    call.out_dtype = input.scalar_type();
-    input = quantize_int8(input, *settings.input_scale, settings.input_zero_point);
-  } else if (takes_int8 && layer.kind == "linear") {
-    call.out_dtype = input.scalar_type();
-    static const auto quantize_rows = c10::Dispatcher::singleton()
-                                          .findSchemaOrThrow("halfstep::quantize_int8_rows", "")
-                                          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&)>();
-    std::tie(input, call.input_row_scales) = quantize_rows.call(input);
+std::function<void()> int8_call(const ScriptLayer& layer, const ScriptSettings& settings, const at::Tensor& input,
+                                bool takes_int8) {
+  if (!takes_int8 || (!settings.input_scale && layer.kind != "linear"))
+    return [=, &layer, &settings] { int8_product(layer, settings, input); };
+  if (settings.input_scale) {
+    const at::Tensor quantized = quantize_int8(input, *settings.input_scale, settings.input_zero_point);
+    return [=, &layer, &settings] { int8_product(layer, settings, quantized, input.scalar_type()); };
   }
-  if (layer.kind == "linear") return [=, packed = settings.packed] { int8_linear(input, packed, call); };
-  return [=, packed = settings.packed] { int8_conv2d(input, packed, call); };
+  static const auto quantize_rows = c10::Dispatcher::singleton()
+                                        .findSchemaOrThrow("halfstep::quantize_int8_rows", "")
+                                        .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&)>();
+  const auto [quantized, scales] = quantize_rows.call(input);
+  return [&layer, &settings, type = input.scalar_type(), quantized = quantized, scales = scales] {
+    int8_product(layer, settings, quantized, type, scales);
+  };
 }
 
 }  // namespace
@@ -107,9 +95,9 @@ std::optional<RegionTimes> time_region(const ScriptForm& form, const ScriptRegio
   if (inputs.empty()) return std::nullopt;
   std::vector<std::function<void()>> products;
   for (const auto& [layer, input] : inputs)
-    products.push_back(int8_product(form.layers()[layer], settings.at(layer), input, !products.empty()));
+    products.push_back(int8_call(form.layers()[layer], settings.at(layer), input, !products.empty()));
   auto times = time_in_turns({[&] {
-                                for (const auto& [layer, input] : inputs) multiply(form.layers()[layer], input);
+                                for (const auto& [layer, input] : inputs) float_product(form.layers()[layer], input);
                               },
                               [&] {
                                 for (const auto& product : products) product();

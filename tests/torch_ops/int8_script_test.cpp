@@ -198,8 +198,9 @@ TEST_P(Int8Script, TheModuleStaysAsItIs) {
 
 TEST_P(Int8Script, TheGuardGivesBackTheMostHarmful) {
   const auto batches = rows();
-  const Quantized all = test::quantized(mlp_, batches);
   QuantizeOptions options;
+  options.bias_correction = false;
+  const Quantized all = test::quantized(mlp_, batches, options);
   options.accuracy_threshold = 0.5 * all.report.noise;
   const Quantized some = test::quantized(mlp_, batches, options);
   EXPECT_TRUE(some.report.kept);
@@ -224,6 +225,37 @@ TEST_P(Int8Script, TheGuardGivesBackTheMostHarmful) {
   std::ostringstream text;
   text << none.report;
   EXPECT_NE(text.str().find("first: float, given back for accuracy"), std::string::npos) << text.str();
+}
+
+// Weights of 3 bits and inputs whose mean is not 0 shift what a layer gives.
+TEST_P(Int8Script, BiasesMakeUpForTheMeanError) {
+  torch::jit::Module model("Model");
+  model.register_module("first", mlp_.attr("first").toModule());
+  model.define("def forward(self, x):\n  return self.first.forward(x)\n");
+  std::vector<std::vector<c10::IValue>> batches;
+  for (int i = 0; i < 6; ++i) batches.push_back({random({64, 16}).abs()});
+  const auto worst_shift = [&](const Quantized& result) {
+    at::Tensor sum = at::zeros({}, options().dtype(at::kDouble));
+    for (const int i : {0, 1, 3, 4})  // those that calibrate
+      sum = sum + (call(model, batches[i]).to(at::kDouble) - call(result.module, batches[i]).to(at::kDouble)).mean(0);
+    return (sum / 4).abs().max().item<double>();
+  };
+  QuantizeOptions plain;
+  plain.bits = 3;
+  plain.accuracy_threshold = 1.0;
+  plain.bias_correction = false;
+  QuantizeOptions shifted = plain;
+  shifted.bias_correction = true;
+  const Quantized without = test::quantized(model, batches, plain);
+  const Quantized with = test::quantized(model, batches, shifted);
+  EXPECT_EQ(without.report.corrected, 0);
+  EXPECT_EQ(with.report.corrected, 1);
+  EXPECT_LT(with.report.bound, without.report.bound);
+  EXPECT_GT(worst_shift(without), 0.01);
+  EXPECT_LT(worst_shift(with), 1e-5);
+  std::ostringstream text;
+  text << with.report;
+  EXPECT_NE(text.str().find("biases corrected in 1 layers"), std::string::npos) << text.str();
 }
 
 TEST_P(Int8Script, BuffersThatForwardWritesAreNotTheCalibrations) {

@@ -26,6 +26,8 @@ struct QuantizeOptions {
   int bits = 8;                                   // levels of weights and inputs, 2 .. 8; stored as int8 all the same
   bool dynamic = false;                           // inputs by row of a linear layer and image of a convolution
   bool fold_batch_norm = true;
+  bool bias_correction =
+      true;  // shift biases by the mean error of their layer, where the outputs have less noise by it
   // Globs (POSIX fnmatch) of layers' names. A glob names what is inside of a module with it.
   std::vector<std::string> include = {};  // empty: all
   std::vector<std::string> exclude = {};
@@ -62,7 +64,8 @@ struct HALFSTEP_API QuantizeReport {
   // Of the module in float and with the int8 layers that were found faster, on the first batch that calibrated, copies
   // of its arguments included; negative: not measured.
   double milliseconds = -1, int8_milliseconds = -1;
-  std::string note;  // what to know beside, such as why the float module came back
+  std::int64_t corrected = 0;  // layers whose biases were shifted
+  std::string note;            // what to know beside, such as why the float module came back
 
   std::int64_t int8_layers() const;
 };
@@ -91,7 +94,8 @@ struct Quantized {
 //
 // Then layers between which values stay int8 are timed in int8 and in float, in the module's own type, and given back
 // where int8 is slower; and so is the whole, in which case a float copy comes back. A float32 module that would be
-// faster in bfloat16 than in int8 gets a note that says so: cast it, and quantize that.
+// faster in bfloat16 than in int8 gets a note that says so: cast it, and quantize that. At last the biases of int8
+// layers make up for the mean of the error that each makes on the float module's own values, if that lowers the bound.
 //
 // The module is not changed and shares no memory with the copy, but for constants of its graph. The copy has `forward`
 // with all calls inlined and the attributes that it uses; other methods are left out. It may be called from several
