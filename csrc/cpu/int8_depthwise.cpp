@@ -165,9 +165,17 @@ void depthwise_conv2d(const Int8ConvShape& shape, const std::int8_t* input, cons
     const std::int64_t end = std::min(shape.out_pixels(), (task + 1) * pixels_per_task);
     for (std::int64_t pixel = task * pixels_per_task; pixel < end; ++pixel) {
       add(taps.of(pixel), terms, weights, pitch, shape.out_channels, sums.data());
-      finish_run({epilogue, sums.data(), corrections.data(),
-                  input_scale(epilogue, pixel / (shape.out_height * shape.out_width)), 0, pixel * shape.out_channels,
-                  shape.out_channels});
+      finish_rows({.epilogue = epilogue,
+                   .sums = sums.data(),
+                   .sums_pitch = shape.out_channels,
+                   .corrections = corrections.data(),
+                   .rows = 1,
+                   .channels = shape.out_channels,
+                   .channel = 0,
+                   .at = pixel * shape.out_channels,
+                   .pitch = shape.out_channels,
+                   .row = pixel,
+                   .rows_per_scale = shape.out_height * shape.out_width});
     }
   });
 }

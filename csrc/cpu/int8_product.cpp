@@ -108,16 +108,24 @@ class Task {
       for (int i = 0; i < kInt8Block; ++i) of_block[i] *= shift;
     }
     if (pitch == product_.channels && 2 * pitch <= kLongRun && !epilogue_.row_scales)
-      return finish_several_at_once(sums, corrections);
-    for (std::int64_t row = 0; row < rows_; ++row)
-      finish_run({epilogue_, sums + row * pitch, corrections.data(),
-                  input_scale(epilogue_, (row_ + row) / product_.rows_per_scale), channel_,
-                  (row_ + row) * product_.channels + channel_, channels_});
+      return finish_several_as_one(sums, corrections);
+    finish_rows({.epilogue = epilogue_,
+                 .sums = sums,
+                 .sums_pitch = pitch,
+                 .corrections = corrections.data(),
+                 .rows = rows_,
+                 .channels = channels_,
+                 .channel = channel_,
+                 .at = row_ * product_.channels + channel_,
+                 .pitch = product_.channels,
+                 .row = row_,
+                 .rows_per_scale = product_.rows_per_scale});
   }
 
-  // Rows of few channels lie one behind the other: several are a run, with as many copies of what channels have.
-  void finish_several_at_once(const std::int32_t* sums, std::vector<std::uint32_t>& corrections) const {
+  // Rows of few channels lie one behind the other: several are one, with as many copies of what channels have.
+  void finish_several_as_one(const std::int32_t* sums, std::vector<std::uint32_t>& corrections) const {
     const std::int64_t several = std::min(rows_, kLongRun / product_.channels);
+    const std::int64_t length = several * product_.channels;
     const auto copied = [&](const float* of_channels) {
       std::vector<float> copies;
       if (of_channels)
@@ -127,15 +135,32 @@ class Task {
     };
     const std::vector<float> scales = copied(epilogue_.weight_scales);
     const std::vector<float> bias = copied(epilogue_.bias);
-    corrections.resize(static_cast<std::size_t>(several * product_.channels));
-    for (std::int64_t i = product_.channels; i < several * product_.channels; ++i)
+    corrections.resize(static_cast<std::size_t>(length));
+    for (std::int64_t i = product_.channels; i < length; ++i)
       corrections[static_cast<std::size_t>(i)] = corrections[static_cast<std::size_t>(i - product_.channels)];
     Int8Epilogue epilogue = epilogue_;
     epilogue.weight_scales = scales.data();
     epilogue.bias = bias.empty() ? nullptr : bias.data();
-    for (std::int64_t row = 0; row < rows_; row += several)
-      finish_run({epilogue, sums + row * product_.channels, corrections.data(), epilogue.input.scale, 0,
-                  (row_ + row) * product_.channels, std::min(several, rows_ - row) * product_.channels});
+    Int8Finish whole{.epilogue = epilogue,
+                     .sums = sums,
+                     .sums_pitch = length,
+                     .corrections = corrections.data(),
+                     .rows = rows_ / several,
+                     .channels = length,
+                     .channel = 0,
+                     .at = row_ * product_.channels,
+                     .pitch = length};
+    finish_rows(whole);
+    const std::int64_t done = whole.rows * length;
+    finish_rows({.epilogue = epilogue,
+                 .sums = sums + done,
+                 .sums_pitch = length,
+                 .corrections = corrections.data(),
+                 .rows = done < rows_ * product_.channels ? 1 : 0,
+                 .channels = rows_ * product_.channels - done,
+                 .channel = 0,
+                 .at = whole.at + done,
+                 .pitch = length});
   }
 
   static constexpr std::int64_t kLongRun = 256;

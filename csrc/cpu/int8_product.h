@@ -33,10 +33,6 @@ void multiply_packed(const Int8Product& product, const void* packed, const Int8E
 // Throws InvalidArgument for what no kernel takes. `function` is named in the message.
 void check_int8_epilogue(const char* function, const Int8Epilogue& epilogue, std::int64_t terms);
 
-inline float input_scale(const Int8Epilogue& epilogue, std::int64_t scaled_row) {
-  return epilogue.row_scales ? epilogue.row_scales[scaled_row] : epilogue.input.scale;
-}
-
 // A single task stays on the calling thread.
 inline void run_int8_tasks(std::int64_t tasks, const Executor& executor,
                            const std::function<void(std::int64_t)>& task) {

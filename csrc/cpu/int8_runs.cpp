@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 
 #include "clones.h"
 #include "convert.h"
@@ -12,7 +13,7 @@
 namespace halfstep::cpu {
 namespace {
 
-constexpr std::int64_t kTile = 256;
+constexpr std::int64_t kTile = 1024;  // elements, which fit the first cache with all that they need
 constexpr float kZeros[kTile] = {};
 
 // The sum, to nearest even, of a float32 below 2^22 in size and 1.5 * 2^23 has the rounded integer in its last bits.
@@ -25,13 +26,69 @@ HS_CLONES void add_corrections(const std::int32_t* __restrict sums, const std::u
     out[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[i]) - corrections[i]);
 }
 
-HS_CLONES void rescale(const std::int32_t* __restrict sums, const std::uint32_t* __restrict corrections,
-                       float input_scale, const float* __restrict weight_scales, const float* __restrict bias,
-                       const float* __restrict residual, std::int64_t count, float* __restrict out) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const auto sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[i]) - corrections[i]);
-    out[i] = static_cast<float>(sum) * (input_scale * weight_scales[i]) + bias[i] + residual[i];
+// The sums of some rows, as they are before the activation or with one that is a clamp.
+struct Rescaled {
+  const std::int32_t* sums;
+  std::int64_t sums_pitch;
+  const std::uint32_t* corrections;
+  const float* input_scales;  // [rows]
+  const float* weight_scales;
+  const float* bias;
+  const float* residual;
+  std::int64_t residual_pitch;
+  float low, high;
+};
+
+// out[row * pitch + i] = store(result i of the row)
+template <class Out, class Store>
+[[gnu::always_inline]] inline void rescale_rows(const Rescaled& x, std::int64_t rows, std::int64_t count, Out* out,
+                                                std::int64_t pitch, const Store& store) {
+  const float low = x.low;
+  const float high = x.high;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int32_t* __restrict sums = x.sums + row * x.sums_pitch;
+    const std::uint32_t* __restrict corrections = x.corrections;
+    const float* __restrict weight_scales = x.weight_scales;
+    const float* __restrict bias = x.bias;
+    const float* __restrict residual = x.residual + row * x.residual_pitch;
+    Out* __restrict to = out + row * pitch;
+    const float input_scale = x.input_scales[row];
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[i]) - corrections[i]);
+      const float result = static_cast<float>(sum) * (input_scale * weight_scales[i]) + bias[i] + residual[i];
+      to[i] = store(clamp_between(result, low, high));
+    }
   }
+}
+
+HS_CLONES void rescale(const Rescaled& x, std::int64_t rows, std::int64_t count, float* out, std::int64_t pitch) {
+  rescale_rows(x, rows, count, out, pitch, [](float result) __attribute__((always_inline)) { return result; });
+}
+
+// quantize_value(), by the last bits of what is bounded by the levels. NaN becomes the zero point.
+struct Quantized {
+  float inverse_scale, lowest, highest;
+  std::int32_t offset;
+
+  Quantized(float inverse, std::int32_t zero_point)
+      : inverse_scale(inverse),
+        lowest(static_cast<float>(-128 - zero_point)),
+        highest(static_cast<float>(127 - zero_point)),
+        offset(zero_point - kRoundBits) {}
+
+  [[gnu::always_inline]] std::int8_t operator()(float x) const {
+    const float scaled = x * inverse_scale;
+    float bounded = scaled > lowest ? scaled : lowest;
+    bounded = bounded < highest ? bounded : highest;
+    bounded = scaled == scaled ? bounded : 0.0F;
+    return static_cast<std::int8_t>(std::bit_cast<std::int32_t>(bounded + kRound) + offset);
+  }
+};
+
+HS_CLONES void rescale_to_int8(const Rescaled& x, const Quantized& quantized, std::int64_t rows, std::int64_t count,
+                               std::int8_t* out, std::int64_t pitch) {
+  const Quantized to = quantized;  // a copy, of which the compiler knows that `out` is none of it
+  rescale_rows(x, rows, count, out, pitch, to);
 }
 
 #define HS_ACTIVATE_RUN(name)                                                \
@@ -59,16 +116,8 @@ HS_CLONES std::uint32_t largest_magnitude_bits(const float* x, std::int64_t coun
 
 HS_CLONES void quantize_run(const float* __restrict x, std::int64_t count, float inverse_scale, std::int32_t zero_point,
                             std::int8_t* __restrict out) {
-  const auto lowest = static_cast<float>(-128 - zero_point);
-  const auto highest = static_cast<float>(127 - zero_point);
-  const std::int32_t offset = zero_point - kRoundBits;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float scaled = x[i] * inverse_scale;
-    float bounded = scaled > lowest ? scaled : lowest;
-    bounded = bounded < highest ? bounded : highest;
-    bounded = scaled == scaled ? bounded : 0.0F;
-    out[i] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(bounded + kRound) + offset);
-  }
+  const Quantized quantized(inverse_scale, zero_point);
+  for (std::int64_t i = 0; i < count; ++i) out[i] = quantized(x[i]);
 }
 
 void activate_run(Activation activation, float* x, std::int64_t count) {
@@ -91,26 +140,95 @@ void activate_run(Activation activation, float* x, std::int64_t count) {
   HS_UNREACHABLE("activation ", static_cast<int>(activation));
 }
 
-void finish_run(const Int8Finish& run) {
-  const Int8Epilogue& e = run.epilogue;
-  if (e.out.kind == Int8OutKind::kSums)
-    return add_corrections(run.sums, run.corrections, run.count, static_cast<std::int32_t*>(e.out.data) + run.at);
-  float x[kTile];
-  float residual[kTile];
-  for (std::int64_t begin = 0; begin < run.count; begin += kTile) {
-    const std::int64_t count = std::min(kTile, run.count - begin);
-    const std::int64_t channel = run.channel + begin;
-    const std::int64_t at = run.at + begin;
-    if (e.residual) widen_run(e.residual_dtype, e.residual, at, count, residual);
-    rescale(run.sums + begin, run.corrections + begin, run.input_scale, e.weight_scales + channel,
-            e.bias ? e.bias + channel : kZeros, e.residual ? residual : kZeros, count, x);
-    activate_run(e.activation, x, count);
-    if (e.out.kind == Int8OutKind::kInt8) {
-      quantize_run(x, count, 1.0F / e.out.parameters.scale, e.out.parameters.zero_point,
-                   static_cast<std::int8_t*>(e.out.data) + at);
-    } else {
-      narrow_run(e.out.dtype, x, count, e.out.data, at);
+namespace {
+
+// Some rows, of channels that fit a tile together. `begin`: the first of the call's channels.
+class Finish {
+ public:
+  explicit Finish(const Int8Finish& call)
+      : call_(call),
+        epilogue_(call.epilogue),
+        clamps_(epilogue_.activation == Activation::kNone || epilogue_.activation == Activation::kRelu ||
+                epilogue_.activation == Activation::kRelu6),
+        quantized_(1.0F / epilogue_.out.parameters.scale, epilogue_.out.parameters.zero_point) {}
+
+  void run(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t count) {
+    const std::int64_t at = call_.at + row * call_.pitch + begin;
+    const Rescaled x = rescaled(row, rows, begin, count, at);
+    void* const out = epilogue_.out.data;
+    const bool is_int8 = epilogue_.out.kind == Int8OutKind::kInt8;
+    if (clamps_ && is_int8)
+      return rescale_to_int8(x, quantized_, rows, count, static_cast<std::int8_t*>(out) + at, call_.pitch);
+    if (clamps_ && epilogue_.out.dtype == DType::kFloat32)
+      return rescale(x, rows, count, static_cast<float*>(out) + at, call_.pitch);
+    rescale(x, rows, count, values_, count);
+    if (!clamps_) activate_run(epilogue_.activation, values_, rows * count);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const float* const values = values_ + i * count;
+      if (is_int8) {
+        quantize_run(values, count, quantized_.inverse_scale, epilogue_.out.parameters.zero_point,
+                     static_cast<std::int8_t*>(out) + at + i * call_.pitch);
+      } else {
+        narrow_run(epilogue_.out.dtype, values, count, out, at + i * call_.pitch);
+      }
     }
+  }
+
+ private:
+  Rescaled rescaled(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t count, std::int64_t at) {
+    for (std::int64_t i = 0; i < rows; ++i)
+      scales_[i] = epilogue_.row_scales ? epilogue_.row_scales[(call_.row + row + i) / call_.rows_per_scale]
+                                        : epilogue_.input.scale;
+    const float* residual = kZeros;
+    std::int64_t residual_pitch = 0;
+    if (epilogue_.residual && epilogue_.residual_dtype == DType::kFloat32) {
+      residual = static_cast<const float*>(epilogue_.residual) + at;
+      residual_pitch = call_.pitch;
+    } else if (epilogue_.residual) {
+      for (std::int64_t i = 0; i < rows; ++i)
+        widen_run(epilogue_.residual_dtype, epilogue_.residual, at + i * call_.pitch, count, residual_ + i * count);
+      residual = residual_;
+      residual_pitch = count;
+    }
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const bool bounded = clamps_ && epilogue_.activation != Activation::kNone;
+    return {call_.sums + row * call_.sums_pitch + begin,
+            call_.sums_pitch,
+            call_.corrections + begin,
+            scales_,
+            epilogue_.weight_scales + call_.channel + begin,
+            epilogue_.bias ? epilogue_.bias + call_.channel + begin : kZeros,
+            residual,
+            residual_pitch,
+            bounded ? 0.0F : -kInfinity,
+            epilogue_.activation == Activation::kRelu6 ? 6.0F : kInfinity};
+  }
+
+  const Int8Finish& call_;
+  const Int8Epilogue& epilogue_;
+  bool clamps_;  // the activation is a clamp, which costs nothing beside the rest
+  Quantized quantized_;
+  float scales_[kTile];
+  float residual_[kTile];
+  float values_[kTile];
+};
+
+}  // namespace
+
+void finish_rows(const Int8Finish& call) {
+  const Int8Out& out = call.epilogue.out;
+  if (out.kind == Int8OutKind::kSums) {
+    for (std::int64_t row = 0; row < call.rows; ++row)
+      add_corrections(call.sums + row * call.sums_pitch, call.corrections, call.channels,
+                      static_cast<std::int32_t*>(out.data) + call.at + row * call.pitch);
+    return;
+  }
+  Finish finish(call);
+  for (std::int64_t begin = 0; begin < call.channels; begin += kTile) {
+    const std::int64_t count = std::min(kTile, call.channels - begin);
+    const std::int64_t several = kTile / count;
+    for (std::int64_t row = 0; row < call.rows; row += several)
+      finish.run(row, std::min(several, call.rows - row), begin, count);
   }
 }
 

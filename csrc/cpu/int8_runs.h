@@ -16,17 +16,22 @@ std::uint32_t largest_magnitude_bits(const float* x, std::int64_t count);
 // activate() of each element, in place; the exponentials are this file's own, to a few units in the last place.
 void activate_run(Activation activation, float* x, std::int64_t count);
 
-// What a product does with `count` sums of one row, which belong to the channels from `channel` on and to the elements
-// from `at` on of the output and the residual. The sum is sums[i] - corrections[i], modulo 2^32.
+// What a product does with its sums of some rows and neighbouring channels. Row i has those from i * sums_pitch on,
+// and the elements from at + i * pitch on of the output and the residual. A sum is sums[j] - corrections[j], modulo
+// 2^32.
 struct Int8Finish {
   const Int8Epilogue& epilogue;
   const std::int32_t* sums;
-  const std::uint32_t* corrections;
-  float input_scale;
-  std::int64_t channel;
+  std::int64_t sums_pitch;
+  const std::uint32_t* corrections;  // [channels]
+  std::int64_t rows;
+  std::int64_t channels;
+  std::int64_t channel;  // the first one
   std::int64_t at;
-  std::int64_t count;
+  std::int64_t pitch;
+  std::int64_t row = 0;  // the first one's number, and how many rows share one of the epilogue's row_scales
+  std::int64_t rows_per_scale = 1;
 };
-void finish_run(const Int8Finish& run);
+void finish_rows(const Int8Finish& call);
 
 }  // namespace halfstep::cpu
