@@ -297,25 +297,30 @@ class Quantizer {
     const auto times = torch_ops::time_in_turns(calls, form_.device());
     const bool all = kept.empty() || (ways.size() > 2 && torch_ops::share_of(times[2], times[1]) < 1);
     const std::size_t best = all ? ways.size() - 1 : std::size_t{1};
+    const auto keeps_threshold = [&](const Layers& layers) {
+      return layers == chosen || guard.judge(built(layers).module).kept(options_.accuracy_threshold);
+    };
+    std::size_t way = best;
+    if (torch_ops::share_of(times[best], times[0]) <= 1 && !keeps_threshold(ways[best])) {
+      note("without the layers that are slower in int8 the threshold is not kept");
+      way = ways.size() - 1;  // with all of them
+    }
     report_.milliseconds = 1e3 * torch_ops::median(times[0]);
-    report_.int8_milliseconds = 1e3 * torch_ops::median(times[best]);
-    const double share = torch_ops::share_of(times[best], times[0]);
-    if (half && torch_ops::share_of(times.back(), times[share > 1 ? 0 : best]) < 1)
-      note("in bfloat16 the module takes " + std::to_string(1e3 * torch_ops::median(times.back())) +
-           " ms, less than what came back: cast it, and quantize that");
+    report_.int8_milliseconds = 1e3 * torch_ops::median(times[way]);
+    const double share = torch_ops::share_of(times[way], times[0]);
     const std::string whole =
         "all of the module takes " + std::to_string(share) + " of the time of " + own + " in int8";
-    const Layers result = share > 1 ? Layers() : ways[best];
-    if (!result.empty() && result != chosen && !guard.judge(built(result).module).kept(options_.accuracy_threshold)) {
-      note("layers that are slower in int8 stay int8: without them the threshold is not kept");
-      report_.int8_milliseconds = 1e3 * torch_ops::median(times[2]);  // of all that were chosen
-      return chosen;
+    if (share > 1) {
+      note(whole + "; a float copy came back");
+      way = 0;
     }
-    if (result.empty()) note(whole + "; a float copy came back");
+    if (half && torch_ops::share_of(times.back(), times[way]) < 1)
+      note("in bfloat16 the module takes " + std::to_string(1e3 * torch_ops::median(times.back())) +
+           " ms, less than what came back: cast it, and quantize that");
     for (const std::size_t layer : chosen)
-      if (std::ranges::count(result, layer) == 0)
+      if (std::ranges::count(ways[way], layer) == 0)
         report_.layers[layer].why = slower.contains(layer) ? slower[layer] : whole;
-    return result;
+    return ways[way];
   }
 
   // Moves biases by the mean error of their layer, unless the guard likes the module better as it is.
@@ -330,7 +335,8 @@ class Quantizer {
       if (layer.kind == "embedding" || std::ranges::count(chosen, i) == 0) return;
       const at::Tensor expected = torch_ops::float_product(layer, input);
       const at::Tensor got = torch_ops::int8_product(layer, settings_.at(i), input);
-      shifts[i].push_back(mean_difference.call(expected, got, expected.dim() + layer.channel_dim()));
+      const at::Tensor shift = mean_difference.call(expected, got, expected.dim() + layer.channel_dim());
+      if (shift.isfinite().all().item<bool>()) shifts[i].push_back(shift);  // of nothing it is NaN
     };
     const torch::jit::Module watched = form_.watched(watch);
     for (std::size_t i = 0; i < std::min(kBatches, calibrating_.size()); ++i)
@@ -351,8 +357,12 @@ class Quantizer {
   std::optional<std::function<void()>> call_in_bfloat16(const Arguments& batch, const std::string& own) const {
     if (own != c10::toString(at::kFloat)) return std::nullopt;
     try {
-      torch::jit::Module module = built({}).module.deepcopy();  // whose parameters are its own
-      module.to(at::kBFloat16);
+      torch::jit::Module module = built({}).module.deepcopy();  // whose tensors are its own
+      const auto cast = [](at::Tensor tensor) {                 // Module::to() would cast integers too
+        if (tensor.is_floating_point()) tensor.set_data(tensor.to(at::kBFloat16));
+      };
+      for (const at::Tensor& parameter : module.parameters()) cast(parameter);
+      for (const at::Tensor& buffer : module.buffers()) cast(buffer);
       Arguments halves;
       for (const c10::IValue& argument : batch)
         halves.push_back(argument.isTensor() && argument.toTensor().is_floating_point()

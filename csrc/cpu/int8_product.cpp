@@ -107,8 +107,8 @@ class Task {
                   kInt8Block * sizeof(std::uint32_t));
       for (int i = 0; i < kInt8Block; ++i) of_block[i] *= shift;
     }
-    if (pitch == product_.channels && 2 * pitch <= kLongRun && !epilogue_.row_scales)
-      return finish_several_as_one(sums, corrections);
+    const bool is_whole = product_.groups == 1 && pitch == product_.channels;  // the task has all channels of its rows
+    if (is_whole && 2 * pitch <= kLongRun && !epilogue_.row_scales) return finish_several_as_one(sums, corrections);
     finish_rows({.epilogue = epilogue_,
                  .sums = sums,
                  .sums_pitch = pitch,

@@ -74,7 +74,10 @@ __device__ void gather_tiles(HopperStages<Tile> stages, const CUtensorMap* weigh
       }
       const int dy = tap.ky * image.dilation_height;
       const int dx = tap.kx * image.dilation_width;
-      const auto away = static_cast<unsigned>((dy * image.width + dx) * image.group_channels + tap.channel);
+      const unsigned away =
+          (static_cast<unsigned>(dy) * static_cast<unsigned>(image.width) + static_cast<unsigned>(dx)) *
+              static_cast<unsigned>(image.group_channels) +
+          static_cast<unsigned>(tap.channel);
       const bool is_term = tap.ky < image.kernel_height;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {

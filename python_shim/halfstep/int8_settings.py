@@ -107,7 +107,9 @@ class LayerSettings:
             candidate = self._candidates[name]
             dim = candidate.channel_dim % output.dim()
             int8 = self.settings[name].layer(candidate, self._dtype)(value)
-            shifts.setdefault(name, []).append(torch.ops.halfstep.mean_difference(output, int8, dim))
+            shift = torch.ops.halfstep.mean_difference(output, int8, dim)
+            if shift.isfinite().all():  # of nothing it is NaN
+                shifts.setdefault(name, []).append(shift)
 
         self._visit([n for n in names if self._candidates[n].kind != "embedding"], self._batches[:_FOR_BIASES], visit)
         return {

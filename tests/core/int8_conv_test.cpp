@@ -62,7 +62,8 @@ TEST(Int8Conv, EveryEndingIsTheReferences) {
   for (const Int8Ending& ending : test::int8_endings()) {
     for (const Int8ConvShape& shape :
          {test::int8_conv_shape(3, 4, 10, 20, 3), test::int8_conv_shape(3, 4, 10, 20, 1),
-          test::int8_conv_shape(3, 4, 24, 24, 3, 24), test::int8_conv_shape(3, 4, 8, 34, 3, 2)}) {
+          test::int8_conv_shape(3, 4, 24, 24, 3, 24), test::int8_conv_shape(3, 4, 8, 34, 3, 2),
+          test::int8_conv_shape(3, 4, 8, 16, 3), test::int8_conv_shape(3, 4, 8, 16, 3, 2)}) {
       expect_matches(test::sized(shape), ending);
       if (HasFatalFailure()) return;
     }

@@ -306,6 +306,8 @@ inline std::vector<Int8ConvShape> int8_conv_shapes() {
   for (const std::int64_t channels : {8, 24, 31, 32, 33, 70})
     for (const std::int64_t multiplier : {1, 2})
       shapes.push_back(int8_conv_shape(2, 9, channels, channels * multiplier, 3, channels));
+  for (const std::int64_t groups : {1, 2, 4}) shapes.push_back(int8_conv_shape(2, 9, 8, 16, 3, groups));  // one block
+  for (const std::int64_t outputs : {16, 48, 64, 128}) shapes.push_back(int8_conv_shape(3, 7, 16, outputs, 3));
   shapes.push_back(int8_conv_shape(1, 9, 24, 12, 3, 12));  // one output of two inputs each
   shapes.push_back(int8_conv_shape(1, 9, 36, 24, 3, 12));  // two of three
   shapes.push_back(int8_conv_shape(1, 9, 9, 27, 5, 9));    // three of one

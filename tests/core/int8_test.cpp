@@ -81,7 +81,10 @@ TEST(Int8Linear, MinusTimesMinus128IsExact) {
 
 TEST(Int8Linear, EveryEndingIsTheReferences) {
   for (const Int8Ending& ending : test::int8_endings()) {
-    for (const Int8LinearShape& shape : {Int8LinearShape{1, 40, 300}, Int8LinearShape{13, 70, 21}}) {
+    // The last: more channels than are finished at once. Those of 16 to 128: several rows are finished as one.
+    for (const Int8LinearShape& shape :
+         {Int8LinearShape{1, 40, 300}, Int8LinearShape{13, 70, 21}, Int8LinearShape{37, 9, 16},
+          Int8LinearShape{101, 8, 64}, Int8LinearShape{5, 8, 128}, Int8LinearShape{3, 8, 2500}}) {
       expect_matches(shape, ending);
       if (HasFatalFailure()) return;
     }

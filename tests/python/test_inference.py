@@ -353,3 +353,29 @@ def test_mixed_models_keep_their_type() -> None:
     inference = optimizer(speed_guard=True)
     inference.optimize_for_inference(model, batches(), "cpu")
     assert set(inference.report()["milliseconds"]) <= {"float32", "int8"}
+
+
+class Routed(nn.Module):
+    """Gives some rows to a second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.a(x)).clone()
+        chosen = x[:, 0] > 0
+        y[chosen] = self.b(y[chosen])
+        return y
+
+
+@pytest.mark.parametrize("form", ["eager", "script"])
+def test_a_batch_without_rows_for_a_layer_does_not_stop_the_correction_of_biases(form: str) -> None:
+    model = Routed().eval()
+    data = [torch.randn(32, 16).abs() for _ in range(9)]
+    for batch in data:
+        batch[:16, 0] = -1.0
+    data[1][:, 0] = -1.0  # which calibrates
+    inference = InferencePrecisionOptimizer(accuracy_threshold=0.9, bits=3, speed_guard=False, progress=False)
+    inference.optimize_for_inference(torch.jit.script(model) if form == "script" else model, data, "cpu")
+    assert inference.report()["bias_correction"] == "biases corrected in 2 layers"

@@ -258,6 +258,19 @@ TEST_P(Int8Script, BiasesMakeUpForTheMeanError) {
   EXPECT_NE(text.str().find("biases corrected in 1 layers"), std::string::npos) << text.str();
 }
 
+TEST_P(Int8Script, ABatchWithoutRowsForALayerDoesNotStopTheCorrectionOfBiases) {
+  torch::jit::Module model("Routed");
+  model.register_module("first", mlp_.attr("first").toModule());
+  model.define("def forward(self, x):\n  return torch.sum(self.first.forward(x[x[:, 0] > 0.]), 0) + torch.sum(x)\n");
+  std::vector<std::vector<c10::IValue>> batches;
+  for (int i = 0; i < 6; ++i) batches.push_back({random({64, 16}).abs()});
+  batches[1] = {-batches[1][0].toTensor()};  // which calibrates
+  QuantizeOptions how;
+  how.bits = 3;
+  how.accuracy_threshold = 1.0;
+  EXPECT_EQ(test::quantized(model, batches, how).report.corrected, 1);
+}
+
 TEST_P(Int8Script, BuffersThatForwardWritesAreNotTheCalibrations) {
   torch::jit::Module counter("Counter");
   counter.register_module("linear", mlp_.attr("first").toModule());
