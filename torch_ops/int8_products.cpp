@@ -288,6 +288,8 @@ std::string int8_kernel(const at::Device& device) {
     const auto index = device.has_index() ? device.index() : c10::cuda::current_device();
     return cuda::has_int8_wgmma(index) ? "halfstep wgmma, mma.sync" : "halfstep mma.sync";
   }
+#else
+  TORCH_CHECK_NOT_IMPLEMENTED(!device.is_cuda(), "int8_kernel: this halfstep was built without CUDA");
 #endif
   switch (cpu::best_int8_isa()) {
     case Int8Isa::kPortable:
