@@ -8,12 +8,6 @@
 
 namespace halfstep::cpu::activations {
 
-[[gnu::always_inline]] inline float relu(float x) {
-  return x < 0.0F ? 0.0F : x;
-}
-[[gnu::always_inline]] inline float relu6(float x) {
-  return clamp_between(x, 0.0F, 6.0F);
-}
 [[gnu::always_inline]] inline float hardswish(float x) {
   return x * (clamp_between(x + 3.0F, 0.0F, 6.0F) * (1.0F / 6.0F));
 }

@@ -141,26 +141,20 @@ class Task {
     Int8Epilogue epilogue = epilogue_;
     epilogue.weight_scales = scales.data();
     epilogue.bias = bias.empty() ? nullptr : bias.data();
-    Int8Finish whole{.epilogue = epilogue,
-                     .sums = sums,
-                     .sums_pitch = length,
-                     .corrections = corrections.data(),
-                     .rows = rows_ / several,
-                     .channels = length,
-                     .channel = 0,
-                     .at = row_ * product_.channels,
-                     .pitch = length};
-    finish_rows(whole);
-    const std::int64_t done = whole.rows * length;
-    finish_rows({.epilogue = epilogue,
-                 .sums = sums + done,
-                 .sums_pitch = length,
-                 .corrections = corrections.data(),
-                 .rows = done < rows_ * product_.channels ? 1 : 0,
-                 .channels = rows_ * product_.channels - done,
-                 .channel = 0,
-                 .at = whole.at + done,
-                 .pitch = length});
+    const auto finish_at = [&](std::int64_t begin, std::int64_t rows, std::int64_t channels) {
+      finish_rows({.epilogue = epilogue,
+                   .sums = sums + begin,
+                   .sums_pitch = length,
+                   .corrections = corrections.data(),
+                   .rows = rows,
+                   .channels = channels,
+                   .channel = 0,
+                   .at = row_ * product_.channels + begin,
+                   .pitch = length});
+    };
+    const std::int64_t done = rows_ / several * several;
+    finish_at(0, rows_ / several, length);
+    if (done < rows_) finish_at(done * product_.channels, 1, (rows_ - done) * product_.channels);
   }
 
   static constexpr std::int64_t kLongRun = 256;

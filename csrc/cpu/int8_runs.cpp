@@ -95,8 +95,6 @@ HS_CLONES void rescale_to_int8(const Rescaled& x, const Quantized& quantized, st
   HS_CLONES void name##_run(float* x, std::int64_t count) {                  \
     for (std::int64_t i = 0; i < count; ++i) x[i] = activations::name(x[i]); \
   }
-HS_ACTIVATE_RUN(relu)
-HS_ACTIVATE_RUN(relu6)
 HS_ACTIVATE_RUN(gelu)
 HS_ACTIVATE_RUN(gelu_tanh)
 HS_ACTIVATE_RUN(silu)
@@ -120,14 +118,21 @@ HS_CLONES void quantize_run(const float* __restrict x, std::int64_t count, float
   for (std::int64_t i = 0; i < count; ++i) out[i] = quantized(x[i]);
 }
 
+namespace {
+
+// These are clamps, which cost nothing beside the rest of a pass.
+bool is_clamp(Activation activation) {
+  return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6;
+}
+
+// activate() of each element, in place, of one that is no clamp; the exponentials are this file's own, to a few units
+// in the last place.
 void activate_run(Activation activation, float* x, std::int64_t count) {
   switch (activation) {
     case Activation::kNone:
-      return;
     case Activation::kRelu:
-      return relu_run(x, count);
     case Activation::kRelu6:
-      return relu6_run(x, count);
+      break;
     case Activation::kGelu:
       return gelu_run(x, count);
     case Activation::kGeluTanh:
@@ -140,16 +145,13 @@ void activate_run(Activation activation, float* x, std::int64_t count) {
   HS_UNREACHABLE("activation ", static_cast<int>(activation));
 }
 
-namespace {
-
 // Some rows, of channels that fit a tile together. `begin`: the first of the call's channels.
 class Finish {
  public:
   explicit Finish(const Int8Finish& call)
       : call_(call),
         epilogue_(call.epilogue),
-        clamps_(epilogue_.activation == Activation::kNone || epilogue_.activation == Activation::kRelu ||
-                epilogue_.activation == Activation::kRelu6),
+        clamps_(is_clamp(epilogue_.activation)),
         quantized_(1.0F / epilogue_.out.parameters.scale, epilogue_.out.parameters.zero_point) {}
 
   void run(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t count) {
@@ -206,7 +208,7 @@ class Finish {
 
   const Int8Finish& call_;
   const Int8Epilogue& epilogue_;
-  bool clamps_;  // the activation is a clamp, which costs nothing beside the rest
+  bool clamps_;
   Quantized quantized_;
   float scales_[kTile];
   float residual_[kTile];

@@ -13,9 +13,6 @@ void quantize_run(const float* x, std::int64_t count, float inverse_scale, std::
 // The bits of the largest magnitude without its sign, for row_scale(): those of a NaN are larger than any. 0 of none.
 std::uint32_t largest_magnitude_bits(const float* x, std::int64_t count);
 
-// activate() of each element, in place; the exponentials are this file's own, to a few units in the last place.
-void activate_run(Activation activation, float* x, std::int64_t count);
-
 // What a product does with its sums of some rows and neighbouring channels. Row i has those from i * sums_pitch on,
 // and the elements from at + i * pitch on of the output and the residual. A sum is sums[j] - corrections[j], modulo
 // 2^32.
