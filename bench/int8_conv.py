@@ -26,7 +26,7 @@ from timing import copy_bandwidth, machine, measure_in_turns, replayed
 
 @dataclass(frozen=True)
 class Size:
-    """A square convolution of square images, padded by half of its kernel."""
+    """A square convolution of square images, padded by half of its kernel, or patches of them."""
 
     batch: int
     pixels: int
@@ -36,9 +36,14 @@ class Size:
     stride: int = 1
 
     @property
+    def padding(self) -> int:
+        """The pixels around an image."""
+        return 0 if self.stride == self.kernel else self.kernel // 2
+
+    @property
     def out_pixels(self) -> int:
         """The height of the output."""
-        return (self.pixels + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+        return (self.pixels + 2 * self.padding - self.kernel) // self.stride + 1
 
     def operations(self) -> int:
         """Return multiplications and additions."""
@@ -76,6 +81,7 @@ SIZES = {
         Size(64, 56, 256, 512, 1, 2),
         Size(64, 56, 64, 256, 1),
         Size(256, 16, 128, 128, 5),
+        Size(64, 224, 3, 768, 16, 16),
         Size(1, 56, 64, 64),
     ],
 }
@@ -88,7 +94,7 @@ def calls_of(size: Size, device: torch.device) -> dict[str, Callable[[], Any]]:
     weight = torch.randn(size.outside, size.inside, size.kernel, size.kernel, device=device)
     weight = (weight / weight[0].numel() ** 0.5).to(memory_format=last)
     scale = x.abs().max().item() / 127
-    xq, padding = torch.ops.halfstep.quantize_int8(x, scale, 0), size.kernel // 2
+    xq, padding = torch.ops.halfstep.quantize_int8(x, scale, 0), size.padding
     packed = pack(weight, bias, stride=size.stride, padding=padding)
 
     def plain(dtype: torch.dtype) -> Callable[[], Any]:

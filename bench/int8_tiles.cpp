@@ -2,11 +2,16 @@
 // csrc/cuda/int8_hopper.cu to them. Prints "rows terms channels tile microseconds", a tile of -1 being what the table
 // takes. Bias and bfloat16 output; replayed from a CUDA graph.
 //
-// "halfstep_int8_tiles conv" times convolutions instead: "batch size channels out kernel stride", the microseconds of
+// "halfstep_int8_tiles layers" times the products of transformers instead, each with its own epilogue: "rows terms
+// channels epilogue", and the microseconds of each tile; the one that the table takes is marked.
+//
+// "halfstep_int8_tiles conv" times convolutions: "batch size channels out kernel stride", the microseconds of
 // int8_conv2d, and those of each tile that takes them.
 #include <algorithm>
 #include <cstdio>
+#include <random>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "int8_tiles.h"
@@ -18,11 +23,25 @@ using halfstep::Int8Epilogue;
 using halfstep::Int8LinearShape;
 using halfstep::cuda::Int8Tile;
 
+// The same value everywhere would be multiplied faster than real data is: bits that stay take no power.
 template <class T>
 T* device_memory(std::size_t count) {
+  std::vector<T> values(std::min(count, std::size_t{1} << 24));
+  std::mt19937 random;
+  for (T& value : values) {
+    if constexpr (std::is_same_v<T, float>) {
+      value = 1e-3F * static_cast<float>(random() % 16);
+    } else if constexpr (sizeof(T) == 2) {
+      value = static_cast<T>(0x3C00 + random() % 256 * 128 % 0x4000);  // halves of either kind between 0.007 and 2
+    } else {
+      value = static_cast<T>(random());
+    }
+  }
   void* memory = nullptr;
   HS_CUDA_TRY(cudaMalloc(&memory, count * sizeof(T)));
-  HS_CUDA_TRY(cudaMemset(memory, 1, count * sizeof(T)));
+  for (std::size_t i = 0; i < count; i += values.size())
+    HS_CUDA_TRY(cudaMemcpy(static_cast<T*>(memory) + i, values.data(), std::min(values.size(), count - i) * sizeof(T),
+                           cudaMemcpyHostToDevice));
   return static_cast<T*>(memory);
 }
 
@@ -63,6 +82,8 @@ struct Memory {
   float* scales = device_memory<float>(8192);
   float* bias = device_memory<float>(8192);
   std::uint16_t* out = device_memory<std::uint16_t>(16384 * 8192);
+  std::uint16_t* residual = device_memory<std::uint16_t>(16384 * 1024);
+  std::int32_t* weight_sums = device_memory<std::int32_t>(8192);
 
   Int8Epilogue epilogue() const {
     Int8Epilogue epilogue{.input = {.scale = 0.01F}, .weight_scales = scales, .bias = bias};
@@ -87,6 +108,47 @@ void time_products(const Memory& memory, cudaStream_t stream) {
                       static_cast<long long>(channels), tile, microseconds(stream, [&] { run(chosen); }));
         }
       }
+}
+
+// Those of a layer of BERT-base and of ViT-B, in the order in which they run.
+void time_layers(const Memory& memory, cudaStream_t stream) {
+  enum class Kind : std::uint8_t { kPlain, kShifted, kGelu, kResidual, kShiftedResidual };
+  struct Layer {
+    std::int64_t terms, channels;
+    Kind kind;
+    const char* name;
+  };
+  constexpr Layer kLayers[] = {{768, 2304, Kind::kPlain, "bias"},
+                               {768, 2304, Kind::kShifted, "zero point"},
+                               {768, 768, Kind::kResidual, "residual"},
+                               {768, 3072, Kind::kGelu, "zero point, gelu, int8"},
+                               {3072, 768, Kind::kShiftedResidual, "zero point, residual"}};
+  for (const std::int64_t rows : {197, 1024, 8192, 12608})
+    for (const Layer& layer : kLayers) {
+      const Int8LinearShape shape{rows, layer.terms, layer.channels};
+      Int8Epilogue epilogue = memory.epilogue();
+      if (layer.kind != Kind::kPlain && layer.kind != Kind::kResidual) epilogue.input.zero_point = 5;
+      if (layer.kind == Kind::kResidual || layer.kind == Kind::kShiftedResidual) {
+        epilogue.residual = memory.residual;
+        epilogue.residual_dtype = halfstep::DType::kBFloat16;
+      }
+      if (layer.kind == Kind::kGelu) {
+        epilogue.activation = halfstep::Activation::kGelu;
+        epilogue.out = {memory.out, halfstep::Int8OutKind::kInt8, halfstep::DType::kFloat32, {0.02F, -100}};
+      }
+      std::printf("%lld %lld %lld %s:", static_cast<long long>(rows), static_cast<long long>(layer.terms),
+                  static_cast<long long>(layer.channels), layer.name);
+      const Int8Tile chosen = halfstep::cuda::int8_tile_for(shape, 132);
+      for (int i = 0; i < halfstep::cuda::kInt8Tiles; ++i) {
+        const auto tile = static_cast<Int8Tile>(i);
+        const double time = microseconds(stream, [&] {
+          halfstep::cuda::int8_linear_by_tile(tile, shape, memory.input, memory.weight, memory.weight_sums, epilogue,
+                                              {stream});
+        });
+        std::printf(" %.2f%s", time, tile == chosen ? "*" : "");
+      }
+      std::printf("\n");
+    }
 }
 
 // Those of ResNet-50 and of small images, square, padded by half of the kernel.
@@ -141,6 +203,8 @@ int main(int count, char** arguments) {
   HS_CUDA_TRY(cudaStreamCreate(&stream));
   if (count > 1 && std::string_view(arguments[1]) == "conv") {
     time_convolutions(memory, stream);
+  } else if (count > 1 && std::string_view(arguments[1]) == "layers") {
+    time_layers(memory, stream);
   } else {
     time_products(memory, stream);
   }

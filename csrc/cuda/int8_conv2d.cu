@@ -2,14 +2,19 @@
 //
 //   1 by 1, stride 1, no padding   the product of plain rows
 //   few outputs in a group         a thread for each output, or for four neighbouring channels of a depthwise one
+//   on Hopper, where it can        the tiles of int8_hopper_conv.cu
 //   everything else                the tiles of int8_gemm.cuh, whose rows are the pixels of the output and whose terms
 //                                  are the taps' channels, gathered while they are copied to shared memory
 //
 // Padding holds the zero point, so that subtracting zero_point * (sum of the channel's weights) is right everywhere.
 //
+// Windows side by side, as of a vision transformer's patches, are windows one pixel wide over an image of fewer and
+// deeper pixels: the 3 channels of 16 pixels in a row are 48 channels of one.
+//
 // Limit: that of the tiled product, with the input read once for each tap, from the caches; depthwise, the bytes of
 // input and output over the memory bandwidth.
 #include "int8_gemm.cuh"
+#include "int8_hopper.h"
 #include "int8_image.cuh"
 #include "int8_linear.cuh"
 
@@ -180,10 +185,24 @@ bool is_product(const Int8ConvShape& s) {
          s.pad_height == 0 && s.pad_width == 0 && s.out_height == s.height && s.out_width == s.width;
 }
 
+Int8ConvShape with_deep_pixels(Int8ConvShape s) {
+  const bool side_by_side = s.groups == 1 && s.kernel_width > 1 && s.stride_width == s.kernel_width &&
+                            s.dilation_width == 1 && s.pad_width == 0 && s.width % s.kernel_width == 0 &&
+                            s.out_width <= s.width / s.kernel_width;
+  if (!side_by_side) return s;
+  s.channels *= s.kernel_width;
+  s.width /= s.kernel_width;
+  s.kernel_width = 1;
+  s.stride_width = 1;
+  return s;
+}
+
 }  // namespace
 
-void int8_conv2d(const Int8ConvShape& shape, const std::int8_t* input, const std::int8_t* weight,
+void int8_conv2d(const Int8ConvShape& given, const std::int8_t* input, const std::int8_t* weight,
                  const std::int32_t* weight_sums, const Int8Epilogue& epilogue, CudaStream stream) {
+  checked_image("int8_conv2d", given, input, epilogue.input.zero_point);
+  const Int8ConvShape shape = with_deep_pixels(given);
   const Image image = checked_image("int8_conv2d", shape, input, epilogue.input.zero_point);
   const Int8Finish finish = int8_finish("int8_conv2d", epilogue, weight_sums, shape.terms(), shape.out_channels,
                                         /*rows_per_scale=*/shape.out_height * shape.out_width);
@@ -198,6 +217,9 @@ void int8_conv2d(const Int8ConvShape& shape, const std::int8_t* input, const std
       address_of(input) | address_of(weight) | static_cast<std::uint64_t>(shape.group_channels());
   if (shape.groups > 1 && group_outputs < kFewOutputs)
     return launch_direct(shape, image, weight, finish, multiples, cuda_stream);
+  const Int8LinearShape product{image.out_pixels, shape.terms(), shape.out_channels};
+  const Int8Tile tile = hopper_conv_tile(product, input, weight, finish);
+  if (tile != Int8Tile::kNone && launch_int8_hopper_conv(tile, shape, image, weight, finish, cuda_stream)) return;
   with_unit(multiples, [&](auto unit) {
     const GemmCall call{weight, image.out_pixels, shape.terms(), group_outputs, 0, 0, 0, finish};
     launch_gemm(GatheredRows<decltype(unit)::value>{image}, call, shape.groups, cuda_stream);

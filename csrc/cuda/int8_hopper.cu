@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 
 #include "int8_gemm.cuh"
 #include "int8_hopper_launch.cuh"
@@ -22,6 +23,38 @@ constexpr TileCosts kCosts[] = {
     {Int8Tile::kPair256x128, 256, 128, 2, 2.57, 1.55, 0.317}, {Int8Tile::k128x128, 128, 128, 1, 0.88, 1.82, 0.330},
     {Int8Tile::k64x64, 64, 64, 1, 1.13, 1.01, 0.172},
 };
+// Of convolutions, whose slices take as long as the input's gathering: from "halfstep_int8_tiles conv".
+constexpr TileCosts kConvCosts[] = {
+    {Int8Tile::k128x256, 128, 256, 1, 1.0, 0.4, 1.0},
+    {Int8Tile::k128x128, 128, 128, 1, 1.0, 0.5, 0.85},
+    {Int8Tile::k64x64, 64, 64, 1, 1.2, 0.8, 0.42},
+};
+constexpr std::int64_t kFewestConvTerms = 256;  // with fewer, the tiles of other GPUs are as fast
+
+Int8Tile fastest(std::span<const TileCosts> table, const Int8LinearShape& shape, int processors) {
+  const auto tiles_of = [](std::int64_t size, std::int64_t tile) { return (size + tile - 1) / tile; };
+  const auto slices = static_cast<double>(tiles_of(shape.terms, kHopperSlice));
+  Int8Tile best = Int8Tile::kNone;
+  double least = std::numeric_limits<double>::infinity();
+  for (const TileCosts& costs : table) {
+    const std::int64_t tiles = tiles_of(shape.rows, costs.rows) * tiles_of(shape.channels, costs.channels);
+    const auto rounds = static_cast<double>(tiles_of(tiles, std::max(1, processors / costs.blocks)));
+    const double time = costs.launch + rounds * (costs.each + slices * costs.slice);
+    if (time < least) {
+      least = time;
+      best = costs.tile;
+    }
+  }
+  return best;
+}
+
+int processors_here() {
+  int device = 0;
+  int processors = 0;
+  HS_CUDA_TRY(cudaGetDevice(&device));
+  HS_CUDA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  return processors;
+}
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
@@ -86,31 +119,20 @@ CUtensorMap hopper_weight_map(const Int8LinearShape& shape, const std::int8_t* w
                        {kHopperSlice, 2, 4, 4, static_cast<cuuint32_t>(channels / 32)});
 }
 
-Int8Tile int8_tile_for(const Int8LinearShape& shape, int processors) {
-  const auto tiles_of = [](std::int64_t size, std::int64_t tile) { return (size + tile - 1) / tile; };
-  const auto slices = static_cast<double>(tiles_of(shape.terms, kHopperSlice));
-  Int8Tile best = Int8Tile::kNone;
-  double least = std::numeric_limits<double>::infinity();
-  for (const TileCosts& costs : kCosts) {
-    const std::int64_t tiles = tiles_of(shape.rows, costs.rows) * tiles_of(shape.channels, costs.channels);
-    const auto rounds = static_cast<double>(tiles_of(tiles, std::max(1, processors / costs.blocks)));
-    const double time = costs.launch + rounds * (costs.each + slices * costs.slice);
-    if (time < least) {
-      least = time;
-      best = costs.tile;
-    }
-  }
-  return best;
+Int8Tile int8_tile_for(const Int8LinearShape& shape, int processors) { return fastest(kCosts, shape, processors); }
+
+Int8Tile int8_conv_tile_for(const Int8LinearShape& shape, int processors) {
+  return shape.terms < kFewestConvTerms ? Int8Tile::kNone : fastest(kConvCosts, shape, processors);
 }
 
 Int8Tile hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
                      const Int8Finish& finish) {
-  if (!can_run_hopper(shape, input, weight, finish)) return Int8Tile::kNone;
-  int device = 0;
-  int processors = 0;
-  HS_CUDA_TRY(cudaGetDevice(&device));
-  HS_CUDA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return int8_tile_for(shape, processors);
+  return can_run_hopper(shape, input, weight, finish) ? int8_tile_for(shape, processors_here()) : Int8Tile::kNone;
+}
+
+Int8Tile hopper_conv_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
+                          const Int8Finish& finish) {
+  return can_run_hopper(shape, input, weight, finish) ? int8_conv_tile_for(shape, processors_here()) : Int8Tile::kNone;
 }
 
 void launch_int8_hopper(Int8Tile tile, const Int8LinearShape& shape, const std::int8_t* input,

@@ -31,9 +31,10 @@ template <int rows, int channels, int cluster>
 struct HopperTile {
   static constexpr int kRows = rows;  // of a block, 64 for each warpgroup that multiplies
   static constexpr int kChannels = channels;
-  static constexpr int kCluster = cluster;  // blocks
+  static constexpr int kCluster = cluster;  // blocks that share weights
   static constexpr int kConsumers = rows / 64;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kInputBytes = rows * kHopperSlice;
   static constexpr int kStageBytes = (rows + channels) * kHopperSlice;
   static constexpr int kStages = 200 * 1024 / kStageBytes < 8 ? 200 * 1024 / kStageBytes : 8;
@@ -60,6 +61,7 @@ struct HopperCall {
 
 // What is done with 8 results. None, relu and relu6 are one, a clamp; the ones that are rare share a switch.
 struct ClampActivation {
+  static constexpr bool kShort = true;
   float low, high;
   bool none;
   __device__ void operator()(float (&values)[8]) const {
@@ -69,12 +71,14 @@ struct ClampActivation {
   }
 };
 struct GeluActivation {
+  static constexpr bool kShort = false;
   __device__ void operator()(float (&values)[8]) const {
 #pragma unroll
     for (float& value : values) value = activate(Activation::kGelu, value);
   }
 };
 struct OtherActivation {
+  static constexpr bool kShort = false;
   Activation activation;
   __device__ void operator()(float (&values)[8]) const { activate_all(activation, values); }
 };
@@ -143,7 +147,7 @@ __device__ void load_terms(HopperTerms<Tile::kChannels>& terms, const Int8Finish
                            std::int64_t channels, int thread) {
   const Int8Epilogue& epilogue = finish.epilogue;
   const bool sums_only = epilogue.out.kind == Int8OutKind::kSums;
-  for (int i = thread; i < Tile::kChannels; i += Tile::kConsumers * kWarpgroup) {
+  for (int i = thread; i < Tile::kChannels; i += Tile::kConsumerThreads) {
     if (start + i >= channels) break;
     const float input_scale = epilogue.row_scales ? 1.0F : epilogue.input.scale;
     terms.scales[i] = sums_only ? 0.0F : rounded_product(input_scale, epilogue.weight_scales[start + i]);
@@ -188,9 +192,12 @@ __device__ void widen_eight(const uint4& halves, float (&values)[8]) {
   for (int e = 0; e < 8; ++e) values[e] = widen_device(elements[e]);
 }
 
+// How much an epilogue has to do: scales and biases alone; the input's zero point as well; everything.
+enum class Finish : std::uint8_t { kPlain, kShifted, kAll };
+
 // Writes 8 neighbouring channels of one row. `at` is their first element of the output, on a pack's boundary;
 // `halves` what is added to them, if that is of 16 bits.
-template <class Out, bool kPlain, class Activate>
+template <class Out, Finish kFinish, class Activate>
 __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const std::int32_t (&sums)[8],
                              const float (&scales)[8], const float (&biases)[8], float row_scale, const uint4& halves,
                              const Activate& activate_values) {
@@ -199,8 +206,14 @@ __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const st
   if constexpr (std::is_same_v<Out, std::int32_t>) {
     store_pack<Out, 8>(out, at, sums);
   } else {
-    float residual[8] = {};
-    if (!kPlain && epilogue.residual) {
+    float values[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float scale = kFinish == Finish::kAll ? rounded_product(row_scale, scales[e]) : scales[e];
+      values[e] = rounded_sum(rounded_product(static_cast<float>(sums[e]), scale), biases[e]);
+    }
+    if (kFinish == Finish::kAll && epilogue.residual) {
+      float residual[8];
       if (epilogue.residual_dtype == DType::kFloat16) {
         widen_eight<Half>(halves, residual);
       } else if (epilogue.residual_dtype == DType::kBFloat16) {
@@ -208,13 +221,8 @@ __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const st
       } else {
         load_widened<float>(epilogue.residual, at, true, 8, residual);
       }
-    }
-    float values[8];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float scale = kPlain ? scales[e] : rounded_product(row_scale, scales[e]);
-      values[e] = rounded_sum(rounded_product(static_cast<float>(sums[e]), scale), biases[e]);
-      if constexpr (!kPlain) values[e] = rounded_sum(values[e], residual[e]);
+      for (int e = 0; e < 8; ++e) values[e] = rounded_sum(values[e], residual[e]);
     }
     activate_values(values);
     if constexpr (std::is_same_v<Out, std::int8_t>) {
@@ -228,67 +236,162 @@ __device__ void finish_eight(const Int8Finish& finish, std::int64_t at, const st
   }
 }
 
+// The epilogue's step: so many groups of 32 channels, of which a thread has 8 in each of its two rows. Two where there
+// are registers for them.
+template <class Tile>
+constexpr int kTogether = Tile::kChannels < 256 ? 2 : 1;
+
+// own = the sums of the groups from `group` on, less what `own` was. A search, because registers have no index.
+template <int kGroups, int kFirst, int kSteps, int kCount>
+__device__ void take_groups(int group, const std::int32_t (&sums)[kCount], std::int32_t (&own)[kGroups][2][8]) {
+  if constexpr (kSteps == 1) {
+    asm volatile("");  // or both ways would be taken, and one chosen for each sum
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q)
+#pragma unroll
+      for (int below = 0; below < 2; ++below)
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          own[q][below][e] = sums[((kFirst + q) * 4 + e / 2) * 4 + below * 2 + e % 2] - own[q][below][e];
+  } else {
+    constexpr int kMiddle = kFirst + kSteps / 2 * kGroups;
+    if (group < kMiddle) {
+      take_groups<kGroups, kFirst, kSteps / 2>(group, sums, own);
+    } else {
+      take_groups<kGroups, kMiddle, kSteps / 2>(group, sums, own);
+    }
+  }
+}
+
+// A residual of 16 bits, from memory that answers late: what the first step adds is loaded before the products, and
+// each step loads that of the next. The rest of a tile is at least called into the L2 cache before the products.
+template <class Tile>
+struct HopperResidual {
+  static constexpr int kGroups = kTogether<Tile>;
+  const std::uint8_t* data;  // null without a residual of 16 bits
+  std::int64_t first;        // of the elements of the output, this thread's in the upper row
+  std::int64_t below;        // elements between its rows
+  int groups;                // of the tile's channels that exist
+  bool valid[2];             // its rows that exist
+  uint4 ahead[kGroups][2] = {};
+
+  __device__ HopperResidual(const HopperCall& call, std::int64_t row, std::int64_t start) {
+    const Int8Epilogue& epilogue = call.finish.epilogue;
+    const int place = static_cast<int>(threadIdx.x) % 4;
+    data = epilogue.residual_dtype == DType::kFloat32 ? nullptr : static_cast<const std::uint8_t*>(epilogue.residual);
+    first = row * call.channels + start + place * 8;
+    below = 8 * call.channels;
+    groups = static_cast<int>(min(call.channels - start, std::int64_t{Tile::kChannels})) / 32;
+    valid[0] = row < call.rows;
+    valid[1] = row + 8 < call.rows;
+    if (!data) return;
+    load(0);
+    constexpr int kOfLine = 64;  // elements of a line of the cache
+    if (place * kOfLine < groups * 32) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (valid[i]) prefetch_l2(data + 2 * (row * call.channels + start + i * below + place * kOfLine));
+    }
+  }
+  __device__ void load(int group) {
+    if (!data) return;
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (valid[i] && group + q < groups)
+          ahead[q][i] = *reinterpret_cast<const uint4*>(data + 2 * (first + i * below + (group + q) * 32));
+  }
+};
+
 // A warpgroup's 64 rows of the tile, of which this thread has row and row + 8. It is compiled once for each type of the
-// output, and once more without what few calls have, because all of it is unrolled: what is jumped over in there would
-// fill the cache of instructions, and with few terms the epilogue takes as long as the products.
-template <class Tile, class Out, bool kPlain, class Activate>
+// output, and a loop: all of a tile one after the other would not fit the cache of instructions, and with few terms the
+// epilogue takes as long as the products. What counts is the number of instructions, some 30 an element with gelu.
+template <class Tile, class Out, Finish kFinish, class Activate>
 __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
-                            const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row, std::int64_t start,
-                            const Activate& activate_values) {
+                            const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row,
+                            HopperResidual<Tile> residual, const Activate& activate_values) {
+  constexpr int kGroups = kTogether<Tile>;
   const int place = static_cast<int>(threadIdx.x) % 4 * 8;
   const float* const row_scales = call.finish.epilogue.row_scales;
-  const bool valid[2] = {row < call.rows, row + 8 < call.rows};
   float row_scale[2] = {1.0F, 1.0F};
 #pragma unroll
   for (int below = 0; below < 2; ++below)
-    if (!kPlain && row_scales && valid[below])
+    if (kFinish == Finish::kAll && row_scales && residual.valid[below])
       row_scale[below] = row_scales[(row + below * 8) / call.finish.rows_per_scale];
-  const std::int64_t at[2] = {row * call.channels + start + place, (row + 8) * call.channels + start + place};
-  const int groups = static_cast<int>(min(call.channels - start, std::int64_t{Tile::kChannels})) / 32;
-  // A residual of 16 bits is loaded for some groups of channels at once: one by one each would wait for the memory.
-  constexpr int kAhead = kPlain ? 1 : Tile::kChannels / 32 < 4 ? Tile::kChannels / 32 : 4;
-  const auto* const residual = static_cast<const std::uint8_t*>(call.finish.epilogue.residual);
-  const bool is_half = !kPlain && residual && call.finish.epilogue.residual_dtype != DType::kFloat32;
-  uint4 halves[kAhead][2] = {};
+#pragma unroll 1
+  for (int group = 0; group < residual.groups; group += kGroups) {
+    uint4 halves[kGroups][2];
+    if constexpr (kFinish == Finish::kAll) {
+      std::memcpy(halves, residual.ahead, sizeof halves);
+      residual.load(group + kGroups);
+    }
+    std::int32_t own[kGroups][2][8];
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q) {
+      load_eight(own[q][0], terms.shifts + (group + q) * 32 + place);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) own[q][1][e] = own[q][0][e];
+    }
+    take_groups<kGroups, 0, Tile::kChannels / 32 / kGroups>(group, sums, own);
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q) {
+      if (group + q >= residual.groups) break;
+      float scales[8];
+      float biases[8];
+      load_eight(scales, terms.scales + (group + q) * 32 + place);
+      load_eight(biases, terms.biases + (group + q) * 32 + place);
+#pragma unroll
+      for (int below = 0; below < 2; ++below)
+        if (residual.valid[below])
+          finish_eight<Out, kFinish>(call.finish, residual.first + below * residual.below + (group + q) * 32,
+                                     own[q][below], scales, biases, row_scale[below], halves[q][below],
+                                     activate_values);
+    }
+  }
+}
+
+// The same without what few calls have, all of it unrolled: short enough for that.
+template <class Tile, class Out, class Activate>
+__device__ void finish_plain_tile(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
+                                  const std::int32_t (&sums)[Tile::kChannels / 2],
+                                  const HopperResidual<Tile>& residual, const Activate& activate_values) {
+  const int place = static_cast<int>(threadIdx.x) % 4 * 8;
 #pragma unroll
   for (int q = 0; q < Tile::kChannels / 32; ++q) {
-    if (q >= groups) break;
-    if (is_half && q % kAhead == 0) {
-#pragma unroll
-      for (int i = 0; i < 2 * kAhead; ++i)
-        if (q + i / 2 < groups && valid[i % 2])
-          halves[i / 2][i % 2] = *reinterpret_cast<const uint4*>(residual + 2 * (at[i % 2] + (q + i / 2) * 32));
-    }
+    if (q >= residual.groups) break;
     float scales[8];
     float biases[8];
-    std::int32_t shifts[8] = {};
     load_eight(scales, terms.scales + q * 32 + place);
     load_eight(biases, terms.biases + q * 32 + place);
-    if constexpr (!kPlain) load_eight(shifts, terms.shifts + q * 32 + place);
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       std::int32_t own[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) own[e] = sums[(q * 4 + e / 2) * 4 + below * 2 + e % 2] - shifts[e];
-      if (valid[below])
-        finish_eight<Out, kPlain>(call.finish, at[below] + q * 32, own, scales, biases, row_scale[below],
-                                  halves[q % kAhead][below], activate_values);
+      for (int e = 0; e < 8; ++e) own[e] = sums[(q * 4 + e / 2) * 4 + below * 2 + e % 2];
+      if (residual.valid[below])
+        finish_eight<Out, Finish::kPlain>(call.finish, residual.first + below * residual.below + q * 32, own, scales, biases, 1.0F,
+                                {}, activate_values);
     }
   }
 }
 
 template <class Tile, class Activate>
 __device__ void finish_sums(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
-                            const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row, std::int64_t start,
-                            const Activate& activate_values) {
+                            const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row,
+                            const HopperResidual<Tile>& residual, const Activate& activate_values) {
   const Int8Epilogue& epilogue = call.finish.epilogue;
-  const bool plain = !epilogue.residual && !epilogue.row_scales && epilogue.input.zero_point == 0;
+  const bool all = epilogue.residual || epilogue.row_scales;
   const auto finish = [&](auto out) {
     using Out = decltype(out);
-    if (plain) {
-      finish_tile<Tile, Out, true>(call, terms, sums, row, start, activate_values);
+    if constexpr (Activate::kShort) {
+      if (!all && epilogue.input.zero_point == 0)
+        return finish_plain_tile<Tile, Out>(call, terms, sums, residual, activate_values);
+    }
+    if (all) {
+      finish_tile<Tile, Out, Finish::kAll>(call, terms, sums, row, residual, activate_values);
     } else {
-      finish_tile<Tile, Out, false>(call, terms, sums, row, start, activate_values);
+      finish_tile<Tile, Out, Finish::kShifted>(call, terms, sums, row, residual, activate_values);
     }
   };
   switch (epilogue.out.kind) {
@@ -306,7 +409,7 @@ template <bool kGathered, class Tile, class Activate>
 __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kChannels>* terms, const HopperCall& call,
                                int rank, const Activate& activate_values) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int tiles = call.row_tiles * call.channel_tiles;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster;
   int even = 0;
@@ -321,7 +424,10 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
   for (int tile = static_cast<int>(blockIdx.x) / Tile::kCluster; tile < tiles; tile += clusters) {
     const HopperPlace place(call, tile);
     const std::int64_t start = place.channel * std::int64_t{Tile::kChannels};
-    load_terms<Tile>(terms[even], call.finish, start, call.channels, static_cast<int>(threadIdx.x) - kWarpgroup);
+    load_terms<Tile>(terms[even], call.finish, start, call.channels, static_cast<int>(threadIdx.x));
+    const std::int64_t row = (place.row * Tile::kCluster + rank) * std::int64_t{Tile::kRows} + consumer * 64 +
+                             thread / kWarp * 16 + thread % kWarp / 4;
+    const HopperResidual<Tile> residual(call, row, start);
     std::int32_t sums[Tile::kChannels / 2];
     std::uint32_t before = 0;
     for (int slice = 0; slice < call.slices; ++slice) {
@@ -341,11 +447,9 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
     product_wait<0>();
     release(before);
 
-    const std::int64_t row = (place.row * Tile::kCluster + rank) * std::int64_t{Tile::kRows} + consumer * 64 +
-                             thread / kWarp * 16 + thread % kWarp / 4;
     // All consumers have written the terms, and none reads those of the tile before any more.
-    asm volatile("bar.sync 1, %0;" ::"n"(Tile::kConsumers * kWarpgroup) : "memory");
-    finish_sums<Tile>(call, terms[even], sums, row, start, activate_values);
+    asm volatile("bar.sync 1, %0;" ::"n"(Tile::kConsumerThreads) : "memory");
+    finish_sums<Tile>(call, terms[even], sums, row, residual, activate_values);
     even ^= 1;
   }
 }
@@ -376,12 +480,12 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void int8_hopper_kernel(const __
     __syncthreads();
   }
   const int rank = Tile::kCluster > 1 ? cluster_rank() : 0;
-  if (threadIdx.x < kWarpgroup) {
-    if constexpr (Tile::kConsumers == 2) give_registers_back<40>();
-    if (threadIdx.x == 0) copy_tiles(stages, &input, &weight, call, rank);
-  } else {
+  if (threadIdx.x < Tile::kConsumerThreads) {
     if constexpr (Tile::kConsumers == 2) take_registers<232>();
     multiply_tiles<false>(stages, terms, call, rank, activate_values);
+  } else {
+    if constexpr (Tile::kConsumers == 2) give_registers_back<40>();
+    if (threadIdx.x == Tile::kConsumerThreads) copy_tiles(stages, &input, &weight, call, rank);
   }
   if constexpr (Tile::kCluster > 1) cluster_sync();  // nobody copies into a block, or arrives there, that is gone
 #endif

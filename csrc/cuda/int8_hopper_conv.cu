@@ -39,7 +39,7 @@ __device__ void gather_tiles(HopperStages<Tile> stages, const CUtensorMap* weigh
   constexpr int kPass = kWarpgroup / kChunksOfRow;  // rows that all threads bring at a time
   constexpr int kPasses = Tile::kRows / kPass;
   constexpr int kNowhere = -kSixteenBits - 1;  // no tap reaches the image from there
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x) - Tile::kConsumerThreads;
   const int chunk = thread % kChunksOfRow;
   const int own_row = thread / kChunksOfRow;
   const std::uint32_t place = own_row * kHopperSlice + (chunk ^ own_row % 8) * kChunkBytes;
@@ -114,12 +114,12 @@ __global__ __launch_bounds__(Tile::kThreads, 1) void int8_hopper_conv_kernel(con
     fence_barrier_init();
   }
   __syncthreads();
-  if (threadIdx.x < kWarpgroup) {
-    if constexpr (Tile::kConsumers == 2) give_registers_back<56>();
-    gather_tiles(stages, &weight, call, image);
-  } else {
+  if (threadIdx.x < Tile::kConsumerThreads) {
     if constexpr (Tile::kConsumers == 2) take_registers<224>();
     multiply_tiles<true>(stages, terms, call, 0, activate_values);
+  } else {
+    if constexpr (Tile::kConsumers == 2) give_registers_back<56>();
+    gather_tiles(stages, &weight, call, image);
   }
 #endif
 }
@@ -168,6 +168,16 @@ bool launch_by(Int8Tile tile, const Int8LinearShape& product, const Image& image
 
 }  // namespace
 
+bool launch_int8_hopper_conv(Int8Tile tile, const Int8ConvShape& shape, const Image& image, const std::int8_t* weight,
+                             const Int8Finish& finish, cudaStream_t stream) {
+  const Int8LinearShape product{image.out_pixels, shape.terms(), shape.out_channels};
+  if (!fits(shape, image)) return false;
+  const Activation activation = finish.epilogue.activation;
+  if (activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6)
+    return launch_by(tile, product, image, weight, finish, clamp_activation(activation), stream);
+  return launch_by(tile, product, image, weight, finish, OtherActivation{activation}, stream);
+}
+
 bool int8_conv2d_by_tile(Int8Tile tile, const Int8ConvShape& shape, const std::int8_t* input, const std::int8_t* weight,
                          const std::int32_t* weight_sums, const Int8Epilogue& epilogue, CudaStream stream) {
   constexpr const char* kName = "int8_conv2d_by_tile";
@@ -175,12 +185,8 @@ bool int8_conv2d_by_tile(Int8Tile tile, const Int8ConvShape& shape, const std::i
   const Int8Finish finish = int8_finish(kName, epilogue, weight_sums, shape.terms(), shape.out_channels,
                                         /*rows_per_scale=*/shape.out_height * shape.out_width);
   const Int8LinearShape product{image.out_pixels, shape.terms(), shape.out_channels};
-  if (product.rows == 0 || !fits(shape, image) || !can_run_hopper(product, input, weight, finish)) return false;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream.handle);
-  const Activation activation = epilogue.activation;
-  if (activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6)
-    return launch_by(tile, product, image, weight, finish, clamp_activation(activation), cuda_stream);
-  return launch_by(tile, product, image, weight, finish, OtherActivation{activation}, cuda_stream);
+  return product.rows > 0 && can_run_hopper(product, input, weight, finish) &&
+         launch_int8_hopper_conv(tile, shape, image, weight, finish, static_cast<cudaStream_t>(stream.handle));
 }
 
 }  // namespace halfstep::cuda

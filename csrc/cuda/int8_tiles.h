@@ -16,11 +16,12 @@ HALFSTEP_API bool int8_linear_by_tile(Int8Tile tile, const Int8LinearShape& shap
                                       const std::int8_t* weight, const std::int32_t* weight_sums,
                                       const Int8Epilogue& epilogue, CudaStream stream);
 // int8_conv2d by the same kernel, of which it takes the tiles of one block: for channels that are a multiple of 16, one
-// group, and sizes that fit 16 bits. int8_conv2d does not take it.
+// group, and sizes that fit 16 bits.
 HALFSTEP_API bool int8_conv2d_by_tile(Int8Tile tile, const Int8ConvShape& shape, const std::int8_t* input,
                                       const std::int8_t* weight, const std::int32_t* weight_sums,
                                       const Int8Epilogue& epilogue, CudaStream stream);
 // What the table says; kNone for the kernels of other GPUs.
 HALFSTEP_API Int8Tile int8_tile_for(const Int8LinearShape& shape, int processors);
+HALFSTEP_API Int8Tile int8_conv_tile_for(const Int8LinearShape& shape, int processors);
 
 }  // namespace halfstep::cuda

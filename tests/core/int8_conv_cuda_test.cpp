@@ -84,6 +84,24 @@ TEST_F(Int8ConvCuda, Stem) {
   check_conv(shape_of({1, 32, 32, 3, 96, 4, 4, 4}), {.zero_point = 0});
 }
 
+// Windows side by side: as wide as they are high or not, that end with the image or before it, in rows that overlap.
+TEST_F(Int8ConvCuda, Patches) {
+  for (const std::int64_t channels : {1, 3, 16, 24})
+    for (const std::int64_t width : {32, 37, 48})
+      for (const std::int64_t kernel : {2, 4, 16})
+        for (const std::int64_t pad : {0, 1}) {
+          Int8ConvShape shape = shape_of({2, 32, width, channels, 64, kernel, kernel, kernel, pad});
+          check_conv(shape, {.zero_point = -9});
+          shape.stride_height = 1;
+          shape.out_height = 32 + 2 * pad - kernel + 1;
+          check_conv(shape, {.zero_point = 3});
+          shape.out_width -= 1;
+          check_conv(shape);
+          shape.out_width += 3;
+          check_conv(shape, {.zero_point = 77});
+        }
+}
+
 TEST_F(Int8ConvCuda, OneByOne) {
   for (const std::int64_t stride : {1, 2})
     for (const std::int64_t pad : {0, 1})
@@ -222,6 +240,14 @@ TEST_P(Int8ConvTiles, EveryEpilogue) {
 TEST_P(Int8ConvTiles, LongSumsOfSaturatedValues) {
   for (const std::int32_t zero_point : {127, -128, 0})
     check_tile(shape_of({1, 3, 3, 7296, 32, 3, 3, 1, 1}), {.zero_point = zero_point, .saturated = true});
+}
+
+TEST(Int8ConvTileChoice, FollowsTheSize) {
+  using cuda::Int8Tile;
+  EXPECT_EQ(cuda::int8_conv_tile_for({12544, 2304, 256}, 132), Int8Tile::k128x256);
+  EXPECT_EQ(cuda::int8_conv_tile_for({50176, 1152, 128}, 132), Int8Tile::k128x128);
+  EXPECT_EQ(cuda::int8_conv_tile_for({196, 2304, 256}, 132), Int8Tile::k64x64);
+  EXPECT_EQ(cuda::int8_conv_tile_for({100352, 144, 32}, 132), Int8Tile::kNone);
 }
 
 TEST_P(Int8ConvTiles, RefusesWhatItCannotGather) {

@@ -33,8 +33,9 @@ def jit_traced(model: nn.Module, batch: torch.Tensor) -> torch.jit.ScriptModule:
     return torch.jit.trace(model, (batch,), check_trace=False)
 
 
-def frozen(model: nn.Module, _batch: torch.Tensor) -> torch.jit.ScriptModule:
-    return torch.jit.freeze(torch.jit.script(model))
+def frozen(model: nn.Module, batch: torch.Tensor) -> torch.jit.ScriptModule:
+    # On a GPU it would make one layer of query, key and value, which no longer have their names.
+    return torch.jit.freeze(torch.jit.script(model), optimize_numerics=batch.device.type == "cpu")
 
 
 def built(
