@@ -143,6 +143,7 @@ class Runs:
         self.models: dict[str, nn.Module] = {}
         self.notes: dict[str, str] = {}
         self.reports: dict[str, Any] = {}
+        self.optimizers: dict[str, InferencePrecisionOptimizer] = {}
 
     def add(self, name: str, make: Callable[[], nn.Module]) -> nn.Module | None:
         """Make a model and call it once; None if that fails."""
@@ -169,6 +170,7 @@ def halfstep_model(runs: Runs, name: str, options: argparse.Namespace, **choices
     if options.explain:
         print(f"{case.name}, {name}: {optimizer.explain()}\n", file=sys.stderr, flush=True)
     runs.reports[name], runs.notes[name] = optimizer.report(), said(optimizer.report())
+    runs.optimizers[name] = optimizer
     return model
 
 
@@ -205,8 +207,13 @@ def all_runs(case: Case, options: argparse.Namespace, folder: Path) -> Runs:
             model = runs.models[name]
             runs.add(f"{name}, compiled", lambda model=model: torch.compile(model))
             runs.notes[f"{name}, compiled"] = runs.notes.get(name, "")
-        for name in [n for n in ("int8 everywhere", "int8, speed guard") if n in runs.models]:
-            runs.add(f"{name}, script", lambda model=runs.models[name]: torch.jit.script(model))
+        for name, optimizer in runs.optimizers.items():
+
+            def script(optimizer: InferencePrecisionOptimizer = optimizer) -> nn.Module:
+                optimizer.save_torchscript(folder / "script.pt")
+                return torch.jit.load(folder / "script.pt", map_location=device)
+
+            runs.add(f"{name}, script", script)
             runs.notes[f"{name}, script"] = runs.notes[name]
     return runs
 

@@ -1,6 +1,6 @@
 // Times each tile of the Hopper int8 product over many sizes, for bench/int8_tiles.py, which fits the table of
 // csrc/cuda/int8_hopper.cu to them. Prints "rows terms channels tile microseconds", a tile of -1 being what the table
-// takes. Bias and bfloat16 output; replayed from a CUDA graph.
+// takes. With a zero point, a bias and bfloat16 output; replayed from a CUDA graph.
 //
 // "halfstep_int8_tiles layers" times the products of transformers instead, each with its own epilogue: "rows terms
 // channels epilogue", and the microseconds of each tile; the one that the table takes is marked.
@@ -93,13 +93,15 @@ struct Memory {
 };
 
 void time_products(const Memory& memory, cudaStream_t stream) {
+  Int8Epilogue epilogue = memory.epilogue();
+  epilogue.input.zero_point = 5;
   for (const std::int64_t rows : {33, 64, 128, 197, 256, 512, 1024, 2048, 4096, 8192, 12608, 16384})
     for (const std::int64_t terms : {256, 768, 1024, 3072, 4096})
       for (const std::int64_t channels : {256, 768, 1024, 3072, 4096}) {
         const Int8LinearShape shape{rows, terms, channels};
         const auto run = [&](Int8Tile tile) {
-          if (!halfstep::cuda::int8_linear_by_tile(tile, shape, memory.input, memory.weight, nullptr, memory.epilogue(),
-                                                   {stream}))
+          if (!halfstep::cuda::int8_linear_by_tile(tile, shape, memory.input, memory.weight, memory.weight_sums,
+                                                   epilogue, {stream}))
             throw halfstep::InvalidArgument("this GPU or this library has no Hopper product");
         };
         for (int tile = -1; tile < halfstep::cuda::kInt8Tiles; ++tile) {

@@ -63,9 +63,9 @@ HALFSTEP_HOST_DEVICE inline float gelu_tanh(float x) {
 HALFSTEP_HOST_DEVICE inline float gelu(float x) {
 #ifdef __CUDA_ARCH__
   constexpr float kEnd = 5.25F * 5.25F;
-  constexpr float kFit[] = {-5.609501e-04F,  1.4566111e-03F, -1.3263604e-03F, 1.8694482e-03F, -5.1199673e-03F,
+  constexpr float kFit[] = {-5.609501e-04F,  1.4566111e-03F,  -1.3263604e-03F, 1.8694482e-03F,  -5.1199673e-03F,
                             9.070371e-03F,   -1.2954394e-02F, 1.8326e-02F,     -2.4994928e-02F, 3.2064263e-02F,
-                            -3.9768633e-02F, 4.9643897e-02F, -6.7126654e-02F, 1.3465936e-01F};
+                            -3.9768633e-02F, 4.9643897e-02F,  -6.7126654e-02F, 1.3465936e-01F};
   const float u = fmaf(fminf(x * x, kEnd), 2.0F / kEnd, -1.0F);
   float q = kFit[0];
   for (int i = 1; i < 14; ++i) q = fmaf(q, u, kFit[i]);

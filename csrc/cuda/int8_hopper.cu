@@ -19,9 +19,9 @@ struct TileCosts {
   double launch, each, slice;
 };
 constexpr TileCosts kCosts[] = {
-    {Int8Tile::kPair256x256, 256, 256, 2, 2.39, 2.77, 0.559}, {Int8Tile::k128x256, 128, 256, 1, 0.63, 3.04, 0.573},
-    {Int8Tile::kPair256x128, 256, 128, 2, 2.57, 1.55, 0.317}, {Int8Tile::k128x128, 128, 128, 1, 0.88, 1.82, 0.330},
-    {Int8Tile::k64x64, 64, 64, 1, 1.13, 1.01, 0.172},
+    {Int8Tile::kPair256x256, 256, 256, 2, 1.68, 4.27, 0.594}, {Int8Tile::k128x256, 128, 256, 1, 0.23, 4.13, 0.598},
+    {Int8Tile::kPair256x128, 256, 128, 2, 2.21, 2.22, 0.324}, {Int8Tile::k128x128, 128, 128, 1, 0.60, 2.37, 0.331},
+    {Int8Tile::k64x64, 64, 64, 1, 1.03, 1.17, 0.173},
 };
 // Of convolutions, whose slices take as long as the input's gathering: from "halfstep_int8_tiles conv".
 constexpr TileCosts kConvCosts[] = {
@@ -119,7 +119,9 @@ CUtensorMap hopper_weight_map(const Int8LinearShape& shape, const std::int8_t* w
                        {kHopperSlice, 2, 4, 4, static_cast<cuuint32_t>(channels / 32)});
 }
 
-Int8Tile int8_tile_for(const Int8LinearShape& shape, int processors) { return fastest(kCosts, shape, processors); }
+Int8Tile int8_tile_for(const Int8LinearShape& shape, int processors) {
+  return fastest(kCosts, shape, processors);
+}
 
 Int8Tile int8_conv_tile_for(const Int8LinearShape& shape, int processors) {
   return shape.terms < kFewestConvTerms ? Int8Tile::kNone : fastest(kConvCosts, shape, processors);

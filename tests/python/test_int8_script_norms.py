@@ -34,8 +34,10 @@ def jit_traced(model: nn.Module, batch: torch.Tensor) -> torch.jit.ScriptModule:
 
 
 def frozen(model: nn.Module, batch: torch.Tensor) -> torch.jit.ScriptModule:
-    # On a GPU it would make one layer of query, key and value, which no longer have their names.
-    return torch.jit.freeze(torch.jit.script(model), optimize_numerics=batch.device.type == "cpu")
+    script = torch.jit.script(model)
+    if batch.is_cuda:  # there torch.jit.freeze would make one layer of query, key and value, which lose their names
+        return torch.jit._recursive.wrap_cpp_module(torch._C._freeze_module(script._c))
+    return torch.jit.freeze(script)
 
 
 def built(
