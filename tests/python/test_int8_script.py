@@ -72,11 +72,12 @@ def test_a_half_model(target: str, tmp_path: Path) -> None:
     assert torch.equal(alone(tmp_path, batch), call(result, batch))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["resnet", "mlp"])
-def test_in_cpp(kind: str, build_folder: Path, tmp_path: Path) -> None:
+def test_in_cpp(kind: str, device: str, build_folder: Path, tmp_path: Path) -> None:
     program = build_folder / "tests" / "halfstep_run_script"
     assert program.exists(), f"{program} is not built; run these tests with make test"
-    inference, result, batch = optimized(kind)
+    inference, result, batch = optimized(kind, device)
     inference.save_torchscript(tmp_path / "model.pt")
     out = run_without_python(program, torch.jit.load(tmp_path / "model.pt"), [batch], tmp_path)
     assert torch.equal(out[0] if isinstance(out, (tuple, list)) else out, call(result, batch))
