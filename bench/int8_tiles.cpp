@@ -32,7 +32,7 @@ T* device_memory(std::size_t count) {
     if constexpr (std::is_same_v<T, float>) {
       value = 1e-3F * static_cast<float>(random() % 16);
     } else if constexpr (sizeof(T) == 2) {
-      value = static_cast<T>(0x3C00 + random() % 256 * 128 % 0x4000);  // halves of either kind between 0.007 and 2
+      value = static_cast<T>(0x3C00 + random() % 0x400);  // halves of either kind between 0.007 and 2
     } else {
       value = static_cast<T>(random());
     }
@@ -92,6 +92,13 @@ struct Memory {
   }
 };
 
+void run_tile(Int8Tile tile, const Int8LinearShape& shape, const Memory& memory, const Int8Epilogue& epilogue,
+              cudaStream_t stream) {
+  if (!halfstep::cuda::int8_linear_by_tile(tile, shape, memory.input, memory.weight, memory.weight_sums, epilogue,
+                                           {stream}))
+    throw halfstep::InvalidArgument("this GPU or this library has no Hopper product");
+}
+
 void time_products(const Memory& memory, cudaStream_t stream) {
   Int8Epilogue epilogue = memory.epilogue();
   epilogue.input.zero_point = 5;
@@ -99,15 +106,11 @@ void time_products(const Memory& memory, cudaStream_t stream) {
     for (const std::int64_t terms : {256, 768, 1024, 3072, 4096})
       for (const std::int64_t channels : {256, 768, 1024, 3072, 4096}) {
         const Int8LinearShape shape{rows, terms, channels};
-        const auto run = [&](Int8Tile tile) {
-          if (!halfstep::cuda::int8_linear_by_tile(tile, shape, memory.input, memory.weight, memory.weight_sums,
-                                                   epilogue, {stream}))
-            throw halfstep::InvalidArgument("this GPU or this library has no Hopper product");
-        };
         for (int tile = -1; tile < halfstep::cuda::kInt8Tiles; ++tile) {
           const Int8Tile chosen = tile < 0 ? halfstep::cuda::int8_tile_for(shape, 132) : static_cast<Int8Tile>(tile);
           std::printf("%lld %lld %lld %d %.3f\n", static_cast<long long>(rows), static_cast<long long>(terms),
-                      static_cast<long long>(channels), tile, microseconds(stream, [&] { run(chosen); }));
+                      static_cast<long long>(channels), tile,
+                      microseconds(stream, [&] { run_tile(chosen, shape, memory, epilogue, stream); }));
         }
       }
 }
@@ -143,10 +146,7 @@ void time_layers(const Memory& memory, cudaStream_t stream) {
       const Int8Tile chosen = halfstep::cuda::int8_tile_for(shape, 132);
       for (int i = 0; i < halfstep::cuda::kInt8Tiles; ++i) {
         const auto tile = static_cast<Int8Tile>(i);
-        const double time = microseconds(stream, [&] {
-          halfstep::cuda::int8_linear_by_tile(tile, shape, memory.input, memory.weight, memory.weight_sums, epilogue,
-                                              {stream});
-        });
+        const double time = microseconds(stream, [&] { run_tile(tile, shape, memory, epilogue, stream); });
         std::printf(" %.2f%s", time, tile == chosen ? "*" : "");
       }
       std::printf("\n");

@@ -306,7 +306,7 @@ struct HopperResidual {
 
 // A warpgroup's 64 rows of the tile, of which this thread has row and row + 8. It is compiled once for each type of the
 // output, and a loop: all of a tile one after the other would not fit the cache of instructions, and with few terms the
-// epilogue takes as long as the products. What counts is the number of instructions, some 30 an element with gelu.
+// epilogue takes as long as the products. What counts is the number of instructions, some 33 an element with gelu.
 template <class Tile, class Out, Finish kFinish, class Activate>
 __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
                             const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row,

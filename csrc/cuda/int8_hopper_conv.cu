@@ -133,7 +133,8 @@ bool fits(const Int8ConvShape& s, const Image& image) {
                                   s.out_width * s.stride_width + s.pad_width};
   const bool small = std::ranges::all_of(numbers, [](std::int64_t number) { return number <= kSixteenBits; });
   return small && s.groups == 1 && s.group_channels() % kChunkBytes == 0 && address_of(image.data) % kChunkBytes == 0 &&
-         s.batch * s.height * s.width * s.channels <= std::numeric_limits<int>::max();
+         s.batch * s.height * s.width * s.channels <= std::numeric_limits<int>::max() &&
+         image.out_pixels <= std::numeric_limits<int>::max() - 256;
 }
 
 template <class Tile, class Activate>

@@ -84,7 +84,8 @@ TEST_F(Int8ConvCuda, Stem) {
   check_conv(shape_of({1, 32, 32, 3, 96, 4, 4, 4}), {.zero_point = 0});
 }
 
-// Windows side by side: as wide as they are high or not, that end with the image or before it, in rows that overlap.
+// Windows side by side: with rows that overlap, are spread, or lie in the padding, that end with the image or before
+// it.
 TEST_F(Int8ConvCuda, Patches) {
   for (const std::int64_t channels : {1, 3, 16, 24})
     for (const std::int64_t width : {32, 37, 48})
@@ -100,6 +101,22 @@ TEST_F(Int8ConvCuda, Patches) {
           shape.out_width += 3;
           check_conv(shape, {.zero_point = 77});
         }
+  const auto of_height = [](std::int64_t kernel, std::int64_t pad, std::int64_t dilation) {
+    Int8ConvShape shape = shape_of({3, 19, 24, 12, 32, kernel, 4, 4});
+    shape.pad_height = pad;
+    shape.dilation_height = dilation;
+    shape.stride_height = 2;
+    shape.out_height = (19 + 2 * pad - dilation * (kernel - 1) - 1) / 2 + 1;
+    return shape;
+  };
+  for (const std::int64_t kernel : {1, 3, 6})
+    for (const std::int64_t pad : {0, 2})
+      for (const std::int64_t dilation : {1, 3}) check_conv(of_height(kernel, pad, dilation), {.zero_point = 21});
+  check_conv(shape_of({3, 19, 24, 12, 32, 1, 4, 4}));
+  Int8ConvShape product = shape_of({3, 19, 24, 12, 32, 1, 4, 4});
+  product.stride_height = 1;
+  product.out_height = 19;
+  check_conv(product, {.zero_point = -30});
 }
 
 TEST_F(Int8ConvCuda, OneByOne) {

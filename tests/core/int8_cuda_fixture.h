@@ -252,7 +252,8 @@ class Int8CudaTest : public CudaTest {
   }
 };
 
-// All of the epilogue's choices, each with the others varied: 7 activations by 5 outputs by 4 residuals.
+// All of the epilogue's choices, each with the others varied: 7 activations by 4 outputs by 4 residuals. Then every
+// output, sums too, with nothing to add but a bias, which some kernels have a way of their own for.
 inline std::vector<Int8Setting> int8_settings() {
   std::vector<Int8Setting> settings;
   unsigned turn = 0;
@@ -274,6 +275,16 @@ inline std::vector<Int8Setting> int8_settings() {
       }
     }
   }
+  for (const Activation activation : {Activation::kNone, Activation::kRelu6, Activation::kGelu}) {
+    for (const bool bias : {false, true}) {
+      for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+        settings.push_back({.bias = bias, .activation = activation, .kind = Int8OutKind::kFloat, .dtype = dtype});
+      settings.push_back({.bias = bias, .activation = activation, .kind = Int8OutKind::kInt8, .out_zero_point = -7});
+    }
+  }
+  settings.push_back({.kind = Int8OutKind::kSums});
+  settings.push_back({.zero_point = 9, .kind = Int8OutKind::kSums});
+  settings.push_back({.row_scales = true, .kind = Int8OutKind::kSums});
   return settings;
 }
 

@@ -7,8 +7,8 @@
 //   out        activation(sum * (input_scale * weight_scale[channel]) + bias[channel] + residual), each step rounded to
 //              float32, no fused multiply-add; then stored as float32, float16, bfloat16, or as int8 by the rule above
 //
-// So results agree bit for bit between processors, instruction sets and GPUs, but for gelu and silu, whose exponentials
-// differ in the last places.
+// So results agree bit for bit between processors, instruction sets and GPUs, but for gelu and silu, which
+// differ by up to 1e-6 of their input.
 //
 // Sums must fit int32: at most kInt8MaxTerms products each, or kInt8MaxTermsShifted where the zero point is not 0.
 //
@@ -196,8 +196,8 @@ void int8_embedding(const Int8Embedding& call, const Executor& executor);
 // The same on device memory. Enqueues on `stream` only: no synchronisation, no host read, capturable in a CUDA graph.
 // Weights are plain, [channels, terms], at 16-byte boundaries where rows allow it (any alignment is correct).
 namespace cuda {
-// Whether products of rows can run on Hopper's wgmma on this device, which takes a library built for 90a; all else runs
-// on mma.sync.
+// Whether products of rows and convolutions can run on Hopper's wgmma on this device, which takes a library built for
+// 90a; what its tiles do not take runs on mma.sync.
 HALFSTEP_API bool has_int8_wgmma(int device);
 
 void quantize(const TensorView& input, const ChannelFactors& factors, const Int8Parameters& parameters,
