@@ -142,7 +142,6 @@ class Runs:
         self.case = case
         self.models: dict[str, nn.Module] = {}
         self.notes: dict[str, str] = {}
-        self.reports: dict[str, Any] = {}
         self.optimizers: dict[str, InferencePrecisionOptimizer] = {}
 
     def add(self, name: str, make: Callable[[], nn.Module]) -> nn.Module | None:
@@ -169,8 +168,7 @@ def halfstep_model(runs: Runs, name: str, options: argparse.Namespace, **choices
         model = optimizer.optimize_for_inference(case.model, case.calibration, options.device)
     if options.explain:
         print(f"{case.name}, {name}: {optimizer.explain()}\n", file=sys.stderr, flush=True)
-    runs.reports[name], runs.notes[name] = optimizer.report(), said(optimizer.report())
-    runs.optimizers[name] = optimizer
+    runs.optimizers[name], runs.notes[name] = optimizer, said(optimizer.report())
     return model
 
 
@@ -238,6 +236,7 @@ def table(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
                 graphs = measure_in_turns(captured, device, options.rounds)
         for name, model in runs.models.items():
             found, after = case.evaluate(model)
+            optimizer = runs.optimizers.get(name)
             rows.append(
                 {
                     "model": case.name,
@@ -252,7 +251,7 @@ def table(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
                     "over float32": times["float32"] / times[name],
                     "over bfloat16": times["bfloat16"] / times[name] if "bfloat16" in times else None,
                     "note": runs.notes.get(name, ""),
-                    "report": runs.reports.get(name),
+                    "report": optimizer.report() if optimizer else None,
                 }
             )
             print(line(rows[-1]), flush=True)

@@ -117,27 +117,29 @@ void time_products(const Memory& memory, cudaStream_t stream) {
 
 // Those of a layer of BERT-base and of ViT-B, in the order in which they run.
 void time_layers(const Memory& memory, cudaStream_t stream) {
-  enum class Kind : std::uint8_t { kPlain, kShifted, kGelu, kResidual, kShiftedResidual };
   struct Layer {
-    std::int64_t terms, channels;
-    Kind kind;
     const char* name;
+    std::int64_t terms, channels;
+    bool shifted = false;
+    bool gelu = false;  // to int8
+    bool residual = false;
   };
-  constexpr Layer kLayers[] = {{768, 2304, Kind::kPlain, "bias"},
-                               {768, 2304, Kind::kShifted, "zero point"},
-                               {768, 768, Kind::kResidual, "residual"},
-                               {768, 3072, Kind::kGelu, "zero point, gelu, int8"},
-                               {3072, 768, Kind::kShiftedResidual, "zero point, residual"}};
+  constexpr Layer kLayers[] = {
+      {.name = "bias", .terms = 768, .channels = 2304},
+      {.name = "zero point", .terms = 768, .channels = 2304, .shifted = true},
+      {.name = "residual", .terms = 768, .channels = 768, .residual = true},
+      {.name = "zero point, gelu, int8", .terms = 768, .channels = 3072, .shifted = true, .gelu = true},
+      {.name = "zero point, residual", .terms = 3072, .channels = 768, .shifted = true, .residual = true}};
   for (const std::int64_t rows : {197, 1024, 8192, 12608})
     for (const Layer& layer : kLayers) {
       const Int8LinearShape shape{rows, layer.terms, layer.channels};
       Int8Epilogue epilogue = memory.epilogue();
-      if (layer.kind != Kind::kPlain && layer.kind != Kind::kResidual) epilogue.input.zero_point = 5;
-      if (layer.kind == Kind::kResidual || layer.kind == Kind::kShiftedResidual) {
+      if (layer.shifted) epilogue.input.zero_point = 5;
+      if (layer.residual) {
         epilogue.residual = memory.residual;
         epilogue.residual_dtype = halfstep::DType::kBFloat16;
       }
-      if (layer.kind == Kind::kGelu) {
+      if (layer.gelu) {
         epilogue.activation = halfstep::Activation::kGelu;
         epilogue.out = {memory.out, halfstep::Int8OutKind::kInt8, halfstep::DType::kFloat32, {0.02F, -100}};
       }

@@ -76,6 +76,11 @@ HALFSTEP_HOST_DEVICE inline float gelu(float x) {
 #endif
 }
 
+// The activations that are a clamp, which costs nothing beside the rest of an epilogue.
+inline bool is_clamp(Activation activation) {
+  return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6;
+}
+
 // torch.nn.functional's relu, relu6, gelu, gelu(approximate="tanh"), silu and hardswish.
 HALFSTEP_HOST_DEVICE inline float activate(Activation activation, float x) {
   switch (activation) {

@@ -120,11 +120,6 @@ HS_CLONES void quantize_run(const float* __restrict x, std::int64_t count, float
 
 namespace {
 
-// These are clamps, which cost nothing beside the rest of a pass.
-bool is_clamp(Activation activation) {
-  return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6;
-}
-
 // activate() of each element, in place, of one that is no clamp; the exponentials are this file's own, to a few units
 // in the last place.
 void activate_run(Activation activation, float* x, std::int64_t count) {

@@ -201,7 +201,7 @@ Int8ConvShape with_deep_pixels(Int8ConvShape s) {
 
 void int8_conv2d(const Int8ConvShape& given, const std::int8_t* input, const std::int8_t* weight,
                  const std::int32_t* weight_sums, const Int8Epilogue& epilogue, CudaStream stream) {
-  checked_image("int8_conv2d", given, input, epilogue.input.zero_point);
+  checked_image("int8_conv2d", given, input, epilogue.input.zero_point);  // before its sizes are multiplied
   const Int8ConvShape shape = with_deep_pixels(given);
   const Image image = checked_image("int8_conv2d", shape, input, epilogue.input.zero_point);
   const Int8Finish finish = int8_finish("int8_conv2d", epilogue, weight_sums, shape.terms(), shape.out_channels,
@@ -217,9 +217,7 @@ void int8_conv2d(const Int8ConvShape& given, const std::int8_t* input, const std
       address_of(input) | address_of(weight) | static_cast<std::uint64_t>(shape.group_channels());
   if (shape.groups > 1 && group_outputs < kFewOutputs)
     return launch_direct(shape, image, weight, finish, multiples, cuda_stream);
-  const Int8LinearShape product{image.out_pixels, shape.terms(), shape.out_channels};
-  const Int8Tile tile = hopper_conv_tile(product, input, weight, finish);
-  if (tile != Int8Tile::kNone && launch_int8_hopper_conv(tile, shape, image, weight, finish, cuda_stream)) return;
+  if (launch_int8_hopper_conv(shape, image, weight, finish, cuda_stream)) return;
   with_unit(multiples, [&](auto unit) {
     const GemmCall call{weight, image.out_pixels, shape.terms(), group_outputs, 0, 0, 0, finish};
     launch_gemm(GatheredRows<decltype(unit)::value>{image}, call, shape.groups, cuda_stream);

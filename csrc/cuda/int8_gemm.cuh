@@ -18,6 +18,7 @@
 
 #include "int8_epilogue.cuh"
 #include "int8_mma.cuh"
+#include "processors.h"
 #include "reduce.cuh"
 #include "try.h"
 
@@ -247,10 +248,7 @@ void launch_gemm(const Input& input, GemmCall call, std::int64_t groups, cudaStr
 template <class Input>
 void launch_gemm(const Input& input, const GemmCall& call, std::int64_t groups, cudaStream_t stream) {
   if constexpr (Input::kUnit == 16) {
-    int device = 0;
-    int processors = 0;
-    HS_CUDA_TRY(cudaGetDevice(&device));
-    HS_CUDA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = processors_here();
     const auto fills = [&](std::int64_t rows, std::int64_t channels) {
       const std::int64_t tiles = (call.rows + rows - 1) / rows * ((call.group_outputs + channels - 1) / channels);
       return tiles * groups * 4 >= processors * std::int64_t{3};

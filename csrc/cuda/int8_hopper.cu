@@ -48,14 +48,6 @@ Int8Tile fastest(std::span<const TileCosts> table, const Int8LinearShape& shape,
   return best;
 }
 
-int processors_here() {
-  int device = 0;
-  int processors = 0;
-  HS_CUDA_TRY(cudaGetDevice(&device));
-  HS_CUDA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return processors;
-}
-
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
 // The driver's function by way of the runtime: a library that links the driver cannot be loaded where there is none.
@@ -130,11 +122,6 @@ Int8Tile int8_conv_tile_for(const Int8LinearShape& shape, int processors) {
 Int8Tile hopper_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
                      const Int8Finish& finish) {
   return can_run_hopper(shape, input, weight, finish) ? int8_tile_for(shape, processors_here()) : Int8Tile::kNone;
-}
-
-Int8Tile hopper_conv_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
-                          const Int8Finish& finish) {
-  return can_run_hopper(shape, input, weight, finish) ? int8_conv_tile_for(shape, processors_here()) : Int8Tile::kNone;
 }
 
 void launch_int8_hopper(Int8Tile tile, const Int8LinearShape& shape, const std::int8_t* input,

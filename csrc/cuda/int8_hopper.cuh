@@ -5,7 +5,7 @@
 // shared memory. Blocks stay and walk over tiles, so that the slices of the next tile come in while the results of this
 // one are written. The blocks of a cluster take neighbouring rows and the same channels: each copies its share of the
 // weights to all of them. (Warpgroups that take turns, one multiplying its tile while the other writes, gained at most
-// 9 % where a tile has 6 slices, and lost up to 20 % elsewhere; two blocks on a processor lack registers.)
+// 8 % where a tile has 6 slices, and lost up to 20 % elsewhere; two blocks on a processor lack registers.)
 //
 // Of the weights the rows of a tile are dealt out by the copy itself: row 32q + 8j + 2k + e of shared memory is channel
 // 32q + 8k + 2j + e, so that a thread ends up with 8 neighbouring channels of a row and writes them as one. That is a
@@ -263,44 +263,46 @@ __device__ void take_groups(int group, const std::int32_t (&sums)[kCount], std::
   }
 }
 
-// A residual of 16 bits, from memory that answers late: what the first step adds is loaded before the products, and
-// each step loads that of the next. The rest of a tile is at least called into the L2 cache before the products.
+// What a thread writes of a tile. And a residual of 16 bits, from memory that answers late: what the first step adds is
+// loaded before the products, and each step loads that of the next. The rest of a tile is at least called into the L2
+// cache before the products.
 template <class Tile>
-struct HopperResidual {
+struct HopperPart {
   static constexpr int kGroups = kTogether<Tile>;
-  const std::uint8_t* data;  // null without a residual of 16 bits
-  std::int64_t first;        // of the elements of the output, this thread's in the upper row
-  std::int64_t below;        // elements between its rows
-  int groups;                // of the tile's channels that exist
-  bool valid[2];             // its rows that exist
+  const std::uint8_t* residual;  // null without one of 16 bits
+  std::int64_t first;            // of the elements of the output, this thread's in the upper row
+  std::int64_t below;            // elements between its rows
+  int groups;                    // of the tile's channels that exist
+  bool valid[2];                 // its rows that exist
   uint4 ahead[kGroups][2] = {};
 
-  __device__ HopperResidual(const HopperCall& call, std::int64_t row, std::int64_t start) {
+  __device__ HopperPart(const HopperCall& call, std::int64_t row, std::int64_t start) {
     const Int8Epilogue& epilogue = call.finish.epilogue;
     const int place = static_cast<int>(threadIdx.x) % 4;
-    data = epilogue.residual_dtype == DType::kFloat32 ? nullptr : static_cast<const std::uint8_t*>(epilogue.residual);
+    residual =
+        epilogue.residual_dtype == DType::kFloat32 ? nullptr : static_cast<const std::uint8_t*>(epilogue.residual);
     first = row * call.channels + start + place * 8;
     below = 8 * call.channels;
     groups = static_cast<int>(min(call.channels - start, std::int64_t{Tile::kChannels})) / 32;
     valid[0] = row < call.rows;
     valid[1] = row + 8 < call.rows;
-    if (!data) return;
+    if (!residual) return;
     load(0);
     constexpr int kOfLine = 64;  // elements of a line of the cache
     if (place * kOfLine < groups * 32) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (valid[i]) prefetch_l2(data + 2 * (row * call.channels + start + i * below + place * kOfLine));
+        if (valid[i]) prefetch_l2(residual + 2 * (row * call.channels + start + i * below + place * kOfLine));
     }
   }
   __device__ void load(int group) {
-    if (!data) return;
+    if (!residual) return;
 #pragma unroll
     for (int q = 0; q < kGroups; ++q)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (valid[i] && group + q < groups)
-          ahead[q][i] = *reinterpret_cast<const uint4*>(data + 2 * (first + i * below + (group + q) * 32));
+          ahead[q][i] = *reinterpret_cast<const uint4*>(residual + 2 * (first + i * below + (group + q) * 32));
   }
 };
 
@@ -309,22 +311,22 @@ struct HopperResidual {
 // epilogue takes as long as the products. What counts is the number of instructions, some 33 an element with gelu.
 template <class Tile, class Out, Finish kFinish, class Activate>
 __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
-                            const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row,
-                            HopperResidual<Tile> residual, const Activate& activate_values) {
+                            const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row, HopperPart<Tile> part,
+                            const Activate& activate_values) {
   constexpr int kGroups = kTogether<Tile>;
   const int place = static_cast<int>(threadIdx.x) % 4 * 8;
   const float* const row_scales = call.finish.epilogue.row_scales;
   float row_scale[2] = {1.0F, 1.0F};
 #pragma unroll
   for (int below = 0; below < 2; ++below)
-    if (kFinish == Finish::kAll && row_scales && residual.valid[below])
+    if (kFinish == Finish::kAll && row_scales && part.valid[below])
       row_scale[below] = row_scales[(row + below * 8) / call.finish.rows_per_scale];
 #pragma unroll 1
-  for (int group = 0; group < residual.groups; group += kGroups) {
+  for (int group = 0; group < part.groups; group += kGroups) {
     uint4 halves[kGroups][2];
     if constexpr (kFinish == Finish::kAll) {
-      std::memcpy(halves, residual.ahead, sizeof halves);
-      residual.load(group + kGroups);
+      std::memcpy(halves, part.ahead, sizeof halves);
+      part.load(group + kGroups);
     }
     std::int32_t own[kGroups][2][8];
 #pragma unroll
@@ -336,17 +338,16 @@ __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kCha
     take_groups<kGroups, 0, Tile::kChannels / 32 / kGroups>(group, sums, own);
 #pragma unroll
     for (int q = 0; q < kGroups; ++q) {
-      if (group + q >= residual.groups) break;
+      if (group + q >= part.groups) break;
       float scales[8];
       float biases[8];
       load_eight(scales, terms.scales + (group + q) * 32 + place);
       load_eight(biases, terms.biases + (group + q) * 32 + place);
 #pragma unroll
       for (int below = 0; below < 2; ++below)
-        if (residual.valid[below])
-          finish_eight<Out, kFinish>(call.finish, residual.first + below * residual.below + (group + q) * 32,
-                                     own[q][below], scales, biases, row_scale[below], halves[q][below],
-                                     activate_values);
+        if (part.valid[below])
+          finish_eight<Out, kFinish>(call.finish, part.first + below * part.below + (group + q) * 32, own[q][below],
+                                     scales, biases, row_scale[below], halves[q][below], activate_values);
     }
   }
 }
@@ -354,12 +355,12 @@ __device__ void finish_tile(const HopperCall& call, const HopperTerms<Tile::kCha
 // The same without what few calls have, all of it unrolled: short enough for that.
 template <class Tile, class Out, class Activate>
 __device__ void finish_plain_tile(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
-                                  const std::int32_t (&sums)[Tile::kChannels / 2], const HopperResidual<Tile>& residual,
+                                  const std::int32_t (&sums)[Tile::kChannels / 2], const HopperPart<Tile>& part,
                                   const Activate& activate_values) {
   const int place = static_cast<int>(threadIdx.x) % 4 * 8;
 #pragma unroll
   for (int q = 0; q < Tile::kChannels / 32; ++q) {
-    if (q >= residual.groups) break;
+    if (q >= part.groups) break;
     float scales[8];
     float biases[8];
     load_eight(scales, terms.scales + q * 32 + place);
@@ -369,9 +370,9 @@ __device__ void finish_plain_tile(const HopperCall& call, const HopperTerms<Tile
       std::int32_t own[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) own[e] = sums[(q * 4 + e / 2) * 4 + below * 2 + e % 2];
-      if (residual.valid[below])
-        finish_eight<Out, Finish::kPlain>(call.finish, residual.first + below * residual.below + q * 32, own, scales,
-                                          biases, 1.0F, {}, activate_values);
+      if (part.valid[below])
+        finish_eight<Out, Finish::kPlain>(call.finish, part.first + below * part.below + q * 32, own, scales, biases,
+                                          1.0F, {}, activate_values);
     }
   }
 }
@@ -379,19 +380,19 @@ __device__ void finish_plain_tile(const HopperCall& call, const HopperTerms<Tile
 template <class Tile, class Activate>
 __device__ void finish_sums(const HopperCall& call, const HopperTerms<Tile::kChannels>& terms,
                             const std::int32_t (&sums)[Tile::kChannels / 2], std::int64_t row,
-                            const HopperResidual<Tile>& residual, const Activate& activate_values) {
+                            const HopperPart<Tile>& part, const Activate& activate_values) {
   const Int8Epilogue& epilogue = call.finish.epilogue;
   const bool all = epilogue.residual || epilogue.row_scales;
   const auto finish = [&](auto out) {
     using Out = decltype(out);
     if constexpr (Activate::kShort) {
       if (!all && epilogue.input.zero_point == 0)
-        return finish_plain_tile<Tile, Out>(call, terms, sums, residual, activate_values);
+        return finish_plain_tile<Tile, Out>(call, terms, sums, part, activate_values);
     }
     if (all) {
-      finish_tile<Tile, Out, Finish::kAll>(call, terms, sums, row, residual, activate_values);
+      finish_tile<Tile, Out, Finish::kAll>(call, terms, sums, row, part, activate_values);
     } else {
-      finish_tile<Tile, Out, Finish::kShifted>(call, terms, sums, row, residual, activate_values);
+      finish_tile<Tile, Out, Finish::kShifted>(call, terms, sums, row, part, activate_values);
     }
   };
   switch (epilogue.out.kind) {
@@ -427,7 +428,7 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
     load_terms<Tile>(terms[even], call.finish, start, call.channels, static_cast<int>(threadIdx.x));
     const std::int64_t row = (place.row * Tile::kCluster + rank) * std::int64_t{Tile::kRows} + consumer * 64 +
                              thread / kWarp * 16 + thread % kWarp / 4;
-    const HopperResidual<Tile> residual(call, row, start);
+    const HopperPart<Tile> part(call, row, start);
     std::int32_t sums[Tile::kChannels / 2];
     std::uint32_t before = 0;
     for (int slice = 0; slice < call.slices; ++slice) {
@@ -449,7 +450,7 @@ __device__ void multiply_tiles(HopperStages<Tile> stages, HopperTerms<Tile::kCha
 
     // All consumers have written the terms, and none reads those of the tile before any more.
     asm volatile("bar.sync 1, %0;" ::"n"(Tile::kConsumerThreads) : "memory");
-    finish_sums<Tile>(call, terms[even], sums, row, residual, activate_values);
+    finish_sums<Tile>(call, terms[even], sums, row, part, activate_values);
     even ^= 1;
   }
 }

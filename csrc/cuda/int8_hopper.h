@@ -19,12 +19,9 @@ bool can_run_hopper(const Int8LinearShape& shape, const std::int8_t* input, cons
 void launch_int8_hopper(Int8Tile tile, const Int8LinearShape& shape, const std::int8_t* input,
                         const std::int8_t* weight, const Int8Finish& finish, cudaStream_t stream);
 
-// The same for convolutions of one group: their product as rows of pixels by terms of taps. launch_int8_hopper_conv
-// does nothing and returns false where the sizes do not fit its copies: channels of the input that are a multiple of
-// 16, and sizes of 16 bits.
-Int8Tile hopper_conv_tile(const Int8LinearShape& shape, const std::int8_t* input, const std::int8_t* weight,
-                          const Int8Finish& finish);
-bool launch_int8_hopper_conv(Int8Tile tile, const Int8ConvShape& shape, const Image& image, const std::int8_t* weight,
+// The convolution, as a product of pixels by the terms of taps, on the fastest tile; false, and nothing is done, where
+// it cannot run, where its sizes do not fit the copies (see int8_conv2d_by_tile), or where it is not the fastest.
+bool launch_int8_hopper_conv(const Int8ConvShape& shape, const Image& image, const std::int8_t* weight,
                              const Int8Finish& finish, cudaStream_t stream);
 
 }  // namespace halfstep::cuda

@@ -167,16 +167,30 @@ bool launch_by(Int8Tile tile, const Int8LinearShape& product, const Image& image
   return false;
 }
 
-}  // namespace
+Int8LinearShape product_of(const Int8ConvShape& shape) {
+  return {shape.out_pixels(), shape.terms(), shape.out_channels};
+}
 
-bool launch_int8_hopper_conv(Int8Tile tile, const Int8ConvShape& shape, const Image& image, const std::int8_t* weight,
-                             const Int8Finish& finish, cudaStream_t stream) {
-  const Int8LinearShape product{image.out_pixels, shape.terms(), shape.out_channels};
-  if (!fits(shape, image)) return false;
+bool can_run(const Int8ConvShape& shape, const Image& image, const std::int8_t* weight, const Int8Finish& finish) {
+  const Int8LinearShape product = product_of(shape);
+  return product.rows > 0 && fits(shape, image) && can_run_hopper(product, image.data, weight, finish);
+}
+
+bool launch_tile(Int8Tile tile, const Int8ConvShape& shape, const Image& image, const std::int8_t* weight,
+                 const Int8Finish& finish, cudaStream_t stream) {
+  const Int8LinearShape product = product_of(shape);
   const Activation activation = finish.epilogue.activation;
-  if (activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6)
+  if (is_clamp(activation))
     return launch_by(tile, product, image, weight, finish, clamp_activation(activation), stream);
   return launch_by(tile, product, image, weight, finish, OtherActivation{activation}, stream);
+}
+
+}  // namespace
+
+bool launch_int8_hopper_conv(const Int8ConvShape& shape, const Image& image, const std::int8_t* weight,
+                             const Int8Finish& finish, cudaStream_t stream) {
+  return can_run(shape, image, weight, finish) &&
+         launch_tile(int8_conv_tile_for(product_of(shape), processors_here()), shape, image, weight, finish, stream);
 }
 
 bool int8_conv2d_by_tile(Int8Tile tile, const Int8ConvShape& shape, const std::int8_t* input, const std::int8_t* weight,
@@ -185,9 +199,8 @@ bool int8_conv2d_by_tile(Int8Tile tile, const Int8ConvShape& shape, const std::i
   const Image image = checked_image(kName, shape, input, epilogue.input.zero_point);
   const Int8Finish finish = int8_finish(kName, epilogue, weight_sums, shape.terms(), shape.out_channels,
                                         /*rows_per_scale=*/shape.out_height * shape.out_width);
-  const Int8LinearShape product{image.out_pixels, shape.terms(), shape.out_channels};
-  return product.rows > 0 && can_run_hopper(product, input, weight, finish) &&
-         launch_int8_hopper_conv(tile, shape, image, weight, finish, static_cast<cudaStream_t>(stream.handle));
+  return can_run(shape, image, weight, finish) &&
+         launch_tile(tile, shape, image, weight, finish, static_cast<cudaStream_t>(stream.handle));
 }
 
 }  // namespace halfstep::cuda

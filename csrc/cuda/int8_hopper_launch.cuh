@@ -8,6 +8,7 @@
 
 #include "int8_hopper.cuh"
 #include "int8_tiles.h"
+#include "processors.h"
 #include "try.h"
 
 namespace halfstep::cuda {
@@ -41,9 +42,7 @@ HopperCall hopper_call(const Int8LinearShape& shape, const Int8Finish& finish) {
 template <class Tile, auto kernel, class... Arguments>
 void launch_clusters(const HopperCall& call, cudaStream_t stream, const Arguments&... arguments) {
   int device = 0;
-  int processors = 0;
   HS_CUDA_TRY(cudaGetDevice(&device));
-  HS_CUDA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   static std::atomic<std::uint64_t> prepared{0};  // a bit for each device whose kernel may have this much shared memory
   const std::uint64_t bit = std::uint64_t{1} << device % 64;
   if ((prepared.load(std::memory_order_relaxed) & bit) == 0 || device >= 64) {
@@ -54,8 +53,8 @@ void launch_clusters(const HopperCall& call, cudaStream_t stream, const Argument
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {Tile::kCluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(std::min(call.row_tiles * call.channel_tiles, processors / Tile::kCluster) *
-                                         Tile::kCluster);
+  config.gridDim = static_cast<unsigned>(
+      std::min(call.row_tiles * call.channel_tiles, processors_of(device) / Tile::kCluster) * Tile::kCluster);
   config.blockDim = Tile::kThreads;
   config.dynamicSmemBytes = Tile::kSharedBytes;
   config.stream = stream;

@@ -162,7 +162,8 @@ def test_int8_of_a_script(kind: str, way: Callable[..., Any], device: str, tmp_p
         assert 0 < noise(before, got) < 0.05
         assert torch.equal(script(x), before)
         if (kind, way) != ("branching", traced):  # a trace has one of the branches
-            assert noise(model(x), before) < (1e-10 if device == "cpu" else 1e-8)  # the fast path of attention
+            other_sums = (kind, device) == ("encoder", "cuda")  # attention's fast path adds in another order
+            assert noise(model(x), before) < (1e-8 if other_sums else 1e-10)
     inference.save_torchscript(tmp_path / "model.pt")
     with torch.no_grad():
         assert torch.equal(torch.jit.load(tmp_path / "model.pt", map_location=device)(x), got)
