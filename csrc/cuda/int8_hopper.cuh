@@ -5,7 +5,7 @@
 // shared memory. Blocks stay and walk over tiles, so that the slices of the next tile come in while the results of this
 // one are written. The blocks of a cluster take neighbouring rows and the same channels: each copies its share of the
 // weights to all of them. (Warpgroups that take turns, one multiplying its tile while the other writes, gained at most
-// 8 % where a tile has 6 slices, and lost up to 20 % elsewhere; two blocks on a processor lack registers.)
+// 10 % where a tile has 6 slices, and lost up to 20 % elsewhere; two blocks on a processor lack registers.)
 //
 // Of the weights the rows of a tile are dealt out by the copy itself: row 32q + 8j + 2k + e of shared memory is channel
 // 32q + 8k + 2j + e, so that a thread ends up with 8 neighbouring channels of a row and writes them as one. That is a

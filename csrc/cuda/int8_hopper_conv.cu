@@ -19,7 +19,6 @@ namespace halfstep::cuda {
 namespace {
 
 constexpr int kChunkBytes = 16;
-constexpr int kChunksOfRow = kHopperSlice / kChunkBytes;
 constexpr int kSixteenBits = 32767;
 
 // What lies outside of an image: 16 bytes of each zero point, from -128 on, which copies can read.
@@ -30,12 +29,13 @@ struct alignas(kChunkBytes) Outside {
       for (std::int8_t& byte : bytes[zero_point + 128]) byte = static_cast<std::int8_t>(zero_point);
   }
 };
-__device__ const Outside kOutside{};
+[[maybe_unused]] __device__ const Outside kOutside{};  // host and device must both declare it, only sm_90a reads it
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 template <class Tile>
 __device__ void gather_tiles(HopperStages<Tile> stages, const CUtensorMap* weight, const HopperCall& call,
                              const Image& image) {
+  constexpr int kChunksOfRow = kHopperSlice / kChunkBytes;
   constexpr int kPass = kWarpgroup / kChunksOfRow;  // rows that all threads bring at a time
   constexpr int kPasses = Tile::kRows / kPass;
   constexpr int kNowhere = -kSixteenBits - 1;  // no tap reaches the image from there

@@ -269,10 +269,12 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of parameters, buffers and packed weights, each counted once."""
-    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    layers = {}
     for module in model.modules():
         packed = getattr(module, "packed", None)
         if isinstance(packed, torch.ScriptObject):
-            parts = [packed.weight(), packed.scales(), packed.bias(), packed.input_factors()]
-            tensors[id(packed)] = sum(t.numel() * t.element_size() for t in parts if t is not None)
-    return sum(tensors.values())
+            layers[packed.id()] = packed  # not by id(): a script makes a Python object each time it is asked
+    parts = [(each.weight(), each.scales(), each.bias(), each.input_factors()) for each in layers.values()]
+    stored = [*tensors.values(), *(part for each in parts for part in each if part is not None)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored)
