@@ -12,7 +12,8 @@ speed_guard=False, all layers that keep the accuracy; "int8, speed guard" is the
 came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile
 of half and of int8, and int8 as TorchScript.
 --borders prints where the time of the int8 models goes, see bench/int8_borders.py.
-On a GPU the time in brackets is that of a CUDA graph's replay.
+On a GPU the time in brackets is that of a CUDA graph's replay, and the limit is printed: the operations of a batch's
+products, attention's included, over the rate of an H100's tensor cores.
 
 Accuracy is top-1 for digits and the mean reciprocal rank of a query's document for MiniLM. "agreement" is the share of
 digits of one class as in float32, or the mean cosine between both vectors of a sentence (in brackets the least).
@@ -40,8 +41,10 @@ from int8_borders import shares
 from int8_peers import Inputs, bytes_of, onnx_models, torchao_model
 from timing import machine, measure_in_turns, replayed
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 SIZED = ("bert-base", "vit-b")
+PEAKS = {"bfloat16": 989.5e12, "int8": 1979e12}  # operations a second of an H100 SXM
 MODELS = ("minilm", *zoo.RECIPES, *SIZED)
 
 
@@ -262,6 +265,18 @@ def table(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def limit_line(case: Case) -> str:
+    """Return how long the tensor cores of an H100 need at least for one batch."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        case.model(*case.example)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    operations = counter.get_total_flops()
+    least = ", ".join(f"{1e3 * operations / peak:.3f} ms in {name}" for name, peak in PEAKS.items())
+    return f"{case.name}: {operations:.3g} operations, limit {least}"
+
+
 def shares_line(row: dict[str, Any]) -> str:
     """Return milliseconds, and parts of the whole."""
     whole = row["shares"]["model"]
@@ -311,6 +326,7 @@ def main() -> None:
     print(f"{machine(device)}, batches of {options.batch}, threshold {options.threshold:g}\n")
     result: dict[str, Any] = {"machine": machine(device), "models": []}
     print(HEAD)
+    limits = []
     for name in chosen:
         if name == "minilm" and not options.minilm.exists():
             print(f"minilm: left out, there is no {options.minilm}; see bench/int8_sentences.py", file=sys.stderr)
@@ -320,8 +336,12 @@ def main() -> None:
         else:
             case = (sized if name in SIZED else digits)(name, device, options.batch)
         result["models"] += table(case, options)
+        if device.type == "cuda":
+            limits.append(limit_line(case))
         if options.out:
             options.out.write_text(json.dumps(result, indent=1))
+    if limits:
+        print("\n" + "\n".join(limits))
     if options.borders:
         print("\n| model | run | ms | int8 products | borders | everything else |\n|---|---|---|---|---|---|")
         print("\n".join(shares_line(row) for row in result["models"] if "shares" in row))
