@@ -55,6 +55,14 @@ def in_turns(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(turns)()
 
 
+def eager_int8(
+    x: torch.Tensor, scale: float, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Return what torch's own operations make of an int8 product."""
+    quantized = (x / scale).round().clamp(-128, 127).to(torch.int8)
+    return (torch._int_mm(quantized, weight) * scales + bias).to(x.dtype)
+
+
 def calls_of(rows: int, inside: int, outside: int, device: torch.device, peers: str) -> dict[str, Callable[[], Any]]:
     half = torch.bfloat16
     copies = min(CALLS, int(CACHE / (inside * outside)) + 1) if device.type == "cuda" else 1
@@ -85,6 +93,9 @@ def calls_of(rows: int, inside: int, outside: int, device: torch.device, peers: 
         calls["float32 -> int8 -> float32"] = int8(x, input_scale=scale)
     elif rows > 16:
         calls["torch._int_mm alone"] = in_turns([partial(torch._int_mm, xq, each.weight().t()) for each in packed])
+        calls["bfloat16 -> torch._int_mm and eager code -> bfloat16"] = in_turns(
+            [partial(eager_int8, xh, scale, each.weight().t(), scale * each.scales(), bias) for each in packed]
+        )
     if device.type == "cpu" and "onnxruntime" in peers:
         try:
             calls["onnxruntime int8 static, float32"] = partial(onnx_linear(weight, bias, x), x)

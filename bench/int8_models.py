@@ -10,7 +10,7 @@ bench/int8_model_zoo.py. "bert-base" and "vit-b" have the size of those and rand
 agreement of their outputs. Runs: the model in float32 and in half; "int8 everywhere" is the optimizer with
 speed_guard=False, all layers that keep the accuracy; "int8, speed guard" is the default, and the last column says what
 came back. Peers run where they import; ONNX Runtime on the CPU alone. --compile adds torch.compile
-of half and of int8, and int8 as TorchScript.
+of half and of int8, int8 that the guard compared compiled, and int8 as TorchScript.
 --borders prints where the time of the int8 models goes, see bench/int8_borders.py.
 On a GPU the time in brackets is that of a CUDA graph's replay, and the limit is printed: the operations of a batch's
 products, attention's included, over the rate of an H100's tensor cores.
@@ -208,7 +208,11 @@ def all_runs(case: Case, options: argparse.Namespace, folder: Path) -> Runs:
             model = runs.models[name]
             runs.add(f"{name}, compiled", lambda model=model: torch.compile(model))
             runs.notes[f"{name}, compiled"] = runs.notes.get(name, "")
-        for name, optimizer in runs.optimizers.items():
+        chosen = "int8, guard of compiled models"
+        model = runs.add(chosen, lambda: halfstep_model(runs, chosen, options, compiled=True))
+        if model is not None:
+            runs.models[chosen] = torch.compile(model)
+        for name, optimizer in [each for each in runs.optimizers.items() if each[0] != chosen]:
 
             def script(optimizer: InferencePrecisionOptimizer = optimizer) -> nn.Module:
                 optimizer.save_torchscript(folder / "script.pt")

@@ -262,7 +262,7 @@ def build(environment: TorchEnvironment, cuda: bool, architectures: str) -> None
         nvcc, extra = find_nvcc(environment)
         options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", *extra]
     news = f" for GPU architectures {architectures}" if cuda else ""
-    needed = "about 2 minutes on 2 cores" + ("; with CUDA 3" if cuda else "")
+    needed = "about 5 minutes on 2 cores" + ("; with CUDA 13" if cuda else "")
     compile_and_install(environment, folder, options, news, needed)
     latest = ROOT / "build" / "latest"
     latest.unlink(missing_ok=True)

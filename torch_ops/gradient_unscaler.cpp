@@ -87,17 +87,19 @@ struct LeafHook final : FunctionPreHook {
   const void* leaf;
 };
 
+using NodePointer = decltype(torch::autograd::Edge::function);  // a std::shared_ptr, an intrusive_ptr since torch 2.15
+
 std::vector<at::Tensor> leaves_of(const std::vector<at::Tensor>& roots) {
   std::vector<at::Tensor> leaves;
-  std::vector<std::shared_ptr<Node>> open;
+  std::vector<NodePointer> open;
   std::unordered_set<const Node*> seen;
-  const auto visit = [&](const std::shared_ptr<Node>& node) {
+  const auto visit = [&](const NodePointer& node) {
     if (node && seen.insert(node.get()).second) open.push_back(node);
   };
   for (const at::Tensor& root : roots)
     if (root.requires_grad()) visit(torch::autograd::impl::gradient_edge(root).function);
   while (!open.empty()) {
-    const std::shared_ptr<Node> node = std::move(open.back());
+    const NodePointer node = std::move(open.back());
     open.pop_back();
     if (const auto* const leaf = dynamic_cast<const AccumulateGrad*>(node.get())) leaves.push_back(leaf->variable);
     for (const torch::autograd::Edge& edge : node->next_edges()) visit(edge.function);

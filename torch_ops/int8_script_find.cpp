@@ -37,6 +37,7 @@ constexpr std::string_view kRecurrent = "a recurrent layer";
 constexpr std::string_view kWhole =
     "attention runs as one op; script the model, or trace it after torch.backends.mha.set_fastpath_enabled(False)";
 constexpr std::string_view kNone = "no int8 kernel for it";
+constexpr std::string_view kPrepared = "torch.jit.optimize_for_inference changed it; give the script as it was before";
 constexpr auto kUnsupported = std::to_array<Unsupported>({{"lstm", 2, kRecurrent},
                                                           {"gru", 2, kRecurrent},
                                                           {"rnn_tanh", 2, kRecurrent},
@@ -47,6 +48,8 @@ constexpr auto kUnsupported = std::to_array<Unsupported>({{"lstm", 2, kRecurrent
                                                           {"rnn_relu_cell", 2, kRecurrent},
                                                           {"_transformer_encoder_layer_fwd", 3, kWhole},
                                                           {"_native_multi_head_attention", 5, kWhole},
+                                                          {"cudnn_convolution_relu", 1, kPrepared},
+                                                          {"cudnn_convolution_add_relu", 1, kPrepared},
                                                           {"conv3d", 1, kNone},
                                                           {"conv_transpose1d", 1, kNone},
                                                           {"conv_transpose2d", 1, kNone},
@@ -65,7 +68,8 @@ std::string_view op_of(const Node* node) {
   return node->kind().is_aten() ? std::string_view(node->kind().toUnqualString()) : std::string_view();
 }
 
-// "self.encoder.0.weight.3", as a frozen module calls its constants, is "encoder.0", "weight".
+// "self.encoder.0.weight.3", as a frozen module calls its constants, is "encoder.0", "weight"; so is what freezing and
+// torch.jit.optimize_for_inference make of it, "self.encoder.0.weight_fused_bn_mkldnn.3".
 std::optional<AttributePath> path_in(std::string name) {
   if (!name.starts_with("self.")) return std::nullopt;
   name.erase(0, 5);
@@ -73,6 +77,8 @@ std::optional<AttributePath> path_in(std::string name) {
   while (name.find('.') != std::string::npos &&
          std::ranges::all_of(last(), [](char c) { return c >= '0' && c <= '9'; }))
     name.erase(name.rfind('.'));
+  for (const std::string_view suffix : {"_mkldnn", "_fused_bn"})
+    if (name.ends_with(suffix)) name.resize(name.size() - suffix.size());
   const std::size_t dot = name.rfind('.');
   if (dot == std::string::npos) return AttributePath{"", name};
   return AttributePath{name.substr(0, dot), name.substr(dot + 1)};
@@ -123,6 +129,8 @@ class Finder {
         weight = weight->node()->input(0);
       if (const auto source = Constants::source_of(weight)) refuse(owner_of(*source), std::string(one.why));
     }
+    static const auto kPacked = c10::Symbol::fromQualString("prim::ConstantMKLDNNTensor");
+    if (node->kind() == kPacked) refuse_packed(node->output()->debugName());
   }
 
   std::vector<ScriptLayer> layers() && {
@@ -139,6 +147,13 @@ class Finder {
   static std::string owner_of(const AttributePath& path) { return path.module.empty() ? path.name : path.module; }
 
   void refuse(const std::string& name, std::string why) { left_.emplace(name, std::move(why)); }
+
+  // Weights in oneDNN's layout are constants of their own kind.
+  void refuse_packed(const std::string& constant) {
+    const auto path = path_in(constant);
+    if (!path) return refuse(constant, std::string(kPrepared));
+    if (path->name == "weight") refuse(owner_of(*path), std::string(kPrepared));
+  }
 
   void visit_convolution(Node* node) {
     const auto weight = constants_(node->input(1));

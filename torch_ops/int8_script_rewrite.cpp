@@ -2,6 +2,7 @@
 // layer norms before them.
 #include <algorithm>
 #include <unordered_map>
+#include <unordered_set>
 
 #include <torch/csrc/jit/ir/alias_analysis.h>
 #include <torch/csrc/jit/ir/constants.h>
@@ -19,10 +20,13 @@ struct Site {
   Node* node;  // the float product, until all is decided
   std::size_t layer;
   std::string activation = "none";
-  bool residual = false;                // the node's last input, which other sites may replace
+  Node* sum = nullptr;                  // the addition that it takes over, likewise until all is decided
   const ScriptSettings* out = nullptr;  // of the readers, where int8 passes on
   bool reads_int8 = false;
   Value* row_scales = nullptr;  // of int8 whose rows have each its own scale
+
+  Value* output() const { return (sum != nullptr ? sum : node)->output(); }
+  Value* residual() const { return sum->input(sum->input(0) == node->output() ? 1 : 0); }
 };
 
 bool quantize_alike(const ScriptSettings& one, const ScriptSettings& other) {
@@ -57,16 +61,16 @@ class Rewriter {
   void take_residuals(const GraphPtr& graph, const std::unordered_set<std::size_t>& alike) {
     std::ranges::for_each(sites_, [&](Site& site) {
       Node* const sum = only_reader(site);
-      if (sum == nullptr || site.activation != "none" || site.residual) return;
+      if (sum == nullptr || site.activation != "none" || site.sum != nullptr || sums_.contains(sum)) return;
       const auto number = noted_sum(sum);
       if (!number || !alike.contains(*number)) return;
       const bool first = sum->input(0) == site.node->output();
       if (!first && sum->kind() == aten::add_) return;        // others may see what the addition writes
       torch::jit::AliasDb aliases(graph, /*isFrozen=*/true);  // a new one each time, as nodes are destroyed
       if (!aliases.moveBeforeTopologicallyValid(site.node, sum)) return;
-      site.residual = true;
-      site.node->addInput(sum->input(first ? 1 : 0));  // it is read, by what is no product
-      take_over(site, sum, "residual");
+      site.sum = sum->kind() == aten::add_ ? out_of_place(sum) : sum;
+      sums_.insert(site.sum);
+      note(site, "residual");
     });
   }
 
@@ -81,7 +85,7 @@ class Rewriter {
         reader->reads_int8 = true;
         join(site.layer, reader->layer);
       }
-      take_int8(site.node->output());
+      take_int8(site.output());
     }
   }
 
@@ -107,7 +111,8 @@ class Rewriter {
       const torch::jit::WithInsertPoint before(site.node);
       Value* const result = insert_op(site, packed_value(site.layer));
       result->node()->setSourceRange(site.node->sourceRange());
-      site.node->output()->replaceAllUsesWith(result);
+      site.output()->replaceAllUsesWith(result);
+      if (site.sum != nullptr) site.sum->destroy();
       site.node->destroy();
     }
   }
@@ -136,18 +141,29 @@ class Rewriter {
   // Who alone reads more of a product than its sizes; null if it is in another block, or the product an embedding.
   Node* only_reader(const Site& site) const {
     if (is_embedding(site)) return nullptr;
-    const std::vector<Node*> readers = readers_of(site.node->output());
+    const std::vector<Node*> readers = readers_of(site.output());
     const bool one = readers.size() == 1 && readers[0]->owningBlock() == site.node->owningBlock();
     return one && readers[0]->kind() != torch::jit::prim::Return &&
-                   std::ranges::count(readers[0]->inputs(), site.node->output()) == 1
+                   std::ranges::count(readers[0]->inputs(), site.output()) == 1
                ? readers[0]
                : nullptr;
   }
 
   void take_over(const Site& site, Node* gone, const std::string& part) {
     note(site, part);
-    gone->output()->replaceAllUsesWith(site.node->output());
+    gone->output()->replaceAllUsesWith(site.output());
     gone->destroy();
+  }
+
+  // What it writes to is a product that nothing else reads.
+  Node* out_of_place(Node* sum) {
+    const torch::jit::WithInsertPoint before(sum);
+    Node* const made = graph_.insertNode(graph_.create(aten::add, sum->inputs(), 1));
+    made->output()->copyMetadata(sum->output());
+    made->setSourceRange(sum->sourceRange());
+    sum->output()->replaceAllUsesWith(made->output());
+    sum->destroy();
+    return made;
   }
 
   void note(const Site& site, const std::string& part) {
@@ -157,7 +173,7 @@ class Rewriter {
 
   // The int8 products that read this one, all by one scale; none if anything else does.
   std::vector<Site*> int8_readers(const Site& site) {
-    const std::vector<Site*> readers = behind(site.node->output());
+    const std::vector<Site*> readers = behind(site.output());
     const bool alike = std::ranges::all_of(readers, [&](const Site* reader) {
       const ScriptSettings& own = settings_of(*reader);
       return own.input_scale && quantize_alike(own, settings_of(*readers.front())) && !own.packed->input_factors();
@@ -265,7 +281,7 @@ class Rewriter {
     const c10::IValue out_dtype = is_float && site.reads_int8 ? c10::IValue(type) : c10::IValue();
     const c10::IValue out_scale = is_float ? c10::IValue() : c10::IValue(*site.out->input_scale);
     const c10::IValue scale = own.input_scale ? c10::IValue(*own.input_scale) : c10::IValue();
-    Value* residual = site.residual ? site.node->inputs().back() : nullptr;
+    Value* residual = site.sum != nullptr ? site.residual() : nullptr;
     if (kind == "conv1d") {
       input = graph_.insert(aten::unsqueeze, {input, -2});
       if (residual != nullptr) residual = graph_.insert(aten::unsqueeze, {residual, -2});
@@ -302,6 +318,7 @@ class Rewriter {
   std::optional<at::ScalarType> out_dtype_;
   std::vector<Site> sites_;
   std::unordered_map<const Node*, Site*> by_node_;
+  std::unordered_set<const Node*> sums_;  // that products have taken over
   std::map<std::size_t, std::vector<std::string>> parts_;
   std::map<std::size_t, std::size_t> region_;  // by its first layer
 };

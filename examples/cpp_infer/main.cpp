@@ -6,13 +6,16 @@
 // Every thread calls the same module. The results of all of them must have the same bits; latencies are printed as
 // percentiles. A model that runs with intra-op threads of its own would have these compete, so each call uses one.
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <iostream>
+#include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -60,11 +63,20 @@ void make_file(const std::string& path) {
   quantized.module.save(path);
 }
 
+int64_t number_in(const std::string& text) {
+  int64_t number = -1;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || end != text.data() + text.size() || number < 0)
+    throw std::invalid_argument("\"" + text +
+                                "\" is no number, expected SIZES such as 8,3,32,32 and THREADS such as 4");
+  return number;
+}
+
 std::vector<int64_t> sizes_in(const std::string& text) {
   std::vector<int64_t> sizes;
   for (std::size_t begin = 0; begin <= text.size();) {
     const std::size_t end = std::min(text.find(',', begin), text.size());
-    sizes.push_back(std::stoll(text.substr(begin, end - begin)));
+    sizes.push_back(number_in(text.substr(begin, end - begin)));
     begin = end + 1;
   }
   return sizes;
@@ -135,7 +147,11 @@ int main(int argc, char** argv) try {
     std::fprintf(stderr, "usage: halfstep_cpp_infer --make FILE | FILE SIZES [THREADS]\n");
     return 2;
   }
-  return run(argv[1], sizes_in(argv[2]), argc == 4 ? std::stoul(argv[3]) : 4);
+  const auto threads = static_cast<std::size_t>(argc == 4 ? number_in(argv[3]) : 4);
+  return run(argv[1], sizes_in(argv[2]), std::max<std::size_t>(threads, 1));
+} catch (const c10::Error& error) {
+  std::fprintf(stderr, "%s\n", error.what_without_backtrace());
+  return EXIT_FAILURE;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return EXIT_FAILURE;

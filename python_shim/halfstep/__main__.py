@@ -7,14 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-from halfstep._library import build_info, cmake_prefix
+from halfstep._library import build_info, cmake_prefix, library_path
 from halfstep.errors import LibraryMismatchError
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line: one of two options, or one of the commands `policy` and `shrink`."""
+    """Read the command line: one of three options, or one of the commands `policy` and `shrink`."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--cmake-prefix", action="store_true", help="for -DCMAKE_PREFIX_PATH")
+    which.add_argument("--library", action="store_true", help="for torch.ops.load_library where the package is not")
     which.add_argument("--build-info", action="store_true", help="versions, CUDA architectures, compilers")
     commands = parser.add_subparsers(dest="command")
     policy = commands.add_parser("policy", help="check a policy file; list autocast's ops")
@@ -32,8 +33,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     shrink.add_argument("--dry-run", action="store_true", help="print the report, write nothing")
     shrink.add_argument("--force", action="store_true", help="replace an existing output")
     arguments = parser.parse_args()
-    if bool(arguments.command) + arguments.cmake_prefix + arguments.build_info != 1:
-        parser.error("expected one of --cmake-prefix, --build-info and the commands policy and shrink")
+    if bool(arguments.command) + arguments.cmake_prefix + arguments.library + arguments.build_info != 1:
+        parser.error("expected one of --cmake-prefix, --library, --build-info and the commands policy and shrink")
     if arguments.command == "policy" and arguments.device and not arguments.ops:
         policy.error("--device goes with --ops")
     return arguments
@@ -97,6 +98,8 @@ def main() -> int:
     try:
         if arguments.cmake_prefix:
             print(";".join(map(str, cmake_prefix())))
+        elif arguments.library:
+            print(library_path())
         elif arguments.build_info:
             print_build_info()
         elif arguments.command == "shrink":

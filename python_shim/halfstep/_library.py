@@ -75,14 +75,20 @@ def load_library() -> None:
 
     loaded = _loaded_version()
     if loaded is None:
-        folder = find_folder(torch.__version__)
-        torch.ops.load_library(folder / "lib" / "libhalfstep_torch.so")
+        torch.ops.load_library(library_path())
         loaded = _loaded_version()
     if loaded != __version__:
         raise LibraryMismatchError(
             f"this process has loaded the library of halfstep {loaded} already, but this is halfstep {__version__}. "
             "Load only one: let `import halfstep` do it, or install the matching package."
         )
+
+
+def library_path() -> Path:
+    """Return the library of the ops and classes for the running torch, which processes without the package load."""
+    import torch
+
+    return find_folder(torch.__version__) / "lib" / "libhalfstep_torch.so"
 
 
 def build_info() -> dict[str, str]:

@@ -234,12 +234,19 @@ def _of_mapping(takes: _Parameters, kwargs: dict[str, Any], value: Any, size: in
 
 
 def _in_words(left_out: Iterable[tuple[str, Any]], size: int) -> tuple[str, ...]:
-    """Return where and what the tensors of samples are that forward does not take."""
+    """Return where and what the tensors of samples are that forward does not take, and labels of another number."""
     return tuple(
-        f"{where}: {str(item.dtype).removeprefix('torch.')} [{', '.join(map(str, ('batch', *item.shape[1:])))}]"
+        f"{where}: {str(item.dtype).removeprefix('torch.')} [{', '.join(map(str, (rows, *item.shape[1:])))}]"
         for where, item in left_out
-        if isinstance(item, torch.Tensor) and item.shape[:1] == (size,)
+        if isinstance(item, torch.Tensor) and (rows := _rows_of(item, size))
     )
+
+
+def _rows_of(item: torch.Tensor, size: int) -> str:
+    if item.shape[:1] == (size,):
+        return "batch"
+    number = item.dim() == 1 and item.numel() > 1 and not item.is_floating_point()
+    return f"{item.numel()} for {size} samples" if number else ""
 
 
 def looks_like_labels(model: nn.Module, batch: Batch) -> str:

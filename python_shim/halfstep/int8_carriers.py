@@ -22,12 +22,14 @@ class Carriers:
 
     reference: the float model that users know. form: the one whose layers are replaced, in the same type.
     `fastest` is the type of the float model that int8 has to beat, and the carrier unless int8 is faster in its own.
-    `inners` holds the form in the types in which regions are timed: its own, the carrier, and the faster of the halves.
+    `half` is the faster of the halves in which the model runs, None without one. `inners` holds the form in the types
+    in which regions are timed: its own, the carrier, and `half`.
     """
 
     def __init__(self, reference: nn.Module, form: nn.Module) -> None:
         self.own = float_dtype(reference)
         self.fastest = self.carrier = self.own
+        self.half: torch.dtype | None = None
         self.inners = {self.own: form}
         self._models = {self.own: reference}
 
@@ -66,7 +68,8 @@ class Carriers:
         self.fastest = self.carrier = min(times, key=times.__getitem__)
         halves = sorted((dtype for dtype in times if dtype != self.own), key=times.__getitem__)
         if halves:  # the better of them is timed in every region, whether it is the carrier or not
-            self.inners[halves[0]] = half_model(self.inners[self.own], halves[0]).module
+            self.half = halves[0]
+            self.inners[self.half] = half_model(self.inners[self.own], self.half).module
         if len(halves) > 1:
             faster, slower = map(name_of, halves)
             report.halves = f"regions are not timed in {slower}: the whole model is faster in {faster}"

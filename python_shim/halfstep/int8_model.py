@@ -267,8 +267,15 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
     return result
 
 
+def _constants(script: torch.jit.ScriptModule) -> list[torch.Tensor]:
+    """Return the tensors that stand in the code, where torch.jit.freeze and traces put weights."""
+    graph = script.inlined_graph  # its nodes live as long as it does
+    values = [node.output().toIValue() for node in graph.findAllNodes("prim::Constant")]
+    return list({value.data_ptr(): value for value in values if isinstance(value, torch.Tensor)}.values())
+
+
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters, buffers and packed weights, each counted once."""
+    """Return the bytes of parameters, buffers, packed weights and a script's constants, each counted once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     layers = {}
     for module in model.modules():
@@ -277,4 +284,6 @@ def weight_bytes(model: nn.Module) -> int:
             layers[packed.id()] = packed  # not by id(): a script makes a Python object each time it is asked
     parts = [(each.weight(), each.scales(), each.bias(), each.input_factors()) for each in layers.values()]
     stored = [*tensors.values(), *(part for each in parts for part in each if part is not None)]
+    if isinstance(model, torch.jit.ScriptModule):
+        stored += _constants(model)
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from halfstep._library import load_library
-from halfstep.calibration_data import Batch
+from halfstep.calibration_data import Batch, naming
 from halfstep.half_model import cast_floats, float_dtype, name_of
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_calibration import seeing_inputs
@@ -117,6 +117,16 @@ def _layer(kind: str, weight: torch.Tensor, bias: torch.Tensor | None, geometry:
     return layer.eval()
 
 
+def _finite_part(reference: torch.jit.ScriptModule, batches: list[Batch]) -> Batch:
+    """Return some samples for which the model gives finite outputs, of the first batch if none has these."""
+    for batch in batches:
+        part = batch.part(0, _PROBED)
+        with torch.no_grad(), naming(batch, reference):
+            if all(bool(output.isfinite().all()) for output in floating_tensors_of(part(reference))):
+                return part
+    return batches[0].part(0, _PROBED)
+
+
 class ScriptForm:
     """What Form is for a model of TorchScript. `model` is a ScriptModel; build() gives scripts.
 
@@ -137,7 +147,7 @@ class ScriptForm:
         self.norms = [(convolution, norm) for norm, convolution in self._form.folded()]
         report.graph = "TorchScript: products are taken one by one out of its graph"
         report.folded = [f"{norm} into {convolution}" for convolution, norm in self.norms]
-        probe = batches[0].part(0, _PROBED)
+        probe = _finite_part(reference, batches)
         self._obstacle = self._disagreement(reference, probe)
         self._probe(reference, probe)
 

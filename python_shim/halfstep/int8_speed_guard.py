@@ -88,23 +88,27 @@ class SpeedGuard:
         With it come its verdict, None for the reference, and what it is: "int8" or the name of its type.
         """
         run, carriers, report = self._run, self._run.carriers, self._run.report
-        kinds = list(dict.fromkeys((carriers.own, carriers.fastest)))
-        models = [*(carriers.model(dtype) for dtype in kinds), model]
-        if run.options.compiled:
-            models = self._compiled(models)
-        *rivals, mine = time_in_turns(calls_of(models, run.batches[0]), run.device)
+        half = carriers.half if run.options.compiled else None  # it may be the fastest compiled, if not in eager code
+        kinds = list(dict.fromkeys((carriers.own, half or carriers.own, carriers.fastest)))
+        models = [*map(carriers.model, kinds), model]
+        compiled = self._compiled(models) if run.options.compiled else None
+        *rivals, mine = time_in_turns(calls_of(compiled or models, run.batches[0]), run.device)
+        if compiled:
+            report.milliseconds = {}  # those of eager code are no measure for these
+            carriers.fastest = kinds[min(range(len(kinds)), key=lambda kind: rivals[kind].median)]
         report.milliseconds.update({name_of(dtype): t.median for dtype, t in zip(kinds, rivals, strict=True)})
         report.milliseconds["int8"] = mine.median
-        if loses(mine, rivals[-1]):
+        rival = rivals[kinds.index(carriers.fastest)]
+        if loses(mine, rival):
             best = run.best_float()
             if best[2] == name_of(carriers.fastest) or loses(mine, rivals[0]):
-                share = share_of(mine, rivals[-1], name_of(carriers.fastest))
+                share = share_of(mine, rival, name_of(carriers.fastest))
                 report.notes.append(f"int8 takes {share}: int8 is not used")
                 return best
         return model, verdict, "int8"
 
-    def _compiled(self, models: list[nn.Module]) -> list[nn.Module]:
-        """Return the models compiled, as they are going to be used; as they are if one of them cannot be compiled."""
+    def _compiled(self, models: list[nn.Module]) -> list[nn.Module] | None:
+        """Return the models compiled, as they are going to be used; None if one of them cannot be compiled."""
         compiled = [torch.compile(model) for model in models]
         try:
             with torch.inference_mode():
@@ -115,7 +119,7 @@ class SpeedGuard:
             self._run.report.notes.append(
                 f"models are timed without torch.compile, which fails: {type(error).__name__}: {said}"
             )
-            return models
+            return None
         self._run.report.notes.append("whole models are timed compiled; what came back is not compiled yet")
         return compiled
 

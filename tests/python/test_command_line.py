@@ -10,7 +10,7 @@ import pytest
 from halfstep import PrecisionPolicy
 from halfstep.autocast_ops import autocast_ops, format_ops, parse_ops
 
-NOTHING_TO_DO = "expected one of --cmake-prefix, --build-info and the commands policy and shrink"
+NOTHING_TO_DO = "expected one of --cmake-prefix, --library, --build-info and the commands policy and shrink"
 
 
 def test_the_lists_of_ops(run) -> None:

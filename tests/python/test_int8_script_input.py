@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Dict, NamedTuple  # noqa: UP035
@@ -16,6 +15,7 @@ from halfstep import InferencePrecisionOptimizer
 from halfstep._library import find_folder
 from halfstep.int8_layers import Int8Conv2d, Int8Embedding, Int8Linear
 from int8_file_cases import carry
+from int8_script_cases import calls, frozen, noise, optimized, scripted, traced
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("no_jit_fuser")
@@ -99,40 +99,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] 
 }
 
 
-def scripted(model: nn.Module, _example: Any) -> torch.jit.ScriptModule:
-    return torch.jit.script(model)
-
-
-def traced(model: nn.Module, example: Any) -> torch.jit.ScriptModule:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        return torch.jit.trace(model, (example,), check_trace=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def frozen(model: nn.Module, _example: Any) -> torch.jit.ScriptModule:
-    return torch.jit.freeze(torch.jit.script(model))
-
-
-def optimized(model: torch.jit.ScriptModule, batch: Callable[[int], Any], device: str = "cpu", **options: Any) -> tuple:
-    options = {"speed_guard": False, "progress": False, **options}
-    inference = InferencePrecisionOptimizer(options.pop("target", "int8"), **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        result = inference.optimize_for_inference(model, [batch(8) for _ in range(6)], device)
-    return inference, result
-
-
-def noise(expected: torch.Tensor, got: torch.Tensor) -> float:
-    return float((got.double() - expected.double()).square().sum() / expected.double().square().sum())
-
-
-def calls(script: torch.jit.ScriptModule, op: str) -> int:
-    return str(script.graph).count(op)
-
-
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", [scripted, traced, frozen])
@@ -192,61 +158,6 @@ def test_batch_norms_fold_and_int8_passes_on() -> None:
     assert calls(result, "aten::add") == 0
     assert not hasattr(result, "norm")
     assert not hasattr(result.stem, "weight")
-
-
-class Sums(nn.Module):
-    """Additions that no layer may take over, and two that one may."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.d, self.e = (nn.Linear(8, 8) for _ in range(5))
-        self.shift = nn.Parameter(torch.randn(1, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.a(x) + self.shift)  # expanded
-        y = x + torch.ones(8)
-        y += self.b(x)  # written to what others may see: in eager code y is the one of the next line too
-        y = y.mul_(0.5)
-        z = torch.relu(self.c(y)) + x  # an activation stands between
-        z = torch.add(self.d(z), z, alpha=2)
-        w = self.e(z)
-        z.mul_(0.5)  # what e reads is written before the addition
-        return w + z
-
-
-def test_additions_that_no_layer_may_take_over() -> None:
-    model = Sums().eval()
-    inference, result = optimized(scripted(model, None), CASES["tied"][1], accuracy_threshold=1.0)
-    fused = [line for region in inference.report()["regions"] for line in region["fused"]]
-    assert fused == ["c + relu"]
-    x = torch.randn(5, 8)
-    with torch.no_grad():
-        assert noise(model(x), result(x)) < 0.02
-        assert noise(model(x[:1]), result(x[:1])) < 0.02
-
-
-def test_additions_of_one_shape_are_taken_over() -> None:
-    class Residuals(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(1, 1, 3, padding=1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.a(x)
-            y += x
-            x = torch.sigmoid(y)
-            x = x + self.b(x)
-            z = x.unsqueeze(1)
-            return torch.add(self.c(z), z).relu()
-
-    model = Residuals().eval()
-    inference, result = optimized(scripted(model, None), CASES["tied"][1])
-    fused = [line for region in inference.report()["regions"] for line in region["fused"]]
-    assert fused == ["a + residual", "b + residual", "c + residual + relu"]
-    for size in (1, 5):
-        x = torch.randn(size, 8)
-        with torch.no_grad():
-            assert noise(model(x), result(x)) < 0.02
 
 
 def test_int8_stays_int8_between_layers() -> None:
@@ -391,6 +302,20 @@ def test_the_guard_gives_layers_back_or_the_float_model() -> None:
     assert calls(result, "halfstep::int8_") == 0
 
 
+def test_a_batch_of_nan_is_no_reason_to_stay_float() -> None:
+    inference = InferencePrecisionOptimizer(speed_guard=False, progress=False, accuracy_threshold=1.0)
+    data = [torch.randn(8, 8) for _ in range(6)]
+    data[0].fill_(float("nan"))
+    with pytest.warns(UserWarning, match=r"not finite|NaN"):
+        inference.optimize_for_inference(scripted(_mlp().eval(), None), data, "cpu")
+    assert inference.report()["result"] == "int8"
+
+
+def test_a_batch_on_which_the_script_raises_is_named() -> None:
+    with pytest.raises(ValueError, match="batch 0 of calibration_data makes the model raise RuntimeError"):
+        optimized(scripted(_mlp().eval(), None), lambda n: torch.randn(n, 5))
+
+
 def test_labels_and_top1(tmp_path: Path) -> None:
     script = scripted(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval(), None)
 
@@ -485,6 +410,19 @@ def test_scripts_that_cannot_be_taken_apart() -> None:
 
     with pytest.raises(ValueError, match=r"quantize: the module uses prim::fork; that cannot be quantized"):
         optimized(scripted(Forking().eval(), None), CASES["tied"][1])
+
+
+def test_what_optimize_for_inference_changed_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    script = torch.jit.optimize_for_inference(torch.jit.script(model))
+    if "prim::ConstantMKLDNNTensor" not in str(script.graph):
+        pytest.skip("this torch leaves convolutions as they are")
+    inference, _ = optimized(script, lambda n: torch.randn(n, 3, 8, 8))
+    assert inference.report()["left"] == {
+        "0": "torch.jit.optimize_for_inference changed it; give the script as it was before"
+    }
+    with pytest.raises(ValueError, match="optimize_for_inference changed it"):
+        optimized(script, lambda n: torch.randn(n, 3, 8, 8), strict=True)
 
 
 def test_a_script_without_forward() -> None:

@@ -295,7 +295,7 @@ def _apart(model: Two) -> Two:
         (Returned, None, {"a": "norm", "b": "norm"}, [True]),
         (ReturnedFromABranch, None, {"a": "norm", "b": "norm"}, [True]),
         (Twice, None, {"a": "norm", "b": "norm"}, [False, False]),
-        (OwnResidual, None, {}, []),
+        (OwnResidual, None, {"a": "norm"}, [True]),
         (Residual, None, {"a": "norm"}, [True]),
         (InALoop, None, {"a": "norm"}, [False]),
         (Unread, None, {}, []),

@@ -256,6 +256,29 @@ def test_compiled_models_are_compared_with_compiled_ones(
     assert any(("no compiler" if fails else "timed compiled") in note for note in notes)
 
 
+def test_a_half_that_is_fast_only_when_compiled_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kind(model: nn.Module) -> str:
+        inner = model.model if isinstance(model, Compiled) else model
+        return "int8" if int8_layers(inner) else str(next(inner.parameters()).dtype)
+
+    def time(calls: Any, *_: Any) -> list[Timing]:
+        compiled = isinstance(calls[0].func, Compiled)
+        eager = {"torch.float32": 1.0, "torch.bfloat16": 2.0, "torch.float16": 3.0, "int8": 0.9}
+        when_compiled = {"torch.float32": 1.0, "torch.bfloat16": 0.5, "int8": 0.7}
+        return [Timing(((when_compiled if compiled else eager)[kind(call.func)],) * 3) for call in calls]
+
+    monkeypatch.setattr(torch, "compile", lambda each: Compiled(each, False))
+    for module in (int8_carriers, int8_speed_guard):
+        monkeypatch.setattr(module, "time_in_turns", time)
+    monkeypatch.setattr(Form, "time_region", lambda *_args: {"int8": Timing((1.0,)), "float32": Timing((2.0,))})
+    for compiled, expected in ((False, "int8"), (True, "bfloat16")):
+        inference = InferencePrecisionOptimizer(progress=False, accuracy_threshold=0.5, compiled=compiled)
+        inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
+        report = inference.report()
+        assert report["result"] == expected
+    assert report["milliseconds"] == {"float32": 1.0, "bfloat16": 0.5, "int8": 0.7}
+
+
 def test_an_eager_model_is_compared_with_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda _model: pytest.fail("was compiled"))
     for compiled in (None, False):

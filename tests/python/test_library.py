@@ -161,6 +161,10 @@ def test_a_users_own_modules_package_stays_visible(tmp_path: Path) -> None:
 
 
 def test_the_command_line() -> None:
-    for option, expected in (("--cmake-prefix", "torch-"), ("--build-info", "cuda_architectures")):
+    for option, expected in (
+        ("--cmake-prefix", "torch-"),
+        ("--library", "libhalfstep_torch.so"),
+        ("--build-info", "cuda_architectures"),
+    ):
         result = subprocess.run([sys.executable, "-m", "halfstep", option], capture_output=True, text=True, check=True)
         assert expected in result.stdout
