@@ -226,6 +226,7 @@ def all_runs(case: Case, options: argparse.Namespace, folder: Path) -> Runs:
 def table(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure one model, print its rows, and return them."""
     device, rows = torch.device(options.device), []
+    torch.compiler.reset()  # it compiles code of one place, such as CastModel's, for 8 models at most
     with tempfile.TemporaryDirectory() as folder:
         runs = all_runs(case, options, Path(folder))
         scores, outputs = case.evaluate(runs.models["float32"])
