@@ -106,8 +106,8 @@ TEST_P(Int8Tiles, EveryEpilogue) {
 
 TEST_P(Int8Tiles, RefusesWhatItsCopiesCannotRead) {
   const auto tile = static_cast<cuda::Int8Tile>(GetParam());
-  const DeviceArray<std::int8_t> bytes(64 * 1024);
-  const DeviceArray<float> scales(1024);
+  const DeviceArray<std::int8_t> bytes(std::vector<std::int8_t>(64 * 1024, 1), stream_);
+  const DeviceArray<float> scales(std::vector<float>(1024, 1.0F), stream_);
   const Int8Epilogue epilogue{.weight_scales = scales.get(), .out = {bytes.get() + 32768, Int8OutKind::kInt8}};
   const auto runs = [&](Int8LinearShape shape, std::size_t offset) {
     return cuda::int8_linear_by_tile(tile, shape, bytes.get() + offset, bytes.get() + 16384, nullptr, epilogue,
