@@ -426,7 +426,7 @@ std::ostream& operator<<(std::ostream& out, const QuantizeReport& report) {
     }
     if (layer.noise >= 0) out << "; alone it makes noise of " << layer.noise;
     if (layer.milliseconds >= 0)
-      out << "; " << layer.milliseconds << " ms in float, " << layer.int8_milliseconds << " in int8";
+      out << "; its region " << layer.milliseconds << " ms in float, " << layer.int8_milliseconds << " in int8";
     out << '\n';
   }
   if (!report.note.empty()) out << "note: " << report.note << '\n';
