@@ -271,7 +271,8 @@ def _constants(script: torch.jit.ScriptModule) -> list[torch.Tensor]:
     """Return the tensors that stand in the code, where torch.jit.freeze and traces put weights."""
     graph = script.inlined_graph  # its nodes live as long as it does
     values = [node.output().toIValue() for node in graph.findAllNodes("prim::Constant")]
-    return list({value.data_ptr(): value for value in values if isinstance(value, torch.Tensor)}.values())
+    dense = [value for value in values if isinstance(value, torch.Tensor) and value.layout == torch.strided]
+    return list({value.data_ptr(): value for value in dense}.values())
 
 
 def weight_bytes(model: nn.Module) -> int:

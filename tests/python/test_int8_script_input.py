@@ -172,9 +172,10 @@ def test_int8_stays_int8_between_layers() -> None:
     assert calls(result, "halfstep::int8_") == 3
 
 
-def test_the_report_counts_the_bytes_of_all_layers() -> None:
+@pytest.mark.parametrize("way", [scripted, frozen])
+def test_the_report_counts_the_bytes_of_all_layers(way: Callable[..., Any]) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(40))).eval()
-    inference, _ = optimized(scripted(model, None), lambda n: torch.randn(n, 64), accuracy_threshold=1.0)
+    inference, _ = optimized(way(model, None), lambda n: torch.randn(n, 64), accuracy_threshold=1.0)
     a_layer = 64 * 64 + 4 * 64 + 4 * 64  # weight, scales, bias
     assert inference.report()["bytes"] == {"float32": 40 * (4 * 64 * 64 + 4 * 64), "int8": 40 * a_layer}
 
