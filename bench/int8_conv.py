@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from halfstep.int8_layers import Int8Conv2d, pack
-from timing import copy_bandwidth, machine, measure_in_turns, replayed
+from timing import PEAKS, copy_bandwidth, machine, measure_in_turns, replayed
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
     device = torch.device(options.device)
-    bandwidth, peak, found = copy_bandwidth(device), 1979e12, []
+    bandwidth, peak, found = copy_bandwidth(device), PEAKS["int8"], []
     print(f"{machine(device)}, copy {bandwidth / 1e9:.0f} GB/s\n")
     print("| images to channels, kernel | convolution | ms | TOPS | bfloat16's time / its | limit, ms |")
     print("|---|---|---|---|---|---|")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from halfstep.int8_layers import Int8Linear, pack
 from int8_peers import onnx_linear
-from timing import copy_bandwidth, machine, measure_in_turns, replayed
+from timing import PEAKS, copy_bandwidth, machine, measure_in_turns, replayed
 from torch import nn
 
 # rows of the input, features in and out
@@ -46,7 +46,6 @@ SIZES = {
 }
 CALLS = 20
 CACHE = 150e6  # bytes of weights that no cache holds
-PEAK = 1979e12  # int8 operations a second of an H100 SXM
 
 
 def in_turns(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
@@ -130,7 +129,7 @@ def main() -> None:
             }
             times = {name: ms / many for name, ms in measure_in_turns(calls, device, options.rounds).items()}
         operations, nbytes = 2 * rows * inside * outside, rows * inside + inside * outside + 2 * rows * outside
-        limit = max(operations / PEAK, nbytes / bandwidth) * 1e3
+        limit = max(operations / PEAKS["int8"], nbytes / bandwidth) * 1e3
         for name, ms in times.items():
             found.append({"size": size, "run": name, "milliseconds": ms, "limit": limit})
             tops = "-" if name.startswith("quantize") else f"{operations / ms * 1e-9:.3g}"

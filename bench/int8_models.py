@@ -39,12 +39,11 @@ import torch
 from halfstep import InferencePrecisionOptimizer
 from int8_borders import shares
 from int8_peers import Inputs, bytes_of, onnx_models, torchao_model
-from timing import machine, measure_in_turns, replayed
+from timing import PEAKS, machine, measure_in_turns, replayed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 SIZED = ("bert-base", "vit-b")
-PEAKS = {"bfloat16": 989.5e12, "int8": 1979e12}  # operations a second of an H100 SXM
 MODELS = ("minilm", *zoo.RECIPES, *SIZED)
 
 
@@ -204,15 +203,13 @@ def all_runs(case: Case, options: argparse.Namespace, folder: Path) -> Runs:
         except Exception as error:
             print(f"{case.name}, onnxruntime: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if options.compile:
+        guarded = "int8, guard of compiled models"
+        runs.add(guarded, lambda: halfstep_model(runs, guarded, options, compiled=True))
         for name in [n for n in runs.models if n != "float32" and not n.startswith("onnxruntime")]:
             model = runs.models[name]
             runs.add(f"{name}, compiled", lambda model=model: torch.compile(model))
             runs.notes[f"{name}, compiled"] = runs.notes.get(name, "")
-        chosen = "int8, guard of compiled models"
-        model = runs.add(chosen, lambda: halfstep_model(runs, chosen, options, compiled=True))
-        if model is not None:
-            runs.models[chosen] = torch.compile(model)
-        for name, optimizer in [each for each in runs.optimizers.items() if each[0] != chosen]:
+        for name, optimizer in runs.optimizers.items():
 
             def script(optimizer: InferencePrecisionOptimizer = optimizer) -> nn.Module:
                 optimizer.save_torchscript(folder / "script.pt")

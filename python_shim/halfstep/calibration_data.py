@@ -245,8 +245,8 @@ def _in_words(left_out: Iterable[tuple[str, Any]], size: int) -> tuple[str, ...]
 def _rows_of(item: torch.Tensor, size: int) -> str:
     if item.shape[:1] == (size,):
         return "batch"
-    number = item.dim() == 1 and item.numel() > 1 and not item.is_floating_point()
-    return f"{item.numel()} for {size} samples" if number else ""
+    count = item.numel()
+    return f"{count} for {size} samples" if count > 1 and _is_labels(item, count) else ""
 
 
 def looks_like_labels(model: nn.Module, batch: Batch) -> str:

@@ -117,14 +117,16 @@ def _layer(kind: str, weight: torch.Tensor, bias: torch.Tensor | None, geometry:
     return layer.eval()
 
 
-def _finite_part(reference: torch.jit.ScriptModule, batches: list[Batch]) -> Batch:
-    """Return some samples for which the model gives finite outputs, of the first batch if none has these."""
+def _finite_part(reference: torch.jit.ScriptModule, batches: list[Batch]) -> tuple[Batch, list[torch.Tensor]]:
+    """Return some samples and the model's outputs: of the first batch with finite ones, or else of the first."""
+    parts = []
     for batch in batches:
         part = batch.part(0, _PROBED)
         with torch.no_grad(), naming(batch, reference):
-            if all(bool(output.isfinite().all()) for output in floating_tensors_of(part(reference))):
-                return part
-    return batches[0].part(0, _PROBED)
+            parts.append((part, floating_tensors_of(part(reference))))
+        if all(bool(output.isfinite().all()) for output in parts[-1][1]):
+            return parts[-1]
+    return parts[0]
 
 
 class ScriptForm:
@@ -147,14 +149,14 @@ class ScriptForm:
         self.norms = [(convolution, norm) for norm, convolution in self._form.folded()]
         report.graph = "TorchScript: products are taken one by one out of its graph"
         report.folded = [f"{norm} into {convolution}" for convolution, norm in self.norms]
-        probe = _finite_part(reference, batches)
-        self._obstacle = self._disagreement(reference, probe)
+        probe, wanted = _finite_part(reference, batches)
+        self._obstacle = self._disagreement(wanted, probe)
         self._probe(reference, probe)
 
-    def _disagreement(self, reference: torch.jit.ScriptModule, batch: Batch) -> str:
-        """Return "" if the form gives the model's outputs but for rounding."""
+    def _disagreement(self, wanted: list[torch.Tensor], batch: Batch) -> str:
+        """Return "" if the form gives the model's outputs on the batch, `wanted`, but for rounding."""
         with torch.no_grad():
-            pairs = zip(floating_tensors_of(batch(reference)), floating_tensors_of(batch(self.model)), strict=True)
+            pairs = zip(wanted, floating_tensors_of(batch(self.model)), strict=True)
             noise = max((max(torch.ops.halfstep.output_noise(*pair).tolist()) for pair in pairs), default=0.0)
         if noise <= _ROUNDING or self._own != torch.float32:  # in half precision rounding alone is more than that
             return ""

@@ -92,16 +92,17 @@ class SpeedGuard:
         kinds = list(dict.fromkeys((carriers.own, half or carriers.own, carriers.fastest)))
         models = [*map(carriers.model, kinds), model]
         compiled = self._compiled(models) if run.options.compiled else None
-        *rivals, mine = time_in_turns(calls_of(compiled or models, run.batches[0]), run.device)
+        *times, mine = time_in_turns(calls_of(compiled or models, run.batches[0]), run.device)
+        rivals = dict(zip(kinds, times, strict=True))
         if compiled:
             report.milliseconds = {}  # those of eager code are no measure for these
-            carriers.fastest = kinds[min(range(len(kinds)), key=lambda kind: rivals[kind].median)]
-        report.milliseconds.update({name_of(dtype): t.median for dtype, t in zip(kinds, rivals, strict=True)})
+            carriers.fastest = min(rivals, key=lambda dtype: rivals[dtype].median)
+        report.milliseconds.update({name_of(dtype): timing.median for dtype, timing in rivals.items()})
         report.milliseconds["int8"] = mine.median
-        rival = rivals[kinds.index(carriers.fastest)]
+        rival = rivals[carriers.fastest]
         if loses(mine, rival):
             best = run.best_float()
-            if best[2] == name_of(carriers.fastest) or loses(mine, rivals[0]):
+            if best[2] == name_of(carriers.fastest) or loses(mine, rivals[carriers.own]):
                 share = share_of(mine, rival, name_of(carriers.fastest))
                 report.notes.append(f"int8 takes {share}: int8 is not used")
                 return best

@@ -145,6 +145,23 @@ def test_a_scalar_before_the_samples() -> None:
         batch_of(model, torch.tensor(2.0))
 
 
+@pytest.mark.parametrize(
+    ("extra", "left_out"),
+    [
+        (torch.zeros(len(X) - 1, dtype=torch.long), (f"place 1: int64 [{len(X) - 1} for {len(X)} samples]",)),
+        (torch.rand(len(X)), ("place 1: float32 [batch]",)),
+        (torch.rand(len(X) - 1), ()),
+        (torch.zeros(1, dtype=torch.long), ()),
+    ],
+)
+def test_tensors_of_samples_and_labels_of_another_number_that_forward_does_not_take_are_told(
+    extra: torch.Tensor, left_out: tuple[str, ...]
+) -> None:
+    batch = batch_of(nn.Linear(X.shape[1], 2), (X, extra))
+    assert batch.labels is None
+    assert batch.left_out == left_out
+
+
 def test_a_model_of_batch_encodings_becomes_int8() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

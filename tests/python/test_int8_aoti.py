@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from halfstep import int8_layers
-from halfstep._library import find_folder
+from halfstep._library import library_path
 from int8_compile_cases import EXPECTED, calls_in, int8_model, noise
 from torch import nn
 from without_python import run_file
@@ -79,7 +79,7 @@ def test_aot_inductor(
 
 def without_halfstep(package: str, x: torch.Tensor, folder: Path) -> torch.Tensor:
     """Call the package in a new process of Python that loads the library alone."""
-    library = find_folder(torch.__version__) / "lib" / "libhalfstep_torch.so"
+    library = library_path()
     torch.save([x], folder / "inputs.pt")
     command = [sys.executable, "-c", SERVE, library, package, folder / "inputs.pt", folder / "outputs.pt"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from halfstep._library import find_folder
+from halfstep._library import library_path
 from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear, pack
 from int8_file_cases import KINDS, call, carry, optimized
 from torch import nn
@@ -19,7 +19,7 @@ from without_python import run_without_python
 
 pytestmark = pytest.mark.usefixtures("no_jit_fuser")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-LIBRARY = find_folder(torch.__version__) / "lib" / "libhalfstep_torch.so"
+LIBRARY = library_path()
 ALONE = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])

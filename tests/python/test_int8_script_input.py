@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from halfstep import InferencePrecisionOptimizer
-from halfstep._library import find_folder
+from halfstep._library import library_path
 from halfstep.int8_layers import Int8Conv2d, Int8Embedding, Int8Linear
 from int8_file_cases import carry
 from int8_script_cases import calls, frozen, noise, optimized, scripted, traced
@@ -20,7 +20,7 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("no_jit_fuser")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-LIBRARY = find_folder(torch.__version__) / "lib" / "libhalfstep_torch.so"
+LIBRARY = library_path()
 
 
 class Cnn(nn.Module):

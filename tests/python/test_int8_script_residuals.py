@@ -96,21 +96,22 @@ class NormTwice(nn.Module):
         return (x + self.b(x)) * torch.tanh(self.a(x))
 
 
+OF_BLOCKS = ["a + residual + relu", "b + residual + gelu", "c + residual"]
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor], list[str]]] = {
     "linear": (
         lambda: Blocks(lambda: nn.Linear(8, 8)),
         rows,
-        ["a + residual + relu", "b + residual + gelu", "c + residual"],
+        OF_BLOCKS,
     ),
     "conv2d": (
         lambda: Blocks(lambda: nn.Conv2d(8, 8, 3, padding=1)),
         pictures,
-        ["a + residual + relu", "b + residual + gelu", "c + residual"],
+        OF_BLOCKS,
     ),
     "conv1d": (
         lambda: Blocks(lambda: nn.Conv1d(8, 8, 3, padding=1)),
         signals,
-        ["a + residual + relu", "b + residual + gelu", "c + residual"],
+        OF_BLOCKS,
     ),
     "together": (Together, pictures, ["a + residual", "c + residual"]),
     "resnet": (

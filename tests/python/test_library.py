@@ -16,7 +16,7 @@ from halfstep import LibraryMismatchError, _library
 
 ROOT = Path(__file__).resolve().parents[2]
 halfstep.load_library()
-LIBRARY = _library.find_folder(torch.__version__) / "lib" / "libhalfstep_torch.so"
+LIBRARY = _library.library_path()
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
