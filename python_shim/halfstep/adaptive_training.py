@@ -249,8 +249,9 @@ class AdaptiveTraining:
         model = self._alive()
         if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
             group = model.process_group
-        on_gpu = distributed.get_backend(group) == "nccl"
-        shared = values.to("cuda" if on_gpu else "cpu", copy=True)
+        # NCCL takes no memory of a CPU, nor of another GPU than this rank's, which need not be the current one.
+        only_gpus = distributed.get_backend(group) == "nccl"
+        shared = values.to(next(model.parameters(), values).device if only_gpus else "cpu", copy=True)
         distributed.all_reduce(shared, op=distributed.ReduceOp.MAX, group=group)
         return shared.to(values.device)
 

@@ -28,7 +28,7 @@ from halfstep.int8_model import check_globs, kept_results, refuse_int8, weight_b
 from halfstep.int8_optimize import Int8Run, Options
 from halfstep.int8_report import Report
 from halfstep.int8_save import SavedResult, save_result
-from halfstep.int8_script import save_script
+from halfstep.int8_script import load_script, save_script
 from halfstep.int8_wrappers import any_compiled, inner_of, without_wrappers
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -238,6 +238,11 @@ class InferencePrecisionOptimizer:
         that it gives the same bits on batches of two sizes.
         """
         save_script(path, self._last_result().model, self._example)
+
+    @staticmethod
+    def load_torchscript(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> torch.jit.ScriptModule:
+        """Return the model that save_torchscript() wrote; the same as halfstep.int8_script.load_script(), which see."""
+        return load_script(path, device)
 
     def _last_result(self) -> SavedResult:
         if self._saved is None:

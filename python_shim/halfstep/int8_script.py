@@ -1,4 +1,7 @@
-"""Optimized models as TorchScript files: they carry their code and run in C++ and Python without the package."""
+"""Optimized models as TorchScript files: they carry their code and run in C++ and Python without the package.
+
+Such a file is a ZIP archive, with a CRC-32 of each record that torch writes and does not compare.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import contextlib
 import inspect
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +20,14 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from halfstep._library import load_library
 from halfstep.calibration_data import Batch
 from halfstep.containers import tensors_of
 from halfstep.half_model import CastModel
+from halfstep.int8_device import checked_device
 from halfstep.int8_runs import Call, disagreement
 from halfstep.signatures import signature_of
-from halfstep.whole_files import replacing
+from halfstep.whole_files import check_readable, replacing
 
 
 def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) -> None:
@@ -49,6 +57,41 @@ def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) 
         _save(path, script)
         return
     raise ValueError("the model cannot be made a TorchScript file: " + "; ".join(reasons))
+
+
+def load_script(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> torch.jit.ScriptModule:
+    """Return the model that save_torchscript() wrote, on `device`; halfstep's library is loaded for it.
+
+    All records are read and their checksums compared before torch.jit.load() is given the file. ValueError for a file
+    that is damaged, larger inside than any such file is, or no TorchScript; FileNotFoundError if there is none.
+    """
+    device, path = checked_device(device), Path(path)
+    check_readable(path)
+    try:
+        _check_archive(path)
+        load_library()
+        with _quiet():
+            return torch.jit.load(str(path), map_location=device)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a TorchScript file, or a damaged one: {_in_short(error)}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the records of a ZIP archive with their checksums, of one that can be TorchScript."""
+    with zipfile.ZipFile(path) as archive:
+        names = {name.partition("/")[2] for name in archive.namelist()}
+        if not {"data.pkl", "constants.pkl"} <= names:
+            raise zipfile.BadZipFile("it has no records data.pkl and constants.pkl")
+        content = sum(record.file_size for record in archive.infolist())
+        if content > _largest_content(path.stat().st_size):
+            raise zipfile.BadZipFile(f"it claims to hold {content} bytes")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the CRC-32 of {damaged} is not what was saved")
+
+
+def _largest_content(file_bytes: int) -> int:
+    """Return the bytes that a file of this size can hold: torch compresses code, about tenfold, and no weights."""
+    return 64 * file_bytes + (16 << 20)
 
 
 def _save(path: str | os.PathLike[str], script: torch.jit.ScriptModule) -> None:

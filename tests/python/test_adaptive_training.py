@@ -270,16 +270,17 @@ def test_a_compiled_model(device: torch.device) -> None:
     assert losses[-1] < losses[0]
 
 
-def _rank(rank: int, port: int, results: dict) -> None:
+def _rank(rank: int, port: int, backend: str, results: dict) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group(backend, rank=rank, world_size=2)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")  # never the current one
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(Planted())
+    model = nn.parallel.DistributedDataParallel(Planted().to(device))
     with torch.no_grad():
         model.module.planted.weight.mul_(0.02)  # overflows where the input is large: on one rank alone
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    x, y = problem(torch.device("cpu"), seed=rank)
+    x, y = problem(device, seed=rank)
     x = x * (10.0 if rank == 1 else 0.1)
     adaptive = AdaptivePrecisionManager(adaptation_interval=5, sampling_interval=2)
     for batch in range(12):
@@ -289,19 +290,23 @@ def _rank(rank: int, port: int, results: dict) -> None:
         "plan": adaptive.precision_plan(model).to_json(),
         "decisions": stats["decisions"],
         "unstable": stats["unstable_batches"],
-        "weights": [parameter.detach().clone() for parameter in model.parameters()],
+        "weights": [parameter.detach().cpu() for parameter in model.parameters()],
         "loss": loss,
     }
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_decide_alike() -> None:
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.cuda, two_gpus])])
+def test_ranks_decide_alike(backend: str) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     with torch.multiprocessing.Manager() as shared:
         results = shared.dict()
-        torch.multiprocessing.spawn(_rank, (port, results), nprocs=2)
+        torch.multiprocessing.spawn(_rank, (port, backend, results), nprocs=2)
         first, second = results[0], results[1]
     assert first["unstable"] == second["unstable"] == 1
     assert first["plan"] == second["plan"]
