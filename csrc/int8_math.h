@@ -29,11 +29,40 @@ HALFSTEP_HOST_DEVICE inline float clamp_between(float x, float low, float high) 
   return above > high ? high : above;
 }
 
-// The GPU's are short, because kernels compute them for every element of a tile. silu and gelu_tanh take its own
-// exponential and reciprocal: (1 + tanh(u)) / 2 is 1 / (1 + e^-2u); their error is below 1e-6 of x. gelu takes
-// neither: the normal distribution is 1/2 + x q(x^2) with a polynomial q, a minimax fit of the 13th degree on x^2 <=
-// 5.25^2, and beyond that what is clamped between 0 and 1. Its error is below 1e-6, so what is left of gelu below -4.5
-// has no digits.
+// sum * x^n + ..., the highest power first, in fused operations. Not a loop, which compilers do not unroll everywhere.
+HALFSTEP_HOST_DEVICE [[gnu::always_inline]] inline float polynomial(float, float sum) {
+  return sum;
+}
+template <class... Floats>
+HALFSTEP_HOST_DEVICE [[gnu::always_inline]] inline float polynomial(float x, float sum, float next, Floats... rest) {
+  return polynomial(x, __builtin_fmaf(sum, x, next), rest...);
+}
+
+// gelu is a polynomial in fused operations: the same bits everywhere, in less time than an exponential takes. The normal
+// distribution is 1/2 + x q(x^2); q is a minimax fit of the 13th degree on x^2 <= 5.25^2, and beyond that what is
+// clamped between 0 and 1. Its error is below 2e-7, so what is left of gelu below -4.5 has no digits.
+HALFSTEP_HOST_DEVICE [[gnu::always_inline]] inline float gelu(float x) {
+  constexpr float kEnd = 5.25F * 5.25F;
+  const float square = x * x;
+#ifdef __CUDA_ARCH__
+  const float bounded = fminf(square, kEnd);
+#else
+  const float bounded = square < kEnd ? square : kEnd;
+#endif
+  const float u = __builtin_fmaf(bounded, 2.0F / kEnd, -1.0F);
+  const float q = polynomial(u, -5.609501e-04F, 1.4566111e-03F, -1.3263604e-03F, 1.8694482e-03F, -5.1199673e-03F,
+                             9.070371e-03F, -1.2954394e-02F, 1.8326e-02F, -2.4994928e-02F, 3.2064263e-02F,
+                             -3.9768633e-02F, 4.9643897e-02F, -6.7126654e-02F, 1.3465936e-01F);
+  const float share = __builtin_fmaf(x, q, 0.5F);
+#ifdef __CUDA_ARCH__
+  return x * __saturatef(share);
+#else
+  return x * clamp_between(share, 0.0F, 1.0F);
+#endif
+}
+
+// The GPU's silu and gelu_tanh take its own exponential and reciprocal: (1 + tanh(u)) / 2 is 1 / (1 + e^-2u); their
+// error is below 1e-6 of x.
 #ifdef __CUDACC__
 __device__ inline float short_power_of_two(float x) {
   float power;
@@ -59,20 +88,6 @@ HALFSTEP_HOST_DEVICE inline float gelu_tanh(float x) {
   return x * short_reciprocal(1.0F + short_power_of_two(u + 0.044715F * u * x * x));
 #else
   return 0.5F * x * (1.0F + tanhf(0.79788456080286536F * (x + 0.044715F * x * x * x)));
-#endif
-}
-HALFSTEP_HOST_DEVICE inline float gelu(float x) {
-#ifdef __CUDA_ARCH__
-  constexpr float kEnd = 5.25F * 5.25F;
-  constexpr float kFit[] = {-5.609501e-04F,  1.4566111e-03F,  -1.3263604e-03F, 1.8694482e-03F,  -5.1199673e-03F,
-                            9.070371e-03F,   -1.2954394e-02F, 1.8326e-02F,     -2.4994928e-02F, 3.2064263e-02F,
-                            -3.9768633e-02F, 4.9643897e-02F,  -6.7126654e-02F, 1.3465936e-01F};
-  const float u = fmaf(fminf(x * x, kEnd), 2.0F / kEnd, -1.0F);
-  float q = kFit[0];
-  for (int i = 1; i < 14; ++i) q = fmaf(q, u, kFit[i]);
-  return x * __saturatef(fmaf(x, q, 0.5F));
-#else
-  return x * 0.5F * (1.0F + erff(x * 0.70710678118654752F));
 #endif
 }
 

@@ -46,18 +46,6 @@ namespace halfstep::cpu::activations {
   return x / (1.0F + exponential(-2.0F * u));
 }
 
-// x times the normal distribution, whose tail is formula 7.1.26 of Abramowitz and Stegun for erfc(|x| / sqrt(2)): an
-// error of 1e-7, as the sum 1 + erf has.
-[[gnu::always_inline]] inline float gelu(float x) {
-  const float size = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0x7fffffffU);
-  const float t = 1.0F / (1.0F + 0.3275911F * 0.70710678F * size);
-  float p = 1.061405429F;
-  p = p * t - 1.453152027F;
-  p = p * t + 1.421413741F;
-  p = p * t - 0.284496736F;
-  p = p * t + 0.254829592F;
-  const float tail = 0.5F * p * t * exponential(-0.5F * x * x);
-  return x * (x > 0.0F ? 1.0F - tail : tail);
-}
+using halfstep::gelu;
 
 }  // namespace halfstep::cpu::activations

@@ -26,7 +26,7 @@ HS_CLONES void add_corrections(const std::int32_t* __restrict sums, const std::u
     out[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[i]) - corrections[i]);
 }
 
-// The sums of some rows, as they are before the activation or with one that is a clamp.
+// The sums of some rows, and what is done with them. An activation that is a clamp is only `low` and `high`.
 struct Rescaled {
   const std::int32_t* sums;
   std::int64_t sums_pitch;
@@ -37,7 +37,28 @@ struct Rescaled {
   const float* residual;
   std::int64_t residual_pitch;
   float low, high;
+  Activation activation;
 };
+
+// Calls use(activation of one element); the exponentials are this file's own, to a few units in the last place.
+template <class Use>
+[[gnu::always_inline]] inline void with_activation(Activation activation, const Use& use) {
+  switch (activation) {
+    case Activation::kNone:
+    case Activation::kRelu:
+    case Activation::kRelu6:
+      return use([](float x) __attribute__((always_inline)) { return x; });
+    case Activation::kGelu:
+      return use([](float x) __attribute__((always_inline)) { return activations::gelu(x); });
+    case Activation::kGeluTanh:
+      return use([](float x) __attribute__((always_inline)) { return activations::gelu_tanh(x); });
+    case Activation::kSilu:
+      return use([](float x) __attribute__((always_inline)) { return activations::silu(x); });
+    case Activation::kHardswish:
+      return use([](float x) __attribute__((always_inline)) { return activations::hardswish(x); });
+  }
+  HS_UNREACHABLE("activation ", static_cast<int>(activation));
+}
 
 // out[row * pitch + i] = store(result i of the row)
 template <class Out, class Store>
@@ -62,7 +83,9 @@ template <class Out, class Store>
 }
 
 HS_CLONES void rescale(const Rescaled& x, std::int64_t rows, std::int64_t count, float* out, std::int64_t pitch) {
-  rescale_rows(x, rows, count, out, pitch, [](float result) __attribute__((always_inline)) { return result; });
+  with_activation(x.activation, [&](const auto& activate) __attribute__((always_inline)) {
+    rescale_rows(x, rows, count, out, pitch, activate);
+  });
 }
 
 // quantize_value(), by the last bits of what is bounded by the levels. NaN becomes the zero point.
@@ -88,18 +111,11 @@ struct Quantized {
 HS_CLONES void rescale_to_int8(const Rescaled& x, const Quantized& quantized, std::int64_t rows, std::int64_t count,
                                std::int8_t* out, std::int64_t pitch) {
   const Quantized to = quantized;  // a copy, of which the compiler knows that `out` is none of it
-  rescale_rows(x, rows, count, out, pitch, to);
+  with_activation(x.activation, [&](const auto& activate) __attribute__((always_inline)) {
+    rescale_rows(x, rows, count, out, pitch,
+                 [&](float result) __attribute__((always_inline)) { return to(activate(result)); });
+  });
 }
-
-#define HS_ACTIVATE_RUN(name)                                                \
-  HS_CLONES void name##_run(float* x, std::int64_t count) {                  \
-    for (std::int64_t i = 0; i < count; ++i) x[i] = activations::name(x[i]); \
-  }
-HS_ACTIVATE_RUN(gelu)
-HS_ACTIVATE_RUN(gelu_tanh)
-HS_ACTIVATE_RUN(silu)
-HS_ACTIVATE_RUN(hardswish)
-#undef HS_ACTIVATE_RUN
 
 }  // namespace
 
@@ -120,55 +136,25 @@ HS_CLONES void quantize_run(const float* __restrict x, std::int64_t count, float
 
 namespace {
 
-// activate() of each element, in place, of one that is no clamp; the exponentials are this file's own, to a few units
-// in the last place.
-void activate_run(Activation activation, float* x, std::int64_t count) {
-  switch (activation) {
-    case Activation::kNone:
-    case Activation::kRelu:
-    case Activation::kRelu6:
-      break;
-    case Activation::kGelu:
-      return gelu_run(x, count);
-    case Activation::kGeluTanh:
-      return gelu_tanh_run(x, count);
-    case Activation::kSilu:
-      return silu_run(x, count);
-    case Activation::kHardswish:
-      return hardswish_run(x, count);
-  }
-  HS_UNREACHABLE("activation ", static_cast<int>(activation));
-}
-
 // Some rows, of channels that fit a tile together. `begin`: the first of the call's channels.
 class Finish {
  public:
   explicit Finish(const Int8Finish& call)
       : call_(call),
         epilogue_(call.epilogue),
-        clamps_(is_clamp(epilogue_.activation)),
         quantized_(1.0F / epilogue_.out.parameters.scale, epilogue_.out.parameters.zero_point) {}
 
   void run(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t count) {
     const std::int64_t at = call_.at + row * call_.pitch + begin;
     const Rescaled x = rescaled(row, rows, begin, count, at);
     void* const out = epilogue_.out.data;
-    const bool is_int8 = epilogue_.out.kind == Int8OutKind::kInt8;
-    if (clamps_ && is_int8)
+    if (epilogue_.out.kind == Int8OutKind::kInt8)
       return rescale_to_int8(x, quantized_, rows, count, static_cast<std::int8_t*>(out) + at, call_.pitch);
-    if (clamps_ && epilogue_.out.dtype == DType::kFloat32)
+    if (epilogue_.out.dtype == DType::kFloat32)
       return rescale(x, rows, count, static_cast<float*>(out) + at, call_.pitch);
     rescale(x, rows, count, values_, count);
-    if (!clamps_) activate_run(epilogue_.activation, values_, rows * count);
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const float* const values = values_ + i * count;
-      if (is_int8) {
-        quantize_run(values, count, quantized_.inverse_scale, epilogue_.out.parameters.zero_point,
-                     static_cast<std::int8_t*>(out) + at + i * call_.pitch);
-      } else {
-        narrow_run(epilogue_.out.dtype, values, count, out, at + i * call_.pitch);
-      }
-    }
+    for (std::int64_t i = 0; i < rows; ++i)
+      narrow_run(epilogue_.out.dtype, values_ + i * count, count, out, at + i * call_.pitch);
   }
 
  private:
@@ -188,7 +174,7 @@ class Finish {
       residual_pitch = count;
     }
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    const bool bounded = clamps_ && epilogue_.activation != Activation::kNone;
+    const bool bounded = epilogue_.activation == Activation::kRelu || epilogue_.activation == Activation::kRelu6;
     return {call_.sums + row * call_.sums_pitch + begin,
             call_.sums_pitch,
             call_.corrections + begin,
@@ -198,12 +184,12 @@ class Finish {
             residual,
             residual_pitch,
             bounded ? 0.0F : -kInfinity,
-            epilogue_.activation == Activation::kRelu6 ? 6.0F : kInfinity};
+            epilogue_.activation == Activation::kRelu6 ? 6.0F : kInfinity,
+            epilogue_.activation};
   }
 
   const Int8Finish& call_;
   const Int8Epilogue& epilogue_;
-  bool clamps_;
   Quantized quantized_;
   float scales_[kTile];
   float residual_[kTile];

@@ -26,7 +26,7 @@ inline const std::vector<Activation>& activations() {
 
 // Whether processors may differ in its last places.
 inline bool is_transcendental(Activation activation) {
-  return activation == Activation::kGelu || activation == Activation::kGeluTanh || activation == Activation::kSilu;
+  return activation == Activation::kGeluTanh || activation == Activation::kSilu;
 }
 
 inline double activate_exactly(Activation activation, double x) {
@@ -223,7 +223,7 @@ struct Int8Data {
   }
 };
 
-// Compares bit for bit, or, after gelu and silu, to the last places of an output.
+// Compares bit for bit, or, after gelu_tanh and silu, to the last places of an output.
 inline void expect_int8_result(const Int8Data& data, const std::vector<std::uint8_t>& got) {
   const std::vector<std::uint8_t> expected = data.expected();
   const Int8Out out = data.epilogue(nullptr).out;

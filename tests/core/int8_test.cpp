@@ -199,7 +199,7 @@ TEST(Int8Activations, AreTheFormulasToTheLastPlaces) {
   for (const Activation activation : test::activations()) {
     const std::vector<float> out = activated(activation, x);
     for (std::size_t i = 0; i < x.size(); ++i) {
-      // 1 + erf(x) and 1 + tanh(x) have the last place of 1: the error is one of x, not of the result.
+      // What x is multiplied by has the last place of 1: the error is one of x, not of the result.
       const double exact = test::activate_exactly(activation, static_cast<double>(x[i]));
       ASSERT_NEAR(out[i], exact, 4 * 0x1p-24 * std::fabs(static_cast<double>(x[i])))
           << "activation " << static_cast<int>(activation) << " of " << x[i];

@@ -7,7 +7,7 @@
 //   out        activation(sum * (input_scale * weight_scale[channel]) + bias[channel] + residual), each step rounded to
 //              float32, no fused multiply-add; then stored as float32, float16, bfloat16, or as int8 by the rule above
 //
-// So results agree bit for bit between processors, instruction sets and GPUs, but for gelu and silu, which
+// So results agree bit for bit between processors, instruction sets and GPUs, but for silu and gelu_tanh, which
 // differ by up to 1e-6 of their input.
 //
 // Sums must fit int32: at most kInt8MaxTerms products each, or kInt8MaxTermsShifted where the zero point is not 0.
