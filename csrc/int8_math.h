@@ -38,9 +38,9 @@ HALFSTEP_HOST_DEVICE [[gnu::always_inline]] inline float polynomial(float x, flo
   return polynomial(x, __builtin_fmaf(sum, x, next), rest...);
 }
 
-// gelu is a polynomial in fused operations: the same bits everywhere, in less time than an exponential takes. The normal
-// distribution is 1/2 + x q(x^2); q is a minimax fit of the 13th degree on x^2 <= 5.25^2, and beyond that what is
-// clamped between 0 and 1. Its error is below 2e-7, so what is left of gelu below -4.5 has no digits.
+// gelu is a polynomial in fused operations: the same bits everywhere, in less time than an exponential takes. The
+// normal distribution is 1/2 + x q(x^2); q is a minimax fit of the 13th degree on x^2 <= 5.25^2, and beyond that what
+// is clamped between 0 and 1. Its error is below 2e-7, so what is left of gelu below -4.5 has no digits.
 HALFSTEP_HOST_DEVICE [[gnu::always_inline]] inline float gelu(float x) {
   constexpr float kEnd = 5.25F * 5.25F;
   const float square = x * x;

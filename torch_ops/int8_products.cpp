@@ -291,19 +291,7 @@ std::string int8_kernel(const at::Device& device) {
 #else
   TORCH_CHECK_NOT_IMPLEMENTED(!device.is_cuda(), "int8_kernel: this halfstep was built without CUDA");
 #endif
-  switch (cpu::best_int8_isa()) {
-    case Int8Isa::kPortable:
-      return "halfstep portable";
-    case Int8Isa::kAvx2:
-      return "halfstep AVX2";
-    case Int8Isa::kAvxVnni:
-      return "halfstep AVX-VNNI";
-    case Int8Isa::kAvx512Vnni:
-      return "halfstep AVX512-VNNI";
-    case Int8Isa::kAmx:
-      return "halfstep AMX";
-  }
-  return "halfstep";
+  return std::string("halfstep ").append(cpu::name_of(cpu::best_int8_isa()));
 }
 
 }  // namespace

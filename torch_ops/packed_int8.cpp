@@ -1,5 +1,6 @@
 // torch.classes.halfstep.PackedInt8. Contract: halfstep/torch/int8.h.
 #include <cstring>
+#include <limits>
 #include <shared_mutex>
 #include <unordered_map>
 #include <vector>
@@ -31,8 +32,9 @@ void check_vector(const at::Tensor& tensor, const char* argument, const at::Tens
 }
 
 void check_pair(const std::array<std::int64_t, 2>& pair, const char* argument, std::int64_t least) {
-  TORCH_CHECK_VALUE(pair[0] >= least && pair[1] >= least, "PackedInt8: ", argument, " is [", pair[0], ", ", pair[1],
-                    "], expected at least ", least);
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // sizes made of it fit an int64
+  TORCH_CHECK_VALUE(pair[0] >= least && pair[1] >= least && pair[0] <= kMost && pair[1] <= kMost,
+                    "PackedInt8: ", argument, " is [", pair[0], ", ", pair[1], "], expected ", least, " .. ", kMost);
 }
 
 // Channels last in memory for a convolution: the order of the terms in every kernel.

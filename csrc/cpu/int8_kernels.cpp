@@ -2,6 +2,8 @@
 #include "int8_kernels.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
 
 #include "clones.h"
 #include "copy_few.h"
@@ -54,20 +56,18 @@ bool has_avx_vnni() {
 }
 #endif
 
-const char* name_of(Int8Isa isa) {
-  switch (isa) {
-    case Int8Isa::kPortable:
-      return "portable";
-    case Int8Isa::kAvx2:
-      return "AVX2";
-    case Int8Isa::kAvxVnni:
-      return "AVX-VNNI";
-    case Int8Isa::kAvx512Vnni:
-      return "AVX-512 VNNI";
-    case Int8Isa::kAmx:
-      return "AMX";
-  }
-  return "unknown";
+constexpr std::array kIsas = {Int8Isa::kAmx, Int8Isa::kAvx512Vnni, Int8Isa::kAvxVnni, Int8Isa::kAvx2,
+                              Int8Isa::kPortable};
+
+// The user's, else the last word of processors.
+Int8Isa most_allowed() {
+  const char* const wanted = std::getenv("HALFSTEP_MAX_INT8_ISA");
+  if (wanted == nullptr || *wanted == '\0') return kIsas.front();
+  const auto* const isa =
+      std::find_if(kIsas.begin(), kIsas.end(), [&](Int8Isa each) { return name_of(each) == wanted; });
+  HS_CHECK(isa != kIsas.end(), "HALFSTEP_MAX_INT8_ISA is ", wanted,
+           "; expected portable, AVX2, AVX-VNNI, AVX512-VNNI or AMX");
+  return *isa;
 }
 
 }  // namespace
@@ -103,10 +103,25 @@ bool has_int8_isa(Int8Isa isa) {
   }
 }
 
+std::string_view name_of(Int8Isa isa) {
+  switch (isa) {
+    case Int8Isa::kPortable:
+      return "portable";
+    case Int8Isa::kAvx2:
+      return "AVX2";
+    case Int8Isa::kAvxVnni:
+      return "AVX-VNNI";
+    case Int8Isa::kAvx512Vnni:
+      return "AVX512-VNNI";
+    case Int8Isa::kAmx:
+      return "AMX";
+  }
+  return "unknown";
+}
+
 Int8Isa best_int8_isa() {
-  for (const Int8Isa isa : {Int8Isa::kAmx, Int8Isa::kAvx512Vnni, Int8Isa::kAvxVnni, Int8Isa::kAvx2})
-    if (has_int8_isa(isa)) return isa;
-  return Int8Isa::kPortable;
+  static const Int8Isa most = most_allowed();
+  return *std::find_if(kIsas.begin(), kIsas.end(), [](Int8Isa isa) { return isa <= most && has_int8_isa(isa); });
 }
 
 const Int8Kernel& int8_kernel(Int8Isa isa) {

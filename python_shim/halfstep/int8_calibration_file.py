@@ -15,7 +15,7 @@ from torch import nn
 from halfstep._library import load_library
 from halfstep.calibration_data import Batch
 from halfstep.int8_wrappers import plain_name
-from halfstep.whole_files import check_readable, replacing
+from halfstep.whole_files import check_archive, check_readable, replacing
 
 _KIND = "calibration"
 _PIECE = 1 << 22  # elements
@@ -88,6 +88,7 @@ class CalibrationFile:
         except (OSError, ValueError) as error:
             raise ValueError(f"calibration_file {self.path} cannot be read: {error}") from error
         try:
+            check_archive(self.path, "data.pkl")
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # anything, an errno too, of what is no whole archive of plain tensors
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,9 +13,11 @@ from halfstep.half_model import CastModel, float_dtype, half_model, is_uniform, 
 from halfstep.int8_batches import floating_tensors_of
 from halfstep.int8_noise import finite_of, powers_of, share_of
 from halfstep.int8_report import Report
-from halfstep.int8_speed import calls_of, time_in_turns
+from halfstep.int8_speed import calls_of, seconds_of, time_in_turns
 
 _HALVES = (torch.bfloat16, torch.float16)
+_HOPELESS = 4.0  # times the own type's time on the probe, in a call that is long enough to count
+_COUNTS = 0.01  # seconds
 
 
 class Carriers:
@@ -51,18 +54,22 @@ class Carriers:
     def choose(self, batch: Batch, probe: Batch, device: torch.device, report: Report) -> None:
         """Take the fastest float type for what is not int8, and for the model that int8 has to beat.
 
-        Halves are tried on the probe: one that fails or gives something else than finite outputs is none.
+        Halves are tried on the probe: one that fails, gives something else than finite outputs or takes several times
+        as long is none. Without instructions for a type a processor takes twenty times as long, minutes in all.
         """
         models = {self.own: self.model(self.own)}
         if self.own == torch.float32 and is_uniform(models[self.own]):
             with torch.no_grad():
                 wanted = floating_tensors_of(probe(models[self.own]))
+            own = seconds_of(partial(probe, models[self.own]), device)
             for dtype in _HALVES:
-                if why := self._obstacle(dtype, probe, wanted):
+                why = self._obstacle(dtype, probe, wanted) or self._too_slow(dtype, probe, own, device)
+                if why:
                     report.notes.append(f"{name_of(dtype)} {why}")
                 else:
                     models[dtype] = self.model(dtype)
         timings = time_in_turns(calls_of(list(models.values()), batch), device)
+        report.timed_samples = batch.size
         times = {dtype: timing.median for dtype, timing in zip(models, timings, strict=True)}
         report.milliseconds = {name_of(dtype): milliseconds for dtype, milliseconds in times.items()}
         self.fastest = self.carrier = min(times, key=times.__getitem__)
@@ -73,6 +80,13 @@ class Carriers:
         if len(halves) > 1:
             faster, slower = map(name_of, halves)
             report.halves = f"regions are not timed in {slower}: the whole model is faster in {faster}"
+
+    def _too_slow(self, dtype: torch.dtype, probe: Batch, own: float, device: torch.device) -> str:
+        """Return "" or why it is not worth the time to measure the model in this type."""
+        seconds = seconds_of(partial(probe, self.model(dtype)), device)
+        if seconds < max(_COUNTS, _HOPELESS * own):
+            return ""
+        return f"is not used: {probe.size} samples take {1e3 * seconds:.3g} ms, {1e3 * own:.3g} in {name_of(self.own)}"
 
     def _obstacle(self, dtype: torch.dtype, probe: Batch, wanted: list[torch.Tensor]) -> str:
         """Return "" or why the model is not used in this type."""

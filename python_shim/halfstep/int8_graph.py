@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import threading
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
 from halfstep.int8_report import grouped
 
 _WHOLE = (*INT8_LAYERS, torch.jit.ScriptModule)
+_TRACING = threading.Lock()  # torch.fx puts itself in the place of nn.Module's calls, and takes itself out again
 
 
 class TracedModule(GraphModule):
@@ -81,7 +83,8 @@ def trace(model: nn.Module, given: Collection[str] | None = None) -> tuple[Graph
         has_layers = any(is_product(module) for module in twin.modules() if module is not twin)
         return None, f"nn.{kind.__name__} is called whole" if has_layers else "the model is a single layer"
     try:
-        graph = tracer.trace(twin)
+        with _TRACING:
+            graph = tracer.trace(twin)
         _finish(graph, model)
         for node in list(graph.nodes):
             if is_idle(twin, node):
@@ -114,6 +117,7 @@ class _Tracer(Tracer):
         super().__init__(param_shapes_constant=True)
         self.left_whole: dict[str, str] = {}
         self._defaults = defaults
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _WHOLE) or is_product(m) or super().is_leaf_module(m, module_qualified_name)
@@ -136,6 +140,8 @@ class _Tracer(Tracer):
         return self.create_node("call_function", type(a), (self.create_arg(dict(a.items())),), {})
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:  # while one thread traces, torch.fx takes the calls of all
+            return forward(*args, **kwargs)
         if self.is_leaf_module(m, ""):
             if not isinstance(m, _WHOLE) and not is_product(m) and any(map(is_product, m.modules())):
                 self.left_whole[self.path_of_module(m)] = f"as modules of torch.nn are ({type(m).__name__})"

@@ -47,6 +47,7 @@ def tell(report: Report, metric: Metric, model: nn.Module, batches: Sequence[Bat
     model: whose forward takes the batches.
     """
     report.metric, report.proxy, report.is_share = metric.kind, metric.proxy, metric.is_share
+    report.float_score, report.judged = metric.float_score, metric.samples
     report.notes += metric.notes
     if not metric.proxy:
         return

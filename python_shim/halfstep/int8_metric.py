@@ -11,6 +11,7 @@ chances, which the bound does not know of.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ class _Scores(Metric):
         # By how much one sample can change where scores have two values, as right and wrong have; None if not known.
         self._size = 1.0 if self.is_share else max(distinct) - min(distinct) or None
         self._two_valued = len(distinct) <= 2
+        self.float_score = statistics.fmean(self._reference)
         super().__init__([without_labels(batch)[0] for batch in batches], len(self._reference))
 
     def _run(self, model: nn.Module) -> tuple[list[float], bool]:
@@ -153,6 +155,8 @@ class _Top1(Metric):
         left_out = sum(map(math.isnan, powers))
         super().__init__(inputs, len(powers) - left_out, left_out)
         self._call, self._labels, self._answers = call, labels, answers
+        right = sum(is_right for batch in answers for is_right, power in batch if not math.isnan(power))
+        self.float_score = right / self.samples
 
     @classmethod
     def of(cls, batches: Sequence[Any], call: Call, model: nn.Module) -> _Top1 | None:

@@ -45,6 +45,8 @@ class Report:
     is_share: bool = True  # whether drop, bound and threshold are shares, 0.02 for 2 %, or in the units of a score
     drop: float | None = None
     bound: float | None = None
+    float_score: float | None = None  # what the metric gives for the float model, if that is a number
+    judged: int = 0  # samples that the metric judges by
     kept: bool = False
     unchanged: bool = False  # whether the float model itself came back
     everywhere: dict[str, float] = field(default_factory=dict)  # "drop" and "bound" with all layers changed
@@ -62,6 +64,7 @@ class Report:
     bias_correction: str = ""
     nonfinite: dict[str, int] = field(default_factory=dict)  # NaN and infinities in calibration, by layer
     milliseconds: dict[str, float] = field(default_factory=dict)  # of the whole model, one batch
+    timed_samples: int = 0  # of that batch, by which regions are timed too
     halves: str = ""  # which half type regions are timed in, where there are two
     bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -77,9 +80,14 @@ class Report:
         self.everywhere = {"drop": verdict.drop, "bound": verdict.bound}
         self.everywhere_failed = "" if math.isfinite(verdict.drop) else verdict.note
 
+    @property
+    def score(self) -> float | None:
+        """What the metric gives for the result: the float model's less the drop."""
+        return None if self.float_score is None or self.drop is None else self.float_score - self.drop
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as nested dicts and lists of plain values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "score": self.score}
 
     def __str__(self) -> str:
         lines = [f"{self.target} on {self.device}: the result is {self.result}"]
@@ -92,12 +100,17 @@ class Report:
             said = f"drop {self._amount(self.drop)}, {bound}, threshold {self._amount(self.threshold)}: {kept}"
             if self.unchanged:
                 said = "no drop (the float model, unchanged)"
-            lines.append(f"accuracy ({word}{self.metric}): {said}")
+            if self.score is not None:
+                scores = dict.fromkeys(map(self._level, (self.float_score, self.score)))
+                said = f"{' -> '.join(scores)}, {said}"
+            judged = f" of {self.judged} samples" if self.judged > 1 else ""
+            lines.append(f"accuracy ({word}{self.metric}{judged}): {said}")
         if self.everywhere and self.everywhere["bound"] > self.threshold:
             said = f"drop {self._amount(self.everywhere['drop'])}, bound {self._amount(self.everywhere['bound'])}"
             lines.append(f"{self.target} in every layer: {self.everywhere_failed or said}")
         if self.milliseconds:
-            lines.append("whole model: " + _times(self.milliseconds))
+            batch = f", batches of {self.timed_samples}" if self.timed_samples else ""
+            lines.append(f"whole model{batch}: {_times(self.milliseconds)}")
         if self.bytes:
             lines.append("weights: " + ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in self.bytes.items()))
         lines.extend(text for text in (self.halves, self.graph, self.bias_correction) if text)
@@ -135,6 +148,10 @@ class Report:
         if math.isinf(drop):
             return "unknown"
         return _percent(drop) if self.is_share else f"{drop:.3g}"
+
+    def _level(self, score: float) -> str:
+        """Return a score in its units, with digits for small drops."""
+        return f"{100 * score:.4g} %" if self.is_share else f"{score:.5g}"
 
 
 def grouped(reasons: Mapping[str, str], what: str = "layers", most: int = _NAMED) -> list[str]:

@@ -10,7 +10,6 @@ import inspect
 import os
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from halfstep.half_model import CastModel
 from halfstep.int8_device import checked_device
 from halfstep.int8_runs import Call, disagreement
 from halfstep.signatures import signature_of
-from halfstep.whole_files import check_readable, replacing
+from halfstep.whole_files import check_archive, check_readable, replacing
 
 
 def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) -> None:
@@ -68,30 +67,12 @@ def load_script(path: str | os.PathLike[str], device: str | torch.device = "cpu"
     device, path = checked_device(device), Path(path)
     check_readable(path)
     try:
-        _check_archive(path)
+        check_archive(path, "data.pkl", "constants.pkl")
         load_library()
         with _quiet():
             return torch.jit.load(str(path), map_location=device)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, RuntimeError) as error:
         raise ValueError(f"{path} is not a TorchScript file, or a damaged one: {_in_short(error)}") from error
-
-
-def _check_archive(path: Path) -> None:
-    """Compare the records of a ZIP archive with their checksums, of one that can be TorchScript."""
-    with zipfile.ZipFile(path) as archive:
-        names = {name.partition("/")[2] for name in archive.namelist()}
-        if not {"data.pkl", "constants.pkl"} <= names:
-            raise zipfile.BadZipFile("it has no records data.pkl and constants.pkl")
-        content = sum(record.file_size for record in archive.infolist())
-        if content > _largest_content(path.stat().st_size):
-            raise zipfile.BadZipFile(f"it claims to hold {content} bytes")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"the CRC-32 of {damaged} is not what was saved")
-
-
-def _largest_content(file_bytes: int) -> int:
-    """Return the bytes that a file of this size can hold: torch compresses code, about tenfold, and no weights."""
-    return 64 * file_bytes + (16 << 20)
 
 
 def _save(path: str | os.PathLike[str], script: torch.jit.ScriptModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from halfstep.int8_noise import Powers, finite_of, powers_of, share_of
 
 _NOISY = 1e-3  # the share of noise, 30 dB, up to which a layer needs no smoothing
 _FOR_BIASES = 8  # batches by which biases are corrected
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class LayerSettings:
         Returns of each one that cannot be quantized the reason; it is no candidate any more.
         """
         refused: dict[str, str] = {}
+        self.smoothed = set()
         smoothed: dict[str, torch.ScriptObject] = {}
         scheme = self._scheme
         for name, candidate in list(self._candidates.items()):
@@ -70,16 +73,20 @@ class LayerSettings:
                 refused[name] = str(error)
                 del self._candidates[name]
                 continue
-            if scheme.smooth_quant and candidate.can_be_smoothed and scheme.activations == "static":
-                smoothed[name] = self._smooth(candidate, calibration.observers[name])
-        self._ranges = {name: self._smoothed_range(calibration, name, packed) for name, packed in smoothed.items()}
+            if scheme.smooth_quant and candidate.can_be_smoothed:
+                with contextlib.suppress(ValueError):  # factors or products that no float32 holds
+                    smoothed[name] = self._smooth(candidate, calibration.observers[name])
+        if scheme.activations == "static":
+            ranges = {name: self._smoothed_range(calibration, name, packed) for name, packed in smoothed.items()}
+            self._ranges = {name: found for name, found in ranges.items() if found[0] <= _LARGEST}
+            smoothed = {name: smoothed[name] for name in self._ranges}
         if scheme.smooth_quant == "auto" and smoothed:
             variants = {
                 name: [
-                    Int8Settings(self._packed[name], *calibration.parameters(name, method, scheme.bits)),
-                    Int8Settings(smoothed[name], *self._ranges[name]),
+                    self._settings_of(name, calibration, method),
+                    Int8Settings(packed, *self._ranges.get(name, ())),  # none: by rows
                 ]
-                for name in smoothed
+                for name, packed in smoothed.items()
             }
             noise = self.noise_of(variants)
             smoothed = {name: packed for name, packed in smoothed.items() if name in noise and _is_worth(*noise[name])}
@@ -89,15 +96,7 @@ class LayerSettings:
 
     def use(self, calibration: Calibration, method: str) -> None:
         """Take the ranges of the inputs by this estimator."""
-        self.settings = {}
-        for name, candidate in self._candidates.items():
-            if candidate.kind == "embedding" or self._scheme.activations == "dynamic":
-                self.settings[name] = Int8Settings(self._packed[name])
-            elif name in self.smoothed:
-                self.settings[name] = Int8Settings(self._packed[name], *self._ranges[name])
-            else:
-                scale, zero_point = calibration.parameters(name, method, self._scheme.bits)
-                self.settings[name] = Int8Settings(self._packed[name], scale, zero_point)
+        self.settings = {name: self._settings_of(name, calibration, method) for name in self._candidates}
 
     def with_mean_shifts(self, names: Iterable[str]) -> dict[str, Int8Settings]:
         """Return settings whose biases make up for the mean of the quantization error of each layer's output."""
@@ -171,6 +170,13 @@ class LayerSettings:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _settings_of(self, name: str, calibration: Calibration, method: str) -> Int8Settings:
+        if self._candidates[name].kind == "embedding" or self._scheme.activations == "dynamic":
+            return Int8Settings(self._packed[name])
+        if name in self.smoothed:
+            return Int8Settings(self._packed[name], *self._ranges[name])
+        return Int8Settings(self._packed[name], *calibration.parameters(name, method, self._scheme.bits))
 
     def _pack(self, candidate: Candidate, weight: torch.Tensor | None = None, factors: Any = None) -> Any:
         return pack(

@@ -72,6 +72,12 @@ def time_in_turns(calls: Sequence[Callable[[], Any]], device: torch.device, roun
     return [Timing(tuple(1e3 * seconds for seconds in times)) for times in taken]
 
 
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call that was made before, the shorter of two: a rough look."""
+    with torch.inference_mode():
+        return min(_run(call, 1, device) for _ in range(2))
+
+
 def time_on_device(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[Timing]:
     """Time the calls as time_in_turns() does, on a GPU without what the host takes to launch them.
 

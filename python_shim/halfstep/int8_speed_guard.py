@@ -78,9 +78,13 @@ class SpeedGuard:
         return self._times[key]
 
     def known(self, name: str, carrier: str) -> tuple[tuple[str, ...], dict[str, float]]:
-        """Return the first region with this layer that was timed in this carrier, and its times; empty if none was."""
-        found = ((layers, times) for (dtype, layers), times in self._times.items() if name_of(dtype) == carrier)
-        return next((each for each in found if name in each[0]), ((), {}))
+        """Return the first region with this layer that was timed, and its times; empty if none was.
+
+        One in this carrier, if there is one: the carrier may have changed after all regions were timed.
+        """
+        found = [(dtype, layers, times) for (dtype, layers), times in self._times.items() if name in layers]
+        found.sort(key=lambda each: name_of(each[0]) != carrier)
+        return found[0][1:] if found else ((), {})
 
     def fastest(self, model: nn.Module, verdict: Verdict) -> tuple[nn.Module, Verdict | None, str]:
         """Return the int8 model, or the float one that is faster in turns on a whole batch and keeps the threshold.

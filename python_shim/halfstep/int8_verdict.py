@@ -50,7 +50,8 @@ class Metric(abc.ABC):
     """Judges models by what the float model did.
 
     inputs: what the model is called with in each batch, labels left out. samples: by how many it judges.
-    reference_bytes: memory of the CPU that is taken by what is kept of the float model. is_share: whether a drop is a
+    reference_bytes: memory of the CPU that is taken by what is kept of the float model. float_score: what the float
+    model reaches, None where it is only compared with itself. is_share: whether a drop is a
     share of the samples or of power, 0.02 for 2 %, rather than in the units of a score. notes: what a reader must know
     of the samples.
     """
@@ -59,6 +60,7 @@ class Metric(abc.ABC):
     proxy = False
     is_share = True
     reference_bytes = 0
+    float_score: float | None = None
 
     def __init__(self, inputs: Sequence[Any], samples: int, left_out: int = 0) -> None:
         """left_out: samples for which the float model gives NaN or infinity; ValueError if there are no others."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -58,3 +60,26 @@ def check_readable(path: Path) -> None:
     with path.open("rb") as file:  # PermissionError
         if not os.fstat(file.fileno()).st_size:  # as those of /proc are, whatever they say
             raise ValueError(f"{path} is empty")
+
+
+def check_archive(path: Path, *records: str) -> None:
+    """Compare the records of an archive of torch's with their checksums, which torch itself does not.
+
+    BadZipFile for one that is damaged, lacks one of `records`, or claims to hold more than such a file can.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if missing := set(records) - {name.partition("/")[2] for name in archive.namelist()}:
+                raise zipfile.BadZipFile(f"it has no record {min(missing)}")
+            content = sum(record.file_size for record in archive.infolist())
+            if content > _largest_content(path.stat().st_size):
+                raise zipfile.BadZipFile(f"it claims to hold {content} bytes")
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the CRC-32 of {damaged} is not what was saved")
+    except (zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # of streams, methods and passwords
+        raise zipfile.BadZipFile(str(error)) from error
+
+
+def _largest_content(file_bytes: int) -> int:
+    """Return the bytes that a file of this size can hold: torch compresses code, about tenfold, and no tensors."""
+    return 64 * file_bytes + (16 << 20)

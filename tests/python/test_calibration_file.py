@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,17 @@ def test_a_missing_folder_is_noticed_before_the_calibration(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="there is no folder"):
         calibrate(model, data_of(model), tmp_path / "none" / "calibration.pt")
     assert model.calls == 0
+
+
+def test_a_file_that_grows_a_thousandfold_is_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "calibration"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("calibration/data.pkl", b"\x80\x02}q\x00.")
+        with archive.open("calibration/data/0", "w", force_zip64=True) as large:
+            for _ in range(512):
+                large.write(bytes(1 << 20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="is damaged, or none of halfstep's") as caught:
+        CalibrationFile(file)
+    assert re.search("it claims to hold [0-9]* bytes", str(caught.value.__cause__))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from halfstep import InferencePrecisionOptimizer, int8_calibration
+from halfstep import InferencePrecisionOptimizer, int8_calibration, int8_speed_guard
 from halfstep.int8_layers import Int8Conv2d, Int8Linear
 from inference_cases import Cnn, accuracy, batches, digits, trained_cnn, trained_mlp
 from torch import nn
@@ -150,18 +151,21 @@ def test_fewer_bits_give_layers_back_one_by_one() -> None:
     assert len(int8_layers(result)) + len(report["given_back"]) == 5
 
 
-def test_the_speed_guard_never_returns_a_slower_model() -> None:
+@pytest.mark.parametrize("slower", [False, True])
+def test_the_speed_guard_returns_no_slower_model(slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_speed_guard, "loses", lambda mine, rival: slower)
     inference = optimizer(speed_guard=True)
     result = inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
     report = inference.report()
     assert report["milliseconds"]["float32"] > 0
     assert report["kept"]
-    if report["result"] == "int8":
-        assert int8_layers(result)
-    else:
-        assert int8_layers(result) == []
-        assert len(report["given_back"]) == 3
-        assert all(region["state"] == "float" and region["why"] for region in report["regions"])
+    assert int8_layers(result) == ([] if slower else ["first", "second", "head"])
+    assert (report["result"] == "int8") is not slower
+    assert len(report["given_back"]) == (3 if slower else 0)
+    for region in report["regions"]:
+        assert region["state"] == ("float" if slower else "int8")
+        assert bool(region["why"]) is slower
+        assert {"float32", "int8"} < region["milliseconds"].keys()
 
 
 def test_poison_is_given_back_alone() -> None:
@@ -379,3 +383,15 @@ def test_a_batch_without_rows_for_a_layer_does_not_stop_the_correction_of_biases
     inference = InferencePrecisionOptimizer(accuracy_threshold=0.9, bits=3, speed_guard=False, progress=False)
     inference.optimize_for_inference(torch.jit.script(model) if form == "script" else model, data, "cpu")
     assert inference.report()["bias_correction"] == "biases corrected in 2 layers"
+
+
+def test_models_are_optimized_in_several_threads() -> None:
+    images, _ = digits()
+    model = trained_mlp()
+
+    def optimized(_: int) -> torch.Tensor:
+        return optimizer().optimize_for_inference(model, batches(), "cpu")(images)
+
+    expected = optimized(0)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert all(torch.equal(each, expected) for each in threads.map(optimized, range(8)))

@@ -236,17 +236,28 @@ def test_of_poison_exactly_the_reader_is_given_back(
     )
 
 
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
 @pytest.mark.parametrize("labels", [False, True], ids=["agreement", "top-1"])
 @pytest.mark.parametrize(("kind", "producer", "consumer"), POISONS)
 def test_with_smoothing_no_layer_is_given_back(
-    kind: type[nn.Module], producer: str, consumer: str, labels: bool
+    kind: type[nn.Module], producer: str, consumer: str, labels: bool, activations: str
 ) -> None:
     plain = trained_of(kind)
     model = poisoned(plain, producer, consumer, busiest(plain, producer))
-    guarded = Guarded(model, batches(1797, labels=labels))
+    guarded = Guarded(model, batches(1797, labels=labels), activations=activations)
     assert guarded.report["given_back"] == {}
     assert int8_layers(guarded.result) == frozenset(guarded.run.candidates)
     assert guarded.report["bound"] <= 0.02
+
+
+def test_a_layer_whose_smoothed_input_no_float_holds_is_not_smoothed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-42)
+        model[1].weight.mul_(1e36)
+    guarded = Guarded(model, [torch.randn(50, 16) for _ in range(6)], smooth_quant=True, accuracy_threshold=1.0)
+    assert guarded.run.settings.smoothed == {"0"}
 
 
 def random_network(seed: int) -> nn.Module:

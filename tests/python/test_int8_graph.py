@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -349,3 +351,43 @@ def test_a_traced_model_is_scripted_without_warnings() -> None:
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # TorchScript itself is deprecated
             torch.jit.script(model)
+
+
+class Waiting(nn.Module):
+    """While it is traced it calls `inside`, where another thread has its turn."""
+
+    def __init__(self, inside: Callable[[], None]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self._inside = inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        self._inside()
+        return self.second(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
+        made = Waiting(self._inside)
+        made.load_state_dict(self.state_dict())
+        return made.eval()
+
+
+def test_other_threads_call_and_trace_models_meanwhile() -> None:
+    other, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval(), torch.randn(3, 4)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        asked: list[concurrent.futures.Future] = []
+
+        def inside() -> None:
+            called = threads.submit(other, x)
+            assert torch.equal(called.result(60), other_output)
+            asked.append(threads.submit(trace, other))  # waits until this trace is done
+
+        other_output = other(x)
+        model = Waiting(inside).eval()
+        graph, why = trace(model)
+        assert graph is not None, why
+        assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["first", "second"]
+        (found,) = asked
+        traced, why = found.result(60)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    assert torch.equal(traced(x), other_output)

@@ -55,6 +55,7 @@ def test_top1_over_batches(kind, dtype) -> None:
     batches = [kind([torch.rand(len(each), 3), each.to(dtype)]) for each in labels]
     metric = choose_metric(None, batches, call, Lookup(*(map(logits, before, labels))))
     assert (metric.kind, metric.samples, metric.proxy) == ("top-1", 70, False)
+    assert metric.float_score == pytest.approx(60 / 70)
     assert [each.shape for each in metric.inputs] == [(40, 3), (30, 3)]
     changed = Lookup(*(map(logits, after, labels)))
     verdict = metric.judge(changed)

@@ -462,6 +462,16 @@ def test_meta_says_shape_and_dtype(kind: str) -> None:
     assert out.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_geometry_of_which_no_size_can_be_made_is_refused(name: str) -> None:
+    for size in (-1, 2**31, 2**62, 2**63 - 1):
+        with pytest.raises(ValueError, match=rf"PackedInt8: {name} is \[1, {size}\], expected \d .. 2147483647"):
+            packed_of(random_int8(2, 1, 3, 3), **{name: (1, size)})
+    far = packed_of(random_int8(2, 1, 3, 3), dilation=(2**31 - 1, 1))
+    with pytest.raises(ValueError, match="expected at least 4294967295, the kernel's reach"):
+        ops.int8_conv2d(random_int8(1, 1, 3, 3), far, 1.0, 0)
+
+
 def test_threads_share_packed_weights() -> None:
     """Each thread may be the first to call."""
     weight = packed_of(random_int8(64, 128, low=-127))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from halfstep import InferencePrecisionOptimizer
 from halfstep.int8_report import RegionReport, Report, grouped
 from halfstep.int8_verdict import Verdict
-from inference_cases import batches, trained_mlp
+from inference_cases import batches, digits, trained_mlp
 from torch import nn
 
 # Never destroyed: TorchScript knows functions by their addresses, and would take whatever comes to lie at the address
@@ -349,13 +349,50 @@ def test_drops_of_a_score_are_plain_numbers() -> None:
             InferencePrecisionOptimizer(accuracy_threshold=bad, eval_fn=squared_errors)
 
 
+def test_scores_of_both_models_stand_beside_the_drop() -> None:
+    images, labels = digits()
+
+    def accuracy_of(model: nn.Module, first: int, last: int) -> float:
+        with torch.no_grad():
+            return float((model(images[first:last]).argmax(1) == labels[first:last]).float().mean())
+
+    inference = InferencePrecisionOptimizer(progress=False, speed_guard=False, calibration_samples=600, bits=4)
+    small = inference.optimize_for_inference(trained_mlp(), batches(600), "cpu")
+    report, line = inference.report(), inference.explain().splitlines()[1]
+    guard = report["samples"]["guard"]
+    assert report["judged"] == guard
+    judged = (120, 300, 480)  # every third batch of 60
+    before, after = (sum(accuracy_of(model, i, i + 60) for i in judged) / 3 for model in (trained_mlp(), small))
+    assert report["float_score"] == pytest.approx(before)
+    assert report["score"] == pytest.approx(after)
+    expected = " -> ".join(dict.fromkeys(f"{100 * each:.4g} %" for each in (before, after)))
+    assert line.startswith(f"accuracy (top-1 of {guard} samples): {expected}, "), line
+
+    data = [torch.randn(20, 8) for _ in range(3)]
+    inference = optimized(regression(), data, eval_fn=squared_errors, accuracy_threshold=25.0)
+    report = inference.report()
+    assert report["float_score"] == pytest.approx(float(squared_errors(regression()).mean()), rel=1e-5)
+    assert report["judged"] == 10
+    proxy = optimized(regression(), data, accuracy_threshold=1.0)
+    assert (proxy.report()["float_score"], proxy.report()["score"]) == (None, None)
+
+
+def test_the_batch_whose_times_these_are_has_its_size() -> None:
+    inference = optimized(trained_mlp(), batches(), speed_guard=True)
+    size = inference.report()["timed_samples"]
+    assert size == len(batches()[0][0])
+    assert f"whole model, batches of {size}: float32 " in inference.explain()
+
+
 def test_scores_that_are_all_right_need_as_many_samples_as_top1() -> None:
     data = [torch.randn(20, 8) for _ in range(3)]
     with pytest.warns(UserWarning, match="scores on 20 samples cannot prove .* 0.02: 183 samples are needed"):
         inference = optimized(regression(), data, eval_fn=lambda model: [1.0] * 20, accuracy_threshold=0.02)
     report = inference.report()
     assert (report["result"], report["unchanged"]) == ("float32", True)
-    assert inference.explain().splitlines()[1] == "accuracy (scores): no drop (the float model, unchanged)"
+    assert inference.explain().splitlines()[1] == (
+        "accuracy (scores of 20 samples): 100 %, no drop (the float model, unchanged)"
+    )
 
 
 def test_decisions_of_few_samples_are_not_kept() -> None:

@@ -108,10 +108,10 @@ def test_mutations_are_refused_or_change_nothing(saved: tuple, tmp_path: Path) -
 
 def test_foreign_files_are_refused(tmp_path: Path, saved: tuple) -> None:
     torch.save({"weight": torch.ones(3)}, tmp_path / "state.pt")
-    refused(tmp_path / "state.pt", "it has no records data.pkl and constants.pkl")
+    refused(tmp_path / "state.pt", "it has no record constants.pkl")
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         archive.writestr("archive/data.txt", "text")
-    refused(tmp_path / "some.zip", "it has no records data.pkl and constants.pkl")
+    refused(tmp_path / "some.zip", "it has no record constants.pkl")
     optimized("small")[0].save(tmp_path / "m.safetensors")
     refused(tmp_path / "m.safetensors")
 

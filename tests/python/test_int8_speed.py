@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +186,70 @@ def test_carrier_and_times_of_regions_are_those_of_what_came_back(
         kept = [region for region in report["regions"] if region["state"] == "int8"]
         assert kept
         assert all(region["milliseconds"]["int8"] in (0.5, 3.0) for region in kept)
+
+
+def test_a_layer_that_is_given_back_for_accuracy_has_times_of_whichever_carrier_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Regions are timed in bfloat16, the fastest float type; then the model is faster in float32."""
+
+    def time_region(*_: Any) -> dict[str, Timing]:
+        return {"int8": Timing((1.0,)), "float32": Timing((3.0,)), "bfloat16": Timing((2.0,))}
+
+    def timed(calls: Any, *_: Any) -> list[Timing]:
+        halves = [isinstance(call.func, CastModel) for call in calls]
+        int8 = [bool(int8_layers(call.func)) for call in calls]
+        return [Timing((1.0 + half if mine else 4.0 - half,)) for half, mine in zip(halves, int8, strict=True)]
+
+    monkeypatch.setattr(Form, "time_region", time_region)
+    for module in (int8_carriers, int8_speed_guard):
+        monkeypatch.setattr(module, "time_in_turns", timed)
+    model = copy.deepcopy(trained_mlp())
+    with torch.no_grad():
+        model.first.weight[5] *= 1e4
+        model.first.bias[5] *= 1e4
+        model.second.weight[:, 5] /= 1e4
+    inference = InferencePrecisionOptimizer(progress=False, smooth_quant=False, calibration_samples=1797)
+    inference.optimize_for_inference(model, batches(1797), "cpu")
+    report = inference.report()
+    assert report["carrier"] == "float32"
+    assert list(report["given_back"]) == ["second"]
+    times = {region["layers"][0]: region["milliseconds"] for region in report["regions"]}
+    assert times["second"] == {"int8": 1.0, "float32": 3.0, "bfloat16": 2.0}
+
+
+class SlowHalf(nn.Module):
+    """A layer that takes long in float16, as on a processor without instructions for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.calls: collections.Counter[torch.dtype] = collections.Counter()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls[x.dtype] += 1
+        if x.dtype == torch.float16:
+            time.sleep(0.05)
+        return self.layer(x.flatten(1))
+
+    def __deepcopy__(self, memo: Any) -> SlowHalf:
+        made = SlowHalf()
+        made.load_state_dict(self.state_dict())
+        made.calls = self.calls  # of all copies together
+        return made
+
+
+def test_a_type_that_is_hopelessly_slow_is_not_measured() -> None:
+    model = SlowHalf().eval()
+    inference = InferencePrecisionOptimizer(progress=False, accuracy_threshold=0.5)
+    inference.optimize_for_inference(model, batches(), "cpu")
+    report = inference.report()
+    assert model.calls[torch.float16] == 3, "to see whether it works, and twice to see how fast"
+    assert {"float32", "bfloat16"} <= report["milliseconds"].keys()
+    assert "float16" not in report["milliseconds"]
+    (note,) = (note for note in report["notes"] if note.startswith("float16 is not used: "))
+    assert re.fullmatch(r"float16 is not used: \d+ samples take 5\d(\.\d+)? ms, \S+ in float32", note), note
+    assert report["halves"] == ""
 
 
 def test_layers_tell_that_a_time_is_their_regions() -> None:

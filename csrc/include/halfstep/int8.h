@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "halfstep/dtype.h"
 #include "halfstep/export.h"
@@ -155,14 +156,16 @@ HALFSTEP_API float int8_epilogue(const Int8Epilogue& epilogue, std::int32_t sum,
                                  std::int64_t at);
 }  // namespace reference
 
-// What the kernels of the CPU are written for; all give the same bits.
+// What the kernels of the CPU are written for, from the slowest to the fastest; all give the same bits.
 enum class Int8Isa : std::uint8_t { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAmx };
 
 namespace cpu {
 
-// The best that this processor has, and whether it has a given one.
+// The best that this processor has, and that the environment variable HALFSTEP_MAX_INT8_ISA, one of name_of()'s, allows
+// when it is first asked for; InvalidArgument for another value of it. And whether the processor has a given one.
 HALFSTEP_API Int8Isa best_int8_isa();
 HALFSTEP_API bool has_int8_isa(Int8Isa isa);
+HALFSTEP_API std::string_view name_of(Int8Isa isa);  // such as "AVX512-VNNI"
 
 // input: float32, float16 or bfloat16. out: input.numel int8.
 void quantize(const TensorView& input, const ChannelFactors& factors, const Int8Parameters& parameters,
