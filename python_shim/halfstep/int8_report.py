@@ -113,13 +113,15 @@ class Report:
             lines.append(f"whole model{batch}: {_times(self.milliseconds)}")
         if self.bytes:
             lines.append("weights: " + ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in self.bytes.items()))
+        if shares := self._shares():
+            lines.append(shares)
         lines.extend(text for text in (self.halves, self.graph, self.bias_correction) if text)
         if self.arguments is not None:
             lines.append(f"it takes the arguments ({', '.join(self.arguments)}); others keep their defaults")
         if self.attention:
             lines.append(f"attention taken apart into layers: {_first([_shown(name) for name in self.attention])}")
         if self.folded:
-            lines.append(f"batch norms folded: {', '.join(self.folded)}")
+            lines.append(f"batch norms folded: {_first(self.folded)}")
         if self.calibrator:
             lines.append(f"calibrator {self.calibrator}, evaluations: {self.evaluations} of at most {self.budget}")
         if self.nonfinite:
@@ -142,6 +144,16 @@ class Report:
         lines.extend(f"  {line}" for line in grouped({name: f"float, {why}" for name, why in self.left.items()}))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+    def _shares(self) -> str:
+        """Return what the result takes of the float model's time and bytes, as far as they are known."""
+        own = next(iter(self.bytes), "")
+        parts = [
+            f"{values[self.result] / values[own]:.2g} of its {what}"
+            for what, values in (("time", self.milliseconds), ("bytes", self.bytes))
+            if values.get(own) and self.result != own and self.result in values
+        ]
+        return f"compared with {own}: {', '.join(parts)}" if parts else ""
 
     def _amount(self, drop: float) -> str:
         """Return a drop, a bound or a threshold in its units."""

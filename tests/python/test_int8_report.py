@@ -377,6 +377,15 @@ def test_scores_of_both_models_stand_beside_the_drop() -> None:
     assert (proxy.report()["float_score"], proxy.report()["score"]) == (None, None)
 
 
+def test_the_result_is_compared_with_the_float_model() -> None:
+    report = Report("int8", "cpu", result="int8", bytes={"float32": 4000, "int8": 1100})
+    assert "compared with float32: 0.28 of its bytes" in str(report).splitlines()
+    report.milliseconds = {"float32": 8.0, "bfloat16": 5.0, "int8": 2.0}
+    assert "compared with float32: 0.25 of its time, 0.28 of its bytes" in str(report).splitlines()
+    report.result, report.bytes = "float32", {"float32": 4000}
+    assert "compared" not in str(report)
+
+
 def test_the_batch_whose_times_these_are_has_its_size() -> None:
     inference = optimized(trained_mlp(), batches(), speed_guard=True)
     size = inference.report()["timed_samples"]
