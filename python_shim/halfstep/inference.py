@@ -15,6 +15,7 @@ from torch import nn
 
 from halfstep.calibration_data import collect, split
 from halfstep.config import check_bool, check_choice, check_count, check_number
+from halfstep.half_layers import refuse_casts
 from halfstep.half_optimize import HALVES, optimize_half
 from halfstep.int8_calibration import METHODS
 from halfstep.int8_calibration_file import CalibrationFile
@@ -46,7 +47,8 @@ class InferencePrecisionOptimizer:
         has the same random numbers. Without it: top-1 accuracy where batches end in integer labels [batch] and outputs
         are [batch, classes]; else, as a proxy, the share of noise in the power of the outputs.
     include, exclude: a name or glob of layers, such as "encoder.*", or several; what they name includes everything
-        inside. Without include every layer is; an empty one is an error.
+        inside. Without include every layer is; an empty one is an error. Of a half model what is left out stays in the
+        model's own type, and is cast to and from.
     calibrator: how the range of a layer's input is estimated: "min_max", "moving_average", "percentile", "entropy",
         "mse", or "auto", which takes the first, in the order of cost, with which the guard is content.
     activations: "static" (one scale for a layer's input, from calibration) or "dynamic" (one for each row of a linear
@@ -60,7 +62,7 @@ class InferencePrecisionOptimizer:
     compiled: compare the whole model's time after torch.compile with that of the compiled float model, which takes as
         long as compiling both does. None: if the model that is given is a compiled one. What comes back is not.
     strict: raise ValueError if a layer that has weights stays float, or a parameter by which a forward multiplies; of
-        a half type, if the float model would come back.
+        a half type, if the float model would come back, or include and exclude leave layers out.
     bits: levels of weights and inputs, 8 or fewer; they are stored as int8 all the same.
     recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
         model smaller, not faster, so the speed guard is not asked.
@@ -137,7 +139,7 @@ class InferencePrecisionOptimizer:
         self._options = Options(
             threshold=self.accuracy_threshold,
             eval_fn=eval_fn,
-            include=check_globs(include, "include"),  # none: all layers
+            include=check_globs(include, "include", target_precision),  # none: all layers
             exclude=check_globs(exclude, "exclude"),
             calibrator=calibrator,
             activations=activations,
@@ -170,6 +172,7 @@ class InferencePrecisionOptimizer:
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         device = checked_device(target_device, "target_device")
         refuse_int8(model)
+        refuse_casts(model)
         options = self._options
         if self._compiled is None and any_compiled(model):
             options = replace(options, compiled=True)
