@@ -176,9 +176,7 @@ class Plan:
     orders: dict[str, list[int]]  # the dimensions of tensors that are not contiguous, the outermost in memory first
     checksums: dict[str, int]  # the CRC-32 of each tensor's bytes in the file
     device: DevicePlan
-    casts: dict[str, str] = field(
-        default_factory=dict
-    )  # layers in another dtype than what calls them; not in all files
+    casts: dict[str, str] = field(default_factory=dict)  # layers in another dtype than what calls them, if any
 
     def to_text(self) -> str:
         """Return the plan as JSON."""
