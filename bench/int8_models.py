@@ -180,9 +180,8 @@ def all_runs(case: Case, options: argparse.Namespace, folder: Path) -> Runs:
     half = torch.bfloat16
 
     def in_half() -> nn.Module:
-        return InferencePrecisionOptimizer("bfloat16", accuracy_threshold=1.0).optimize_for_inference(
-            case.model, case.calibration[:3], device
-        )
+        inference = InferencePrecisionOptimizer("bfloat16", accuracy_threshold=1.0, speed_guard=False)
+        return inference.optimize_for_inference(case.model, case.calibration[:3], device)
 
     def inputs_of(batch: Any) -> Inputs:
         return batch[: len(case.example)]

@@ -13,31 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.calibration_data import calls_naming, collect, split
+from halfstep.calibration_data import collect, split
 from halfstep.config import check_bool, check_choice, check_count, check_number
-from halfstep.half_model import float_dtype, half_model, name_of
+from halfstep.half_layers import refuse_casts
+from halfstep.half_optimize import HALVES, optimize_half
 from halfstep.int8_calibration import METHODS
 from halfstep.int8_calibration_file import CalibrationFile
 from halfstep.int8_device import checked_device
 from halfstep.int8_form import example_of
-from halfstep.int8_judge import tell
 from halfstep.int8_lent import same_random_numbers
 from halfstep.int8_load import load_int8
-from halfstep.int8_metric import choose_metric
-from halfstep.int8_model import check_globs, kept_results, refuse_int8, weight_bytes
+from halfstep.int8_model import check_globs, kept_results, refuse_int8
 from halfstep.int8_optimize import Int8Run, Options
 from halfstep.int8_report import Report
 from halfstep.int8_save import SavedResult, save_result
 from halfstep.int8_script import load_script, save_script
 from halfstep.int8_wrappers import any_compiled, inner_of, without_wrappers
 
-_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class InferencePrecisionOptimizer:
     """Makes a copy of a trained model that runs in int8, float16 or bfloat16, and keeps a promise about its accuracy.
 
-    target_precision: "int8", "float16" or "bfloat16".
+    target_precision: "int8", "float16" or "bfloat16". A half model comes back wherever the accuracy guard is content;
+        it is timed, and a warning says if it is slower. Of int8 alone are calibrator, activations, smooth_quant,
+        bias_correction, fold_batch_norm, compiled, recurrent_weights and progress, and bits and calibration_file,
+        which are errors with a half type.
     calibration_samples: how many samples of the calibration data are used at most; a third of them is kept to judge by.
     accuracy_threshold: the largest accepted drop, 0.02 for 2 %, or with eval_fn a number in the units of its score. It
         holds for the drop's 95 % bound, not for the drop alone; layers that cost too much stay float, and where nothing
@@ -47,7 +47,8 @@ class InferencePrecisionOptimizer:
         has the same random numbers. Without it: top-1 accuracy where batches end in integer labels [batch] and outputs
         are [batch, classes]; else, as a proxy, the share of noise in the power of the outputs.
     include, exclude: a name or glob of layers, such as "encoder.*", or several; what they name includes everything
-        inside. Without include every layer is; an empty one is an error.
+        inside. Without include every layer is; an empty one is an error. Of a half model what is left out stays in the
+        model's own type, and is cast to and from.
     calibrator: how the range of a layer's input is estimated: "min_max", "moving_average", "percentile", "entropy",
         "mse", or "auto", which takes the first, in the order of cost, with which the guard is content.
     activations: "static" (one scale for a layer's input, from calibration) or "dynamic" (one for each row of a linear
@@ -57,10 +58,11 @@ class InferencePrecisionOptimizer:
     bias_correction: shift biases by the mean error of their layer, where the guard likes that better.
     fold_batch_norm: fold batch norms into the convolutions before them, where the traced graph proves that it may.
     speed_guard: give back what is slower in int8 than in the fastest float type, at last the whole model. False keeps
-        every layer that is accurate enough, for its size.
+        every layer that is accurate enough, for its size, and times nothing.
     compiled: compare the whole model's time after torch.compile with that of the compiled float model, which takes as
         long as compiling both does. None: if the model that is given is a compiled one. What comes back is not.
-    strict: raise ValueError if a layer that has weights stays float, or a parameter by which a forward multiplies.
+    strict: raise ValueError if a layer that has weights stays float, or a parameter by which a forward multiplies; of
+        a half type, if the float model would come back, or include and exclude leave layers out.
     bits: levels of weights and inputs, 8 or fewer; they are stored as int8 all the same.
     recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
         model smaller, not faster, so the speed guard is not asked.
@@ -91,7 +93,7 @@ class InferencePrecisionOptimizer:
         progress: bool | None = None,
         calibration_file: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_choice("int8", *_HALVES)("target_precision", target_precision)
+        check_choice("int8", *HALVES)("target_precision", target_precision)
         check_count("calibration_samples", calibration_samples)
         if eval_fn is not None and not callable(eval_fn):
             raise TypeError(f"eval_fn is {type(eval_fn).__name__}, expected a function of the model")
@@ -122,13 +124,22 @@ class InferencePrecisionOptimizer:
                 raise TypeError(f"{name} is {value!r}, expected True, False or None")
         if calibration_file is not None and not isinstance(calibration_file, (str, os.PathLike)):
             raise TypeError(f"calibration_file is {type(calibration_file).__name__}, expected a path")
+        if target_precision != "int8" and bits != 8:
+            raise ValueError(
+                f"bits is {bits} with target_precision={target_precision!r}, expected 8: only int8 has levels"
+            )
+        if target_precision != "int8" and calibration_file is not None:
+            raise ValueError(
+                f"calibration_file is {os.fspath(calibration_file)!r} with target_precision={target_precision!r}, "
+                "expected None: only int8 is calibrated"
+            )
         self.target_precision = target_precision
         self.calibration_samples = calibration_samples
         self.accuracy_threshold = float(accuracy_threshold)
         self._options = Options(
             threshold=self.accuracy_threshold,
             eval_fn=eval_fn,
-            include=check_globs(include, "include"),  # none: all layers
+            include=check_globs(include, "include", target_precision),  # none: all layers
             exclude=check_globs(exclude, "exclude"),
             calibrator=calibrator,
             activations=activations,
@@ -161,12 +172,13 @@ class InferencePrecisionOptimizer:
             raise TypeError(f"model is {type(model).__name__}, expected torch.nn.Module")
         device = checked_device(target_device, "target_device")
         refuse_int8(model)
+        refuse_casts(model)
         options = self._options
         if self._compiled is None and any_compiled(model):
             options = replace(options, compiled=True)
         model = inner_of(model)
         file = None
-        if self._calibration_file is not None and self.target_precision == "int8":
+        if self._calibration_file is not None:
             file = CalibrationFile(self._calibration_file, model)
         with torch.no_grad():  # scripted modules copy their parameters by an operation
             reference, inner = without_wrappers(copy.deepcopy(model, kept_results(model)))
@@ -196,7 +208,7 @@ class InferencePrecisionOptimizer:
                 run = Int8Run(reference, calibration, guard, device, options, report, file)
                 result, form = run.run(), run.form
             else:
-                result = self._half(reference, guard, device, report)
+                result = optimize_half(reference, guard, device, options, report)
         self._report = report
         self._example = example_of(calibration, device)
         self._saved = SavedResult.of(result.eval(), reference, report, self._example.arguments(), form)
@@ -253,32 +265,3 @@ class InferencePrecisionOptimizer:
         if self._report is None:
             raise RuntimeError("nothing has been optimized yet: call optimize_for_inference() first")
         return self._report
-
-    def _half(self, reference: nn.Module, guard: Any, device: torch.device, report: Report) -> nn.Module:
-        dtype = _HALVES[self.target_precision]
-        model = half_model(reference, dtype)
-        batches = [batch.on(device) for batch in guard]
-        metric = choose_metric(self._options.eval_fn, batches, calls_naming(reference), reference)
-        verdict = metric.of_itself() if model is reference else metric.judge(model)
-        tell(report, metric, reference, guard)
-        report.evaluations = report.budget = 1
-        report.everywhere_was(verdict)
-        own = name_of(float_dtype(reference))
-        report.kept = True
-        if verdict.kept(self.accuracy_threshold):
-            report.result = report.carrier = self.target_precision
-            report.drop, report.bound = verdict.drop, None if metric.kind == "score" else verdict.bound
-        else:
-            report.result = report.carrier = own
-            report.drop = report.bound = 0.0  # of what came back
-            said = metric.shortage(self.accuracy_threshold) or (
-                verdict.note if verdict.unchanged else verdict.in_words()
-            )
-            report.warn(
-                f"{self.target_precision} does not keep the drop at {self.accuracy_threshold:g} or less for certain "
-                f"({said}); the float model came back"
-            )
-            model = reference
-        report.unchanged = model is reference
-        report.bytes = {own: weight_bytes(reference), report.result: weight_bytes(model)}
-        return model

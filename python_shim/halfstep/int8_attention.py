@@ -327,6 +327,7 @@ _SPLIT = {
     nn.TransformerEncoderLayer: SplitEncoderLayer,
     nn.TransformerEncoder: SplitEncoder,
 }
+ATTENTION = tuple(_SPLIT)  # the classes of torch whose code may read the weights of their layers and not call them
 
 
 def replace_attention(model: nn.Module) -> tuple[nn.Module, list[str], dict[str, str]]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from halfstep.half_layers import cast_layers, type_by
 from halfstep.half_model import CastModel, float_dtype, name_of
 from halfstep.int8_attention import replace_attention
 from halfstep.int8_chains import fuse
@@ -220,11 +221,16 @@ def _structure(model: nn.Module, plan: Plan, device: torch.device) -> nn.Module:
     if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
         made = made.to_empty(device=device)
     made = made.to(device).requires_grad_(False)
-    if plan.layers:
+    if plan.layers or plan.attention:
         made, attention, _ = replace_attention(made)
         _same("attention that is taken apart", plan.attention, attention)
     if plan.graph is not None:
         made = _traced(made, plan)
+    if plan.casts:
+        types = {name: getattr(torch, dtype) for name, dtype in plan.casts.items()}
+        found = cast_layers(made, type_by(types, getattr(torch, plan.carrier)), own)
+        _same("layers in another type than what calls them", types, found)
+        return made
     return made if plan.carrier == plan.outside else made.to(getattr(torch, plan.carrier))
 
 

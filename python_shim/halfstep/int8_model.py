@@ -157,7 +157,7 @@ def _obstacle(module: nn.Module, kind: str) -> str:
     return ""
 
 
-def check_globs(globs: Iterable[str] | str | None, argument: str) -> tuple[str, ...]:
+def check_globs(globs: Iterable[str] | str | None, argument: str, target: str = "int8") -> tuple[str, ...]:
     """Return the globs of include or exclude as a tuple, empty for None; a string is one glob.
 
     TypeError for anything but strings; ValueError for an empty one, and for an `include` of none, which would be all.
@@ -173,7 +173,9 @@ def check_globs(globs: Iterable[str] | str | None, argument: str) -> tuple[str, 
         if not glob:
             raise ValueError(f"{argument} has '', expected names or globs of layers, such as 'encoder.*' or '*'")
     if not globs and argument == "include":
-        raise ValueError("include is empty, so no layer would be int8: expected names or globs, or None for all layers")
+        raise ValueError(
+            f"include is empty, so no layer would be {target}: expected names or globs, or None for all layers"
+        )
     return globs
 
 
@@ -188,6 +190,15 @@ def not_selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) 
     if include and not matches(include):
         return "not in include"
     return "in exclude" if matches(exclude) else ""
+
+
+def check_globs_name_layers(include: tuple[str, ...], exclude: tuple[str, ...], names: Iterable[str]) -> None:
+    """Raise ValueError for a glob that is none of the names."""
+    names = list(names)
+    for argument, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not fnmatch.filter(names, glob):
+                raise ValueError(f"{argument} has {glob!r}, which names no layer of the model")
 
 
 def is_product(module: nn.Module) -> bool:
@@ -207,11 +218,7 @@ def find_candidates(
     left: dict[str, str] = {}
     if names is None:
         names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    for argument, globs in (("include", include), ("exclude", exclude)):
-        for glob in globs:
-            if not fnmatch.filter(names, glob):
-                raise ValueError(f"{argument} has {glob!r}, which names no layer of the model")
-
+    check_globs_name_layers(include, exclude, names)
     for name, module in model.named_modules():
         if not is_product(module):
             continue

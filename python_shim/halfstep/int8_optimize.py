@@ -109,7 +109,7 @@ class Int8Run:
         calibration = self.calibrate()
         report.left.update(self.settings.quantize(calibration, self.methods[0]))
         if options.strict and report.left:
-            raise ValueError(_not_strict(report.left))
+            raise ValueError(not_strict(report.left))
         if options.speed_guard:
             self.carriers.choose(self.batches[0], self._probe, self.device, report)
         self.metric = choose_metric(options.eval_fn, self.guard, calls_naming(self.reference), self.reference)
@@ -197,7 +197,7 @@ class Int8Run:
         names = sorted((frozenset(self.candidates) - chosen) | (frozenset(self.recurrent) & frozenset(report.left)))
         if options.strict and names:
             raise ValueError(
-                _not_strict({name: report.given_back.get(name) or report.left.get(name, "") for name in names})
+                not_strict({name: report.given_back.get(name) or report.left.get(name, "") for name in names})
             )
         return model
 
@@ -306,6 +306,7 @@ class Int8Run:
         return self.settings.layers(names, self.carriers.carrier)
 
 
-def _not_strict(reasons: Mapping[str, str]) -> str:
+def not_strict(reasons: Mapping[str, str], kept: str = "float") -> str:
+    """Return why strict=True raises: layers by name, with the reasons for which they stay in the type `kept`."""
     lines = grouped(reasons, most=len(reasons))  # all: there is no report that has the others
-    return "\n  ".join(["strict=True, but layers stay float:", *lines])
+    return "\n  ".join([f"strict=True, but layers stay {kept}:", *lines])

@@ -11,7 +11,7 @@ import json
 import math
 import typing
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -176,10 +176,14 @@ class Plan:
     orders: dict[str, list[int]]  # the dimensions of tensors that are not contiguous, the outermost in memory first
     checksums: dict[str, int]  # the CRC-32 of each tensor's bytes in the file
     device: DevicePlan
+    casts: dict[str, str] = field(default_factory=dict)  # layers in another dtype than what calls them, if any
 
     def to_text(self) -> str:
         """Return the plan as JSON."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, allow_nan=False)
+        values = dataclasses.asdict(self)
+        if not self.casts:
+            del values["casts"]
+        return json.dumps({"format": FORMAT, "version": VERSION, **values}, allow_nan=False)
 
     @classmethod
     def from_text(cls, text: str) -> Plan:
@@ -215,7 +219,8 @@ class Plan:
         for layer in (*self.layers, *self.recurrent):
             layer.check()
         traced = self.graph is not None
-        if not self.layers and (traced or self.attention or self.regions):
+        self._check_casts(every)
+        if not self.layers and (traced or (self.attention and not self.casts) or self.regions):
             raise ValueError("the plan is traced, has attention or regions without int8 layers")
         if not traced and self.folded:
             raise ValueError("the plan has folded batch norms, but the model is not traced")
@@ -230,6 +235,16 @@ class Plan:
                 raise ValueError(f"orders: {name!r} has {order}, expected an order of dimensions")
         if self.example is not None:
             decode(self.example, lambda shape, dtype: None)
+
+    def _check_casts(self, int8: list[str]) -> None:
+        if self.casts and int8:
+            raise ValueError("the plan has casts between layers and int8 layers")
+        if "" in self.casts:
+            raise ValueError("casts has '', the model itself, whose type is the carrier")
+        for name, dtype in self.casts.items():
+            _choice(f"casts: {name!r}", dtype, FLOATS)
+        if len(types := {self.outside, self.carrier, *self.casts.values()}) > 2:
+            raise ValueError(f"casts are between {', '.join(sorted(types))}, expected two types")
 
 
 def encode(value: Any) -> Any:
@@ -319,10 +334,11 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         if type(value) is not dict:
             raise ValueError(f"{where} is {type(value).__name__}, expected an object")
         hints = typing.get_type_hints(kind)
-        missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+        optional = {each.name for each in dataclasses.fields(kind) if each.default_factory is not dataclasses.MISSING}
+        missing, unknown = sorted(hints.keys() - optional - value.keys()), sorted(value.keys() - hints.keys())
         if missing or unknown:
             raise ValueError(f"{where} lacks {missing} and has {unknown[:4]}, which are not known")
-        return kind(**{key: _made(hint, value[key], f"{where}: {key}") for key, hint in hints.items()})
+        return kind(**{key: _made(hints[key], each, f"{where}: {key}") for key, each in value.items()})
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is list and type(value) is list:
         return [_made(arguments[0], each, where) for each in value]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from halfstep._version import __version__
+from halfstep.half_layers import casts_of
 from halfstep.half_model import float_dtype, name_of
 from halfstep.int8_device import device_name
 from halfstep.int8_digest import digest_of, settings_of
@@ -60,11 +61,13 @@ class SavedResult:
     def of(
         cls, model: nn.Module, reference: nn.Module, report: Report, example: Arguments, form: Form | None
     ) -> SavedResult:
-        """Describe a result; `form` is the one in which its layers became int8."""
+        """Describe a result; `form` is the one in which its layers became int8, None for half targets."""
         own, made = float_dtype(reference), FormPlan()
         if form is not None and int8_layers(model):  # recurrent layers alone are replaced in the reference itself
             graph = digest_of(form.model) if isinstance(form.model, GraphModule) else None
             made = FormPlan(graph, settings_of(form.model), tuple(form.attention), tuple(form.norms))
+        elif form is None:
+            made = FormPlan(attention=tuple(report.attention))
         return cls(model, own, torch.device(report.device), report, example, made)
 
     @property
@@ -75,7 +78,7 @@ class SavedResult:
     @property
     def carrier(self) -> torch.dtype:
         """The dtype of what is not int8."""
-        return getattr(torch, self.report.carrier if self.report.result == "int8" else self.report.result)
+        return getattr(torch, self.report.carrier)
 
     def plan(self, orders: dict[str, list[int]], checksums: dict[str, int]) -> Plan:
         """Return the plan; ValueError if the arguments of a traced model cannot be written down."""
@@ -114,6 +117,7 @@ class SavedResult:
                 torch.ops.halfstep.int8_kernel(self.device) if regions else "",
                 dict(self.report.milliseconds),
             ),
+            casts={name: name_of(dtype) for name, dtype in casts_of(self.inner).items()},
         )
 
 

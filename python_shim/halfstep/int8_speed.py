@@ -20,6 +20,7 @@ ROUNDS = 15
 _SHORTEST = 1e-3  # seconds that one round lasts at least: shorter calls are repeated within it
 _CAPTURED = 10  # calls in a CUDA graph, whose own launch takes as long as a small kernel
 _LONGEST = 20.0  # seconds that all rounds together may take; at least three are run
+_FEWEST_CALLS = 6  # that time_in_turns() makes of each: a warm-up of three, and three rounds
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of one call that was made before, the shorter of two: a rough look."""
     with torch.inference_mode():
         return min(_run(call, 1, device) for _ in range(2))
+
+
+def time_briefly(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[Timing]:
+    """Time the calls as time_in_turns() does; where its fewest rounds would take too long, by one call of each.
+
+    The calls have been made before: nothing is warmed up for that one.
+    """
+    with torch.inference_mode():
+        once = [_run(call, 1, device) for call in calls]
+    if _FEWEST_CALLS * sum(once) > _LONGEST:
+        return [Timing((1e3 * seconds,)) for seconds in once]
+    return time_in_turns(calls, device)
 
 
 def time_on_device(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[Timing]:
@@ -147,10 +160,15 @@ def loses(mine: Timing, rival: Timing) -> bool:
 
 
 def share_of(mine: Timing, rival: Timing, name: str) -> str:
-    """Return what loses() decides by, as "1.02 of float16's time, round by round"; more than 1 is never shown as 1."""
+    """Return what loses() decides by, as "1.02 of float16's time, round by round"."""
+    return f"{times_of(mine, rival)} of {name}'s time, round by round"
+
+
+def times_of(mine: Timing, rival: Timing) -> str:
+    """Return what loses() decides by, as "1.02"; more than 1 is never shown as 1."""
     ratio = _ratio(mine, rival)
     digits = next(n for n in range(3, 18) if ratio == 1.0 or float(f"{ratio:.{n}g}") != 1.0)
-    return f"{ratio:.{digits}g} of {name}'s time, round by round"
+    return f"{ratio:.{digits}g}"
 
 
 def _ratio(mine: Timing, rival: Timing) -> float:
