@@ -289,6 +289,14 @@ def test_other_code_is_named(model: nn.Module, said: str, tmp_path: Path) -> Non
     assert str(caught.value).startswith(f"{tmp_path / 'm'}: it is of ")
 
 
+def test_what_the_saved_weights_have_in_them_is_not_compared(tmp_path: Path) -> None:
+    """A folded batch norm, and the bias of an int8 layer."""
+    inference, result, batch = optimized("small")
+    inference.save(tmp_path / "m")
+    loaded = load_int8(tmp_path / "m", replace(bn=nn.BatchNorm2d(8, eps=0.5), head=nn.Linear(8, 4, bias=False)))
+    assert torch.equal(call(loaded, batch), call(result, batch))
+
+
 def test_long_lists_of_another_model_are_cut(tmp_path: Path) -> None:
     inference, _, _ = optimized("resnet")
     inference.save(tmp_path / "m")
