@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from halfstep.containers import is_dataclass, map_tensors, tensors_of
 from halfstep.signatures import signature_of
 
 _LABELS = ("labels", "label", "target", "targets", "y")
+_FROM_NUMPY = "; torch.from_numpy(array) or torch.as_tensor(array) makes a tensor of a NumPy array"
 # A tensor of a call: the argument's place or name, how many tensors that has, and which of them it is.
 Key = tuple[int | str, int, int]
 
@@ -128,6 +131,10 @@ class Batch:
         return args, {name: argument(name, value) for name, value in self.kwargs.items()}
 
 
+def _is_of_numpy(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "numpy"  # which need not be installed
+
+
 def _is_labels(value: Any, size: int) -> bool:
     return (
         isinstance(value, torch.Tensor)
@@ -190,9 +197,11 @@ def batch_of(model: nn.Module, value: Any) -> Batch:
         return value
     size = next((tensor.shape[0] for tensor in tensors_of(value) if tensor.dim() > 0), None)
     if size is None:
+        parts = list(value.values()) if isinstance(value, Mapping) else pytree.tree_leaves(value)
         raise TypeError(
             f"a calibration batch is {type(value).__name__} without a tensor of samples, expected a tensor, a tuple, a "
             "dict or a dataclass of tensors whose first dimension is the batch"
+            + (_FROM_NUMPY if any(map(_is_of_numpy, parts)) else "")
         )
     takes = _Parameters(model)
     if isinstance(value, Mapping):
@@ -265,6 +274,8 @@ def collect(model: nn.Module, data: Any, samples: int) -> list[Batch]:
     """
     if isinstance(data, (torch.Tensor, Mapping)) or (is_dataclass(data) and not isinstance(data, Iterable)):
         data = [data]
+    if _is_of_numpy(data):
+        raise TypeError(f"calibration_data is {type(data).__name__}, expected an iterable of batches{_FROM_NUMPY}")
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise TypeError(f"calibration_data is {type(data).__name__}, expected an iterable of batches")
     if _is_one_batch(data):
@@ -359,13 +370,39 @@ def calls_naming(reference: nn.Module) -> Callable[[nn.Module, Batch], Any]:
 def _called_with(batch: Batch, model: nn.Module) -> str:
     def shown(value: Any) -> str:
         tensors = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors_of(value)]
-        return tensors[0] if isinstance(value, torch.Tensor) else f"{type(value).__name__} of {', '.join(tensors)}"
+        if isinstance(value, torch.Tensor):
+            return tensors[0]
+        return type(value).__name__ + (f" of {', '.join(tensors)}" if tensors else "")
 
-    parts = [*map(shown, batch.args), *(f"{name}={shown(value)}" for name, value in batch.kwargs.items())]
+    parts = [f"{name}={shown(value)}" if name else shown(value) for name, value in _with_names(batch, model)]
     said = f"({', '.join(parts)}), the first dimension of which is the batch"
     if len(batch.args) == 1 and isinstance(batch.args[0], Mapping):
-        said += f"; none of the keys {list(batch.args[0])} is a parameter of forward{signature_of(model)}"
+        given, signature = list(map(str, batch.args[0])), signature_of(model)
+        if signature.parameters.keys().isdisjoint(given):
+            bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+            said += (
+                f"; none of its keys {', '.join(given)} is a parameter of forward{inspect.Signature(bare)}, so the "
+                "mapping itself was the argument"
+            )
     return said
+
+
+def _with_names(batch: Batch, model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the arguments by the names of forward's parameters, "" where there is none."""
+    try:
+        bound = signature_of(model).bind(*batch.args, **batch.kwargs)
+    except (TypeError, ValueError):
+        return [*(("", value) for value in batch.args), *batch.kwargs.items()]
+    named: list[tuple[str, Any]] = []
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named.extend(("", each) for each in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.extend(value.items())
+        else:
+            named.append((name, value))
+    return named
 
 
 def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -59,7 +59,7 @@ def _structure_of_leaf(leaf: Any) -> Any:
         if leaf.layout is not torch.strided or leaf.is_nested:
             raise TypeError(f"it has a tensor of layout {leaf.layout}, nested or not")
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    if leaf is None or isinstance(leaf, _PLAIN):
+    if leaf is None or isinstance(leaf, PLAIN):
         return kind, leaf
     if not isinstance(leaf, Mapping) and not is_dataclass(leaf):
         raise TypeError(f"it has a {kind.__name__}, in which tensors may be")

@@ -23,7 +23,7 @@ from halfstep.int8_device import checked_device
 from halfstep.int8_form import example_of
 from halfstep.int8_lent import same_random_numbers
 from halfstep.int8_load import load_int8
-from halfstep.int8_model import check_globs, kept_results, refuse_int8
+from halfstep.int8_model import check_globs, kept_results, refuse_int8, refuse_uninitialized
 from halfstep.int8_optimize import Int8Run, Options
 from halfstep.int8_report import Report
 from halfstep.int8_save import SavedResult, save_result
@@ -67,8 +67,9 @@ class InferencePrecisionOptimizer:
     recurrent_weights: store the weights of LSTM, GRU and RNN layers in int8 too, if the guard allows it. It makes the
         model smaller, not faster, so the speed guard is not asked.
     progress: a bar over the calibration: None shows it on a terminal if tqdm is installed.
-    calibration_file: where the state of a calibration is kept, so that one that was stopped goes on. A file that is of
-        another model or damaged, and a place where none can be written, raise ValueError before anything is run.
+    calibration_file: where the state of a calibration is kept, so that one that was stopped goes on. There is one from
+        the first calibrated batch on; batches are read again. A file that is of another model or damaged, and a place
+        where none can be written, raise ValueError before anything is run.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class InferencePrecisionOptimizer:
         if self._compiled is None and any_compiled(model):
             options = replace(options, compiled=True)
         model = inner_of(model)
+        refuse_uninitialized(model)
         file = None
         if self._calibration_file is not None:
             file = CalibrationFile(self._calibration_file, model)

@@ -88,6 +88,21 @@ class FakeObserver:
         return self._channels_dim
 
 
+def _only_outside(name: str) -> Callable[..., Any]:
+    def method(self: FakeObserver, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"Observer.{name}() has no meaning in a traced program, call it outside of it")
+
+    return method
+
+
+# Torch logs a line for each method that a fake object has not.
+for _name in (
+    *("merge", "parameters", "min", "max", "count", "nonfinite", "batches"),
+    *("channel_max", "channel_mean", "histogram", "reset", "state", "restore"),
+):
+    setattr(FakeObserver, _name, _only_outside(_name))
+
+
 def _out_dtype(input: torch.Tensor, out_dtype: torch.dtype | None, out_scale: float | None) -> torch.dtype:
     if out_scale is not None:
         return torch.int8

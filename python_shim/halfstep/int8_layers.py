@@ -12,7 +12,7 @@ answers `is_exporting()` with True.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -125,6 +125,23 @@ def called_from_python(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+_Layer = TypeVar("_Layer", bound=type[nn.Module])
+
+
+def never_compiled_alone(layer: _Layer) -> _Layer:
+    """Keep torch.compile from taking this class's forward for a graph of its own, as it does with torch's layers.
+
+    Code that does not compile in one graph calls its layers from Python, and each has another scale: all would be
+    compiled, up to the limit of recompilations, and each call would look through the guards of all. In a graph that
+    calls it, a layer is inlined as before.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):  # torch's own, of no stated interface
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(layer.forward.__code__, frames._FrameExecStrategy(skip, skip))
+    return layer
+
+
 class Int8Layer(nn.Module):
     """The part that all int8 layers share: a PackedInt8 that follows the module from device to device."""
 
@@ -217,6 +234,7 @@ class _Int8Product(Int8Layer):
         return ", ".join(parts)
 
 
+@never_compiled_alone
 class Int8Linear(_Int8Product):
     """nn.Linear in int8: [..., in] -> [..., out], plus `residual` before the activation.
 
@@ -264,6 +282,7 @@ class _Int8Conv(_Int8Product):
         )
 
 
+@never_compiled_alone
 class Int8Conv2d(_Int8Conv):
     """nn.Conv2d in int8: [batch, in, height, width] -> [batch, out, height, width], channels last in memory.
 
@@ -278,6 +297,7 @@ class Int8Conv2d(_Int8Conv):
         return out if batched else out.squeeze(0)
 
 
+@never_compiled_alone
 class Int8Conv1d(_Int8Conv):
     """nn.Conv1d in int8: [batch, in, length] -> [batch, out, length], a convolution of height 1.
 
@@ -304,6 +324,7 @@ class Int8Conv1d(_Int8Conv):
         return out if batched else out.squeeze(0)
 
 
+@never_compiled_alone
 class Int8Embedding(Int8Layer):
     """nn.Embedding with an int8 table and a scale for each entry: indices [...] -> [..., width] in `out_dtype`."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from halfstep.int8_runs import Shapes, shapes_of
 from halfstep.int8_wrappers import inner_of, without_wrappers
 from halfstep.whole_files import check_readable
 
+_SHOWN = 4  # entries of a list in an error; shapes and settings are no longer
 _NO_GEOMETRY = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
@@ -159,12 +161,14 @@ def _check_tensors(file: Any, plan: Plan, floats: dict[str, torch.Tensor], recur
     there = set(file.keys())
     if there != expected.keys():
         missing, foreign = sorted(expected.keys() - there), sorted(there - expected.keys())
-        raise ValueError(f"it lacks tensors {missing[:5]} of the model, and has {foreign[:5]}, which the model has not")
+        raise _other_code(
+            f"it lacks tensors {missing[:_SHOWN]} of the model, and has {foreign[:_SHOWN]}, which the model has not"
+        )
     for name, (dtype, shape) in expected.items():
         view = file.get_slice(name)
         kind = view.get_dtype()
         if DTYPES.get(kind) != dtype or list(view.get_shape()) != shape:
-            raise ValueError(f"{name} is {kind} {list(view.get_shape())}, expected {name_of(dtype)} {shape}")
+            raise _other_code(f"{name} is {kind} {list(view.get_shape())}, expected {name_of(dtype)} {shape}")
     for name, order in plan.orders.items():
         if name not in floats or len(order) != floats[name].dim():
             raise ValueError(f"orders has {name!r} with {len(order)} dimensions, which is no such tensor of the model")
@@ -239,7 +243,7 @@ def _traced(model: nn.Module, plan: Plan) -> GraphModule:
     try:
         given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise ValueError(f"the model does not take the arguments that it was optimized with: {error}") from error
+        raise _other_code(f"the model does not take the arguments that it was optimized with: {error}") from error
     graph, why = trace(model, given=tuple(given))
     if graph is None:
         raise ValueError(f"it is of a model that torch.fx traced, but this model cannot be: {why}")
@@ -257,7 +261,7 @@ def _candidates(model: nn.Module, plan: Plan) -> tuple[dict[str, Candidate], dic
     for layer in (*plan.layers, *plan.recurrent):
         where, there = f"layer {layer.name!r}", found if isinstance(layer, LayerPlan) else recurrent
         if layer.name not in there:
-            raise ValueError(f"{where} cannot be int8 in this model: {left.get(layer.name, 'there is no such layer')}")
+            raise _other_code(f"{where} cannot be int8 in this model: {left.get(layer.name, 'there is no such layer')}")
     for layer in plan.layers:
         where, candidate = f"layer {layer.name!r}", found[layer.name]
         _same(f"{where}: kind", layer.kind, candidate.kind)
@@ -324,5 +328,25 @@ def _shapes(inner: GraphModule, plan: Plan, device: torch.device) -> Shapes:
 
 
 def _same(what: str, saved: Any, here: Any) -> None:
-    if saved != here:
-        raise ValueError(f"{what}: {saved} in the file, {here} by the model's code")
+    if saved == here:
+        return
+    if isinstance(saved, list) and max(len(saved), len(here)) > _SHOWN:
+        saved, here = _where_they_differ(saved, here)
+    raise _other_code(f"{what}: {saved} in the file, {here} by the model's code")
+
+
+def _where_they_differ(saved: list[Any], here: list[Any]) -> tuple[str, str]:
+    """Return the first entries of each that are not at the same place in the other, in words."""
+    pairs = enumerate(itertools.zip_longest(saved, here))
+    places = [place for place, (one, other) in pairs if one != other]
+
+    def shown(entries: list[Any]) -> str:
+        differing = [entries[place] for place in places if place < len(entries)]
+        more = len(differing) - _SHOWN
+        return f"{differing[:_SHOWN]}" + (f" and {more} more" if more > 0 else "")
+
+    return shown(saved), shown(here)
+
+
+def _other_code(why: str) -> ValueError:
+    return ValueError(f"it is of another model, or of other code than the model's: {why}")

@@ -238,6 +238,18 @@ def refuse_int8(model: nn.Module) -> None:
         raise ValueError(f"model has layers that are int8 already ({shown}), expected the float model it was made of")
 
 
+def refuse_uninitialized(model: nn.Module) -> None:
+    """Raise ValueError for a model with lazy layers, as nn.LazyLinear, that have not seen an input yet."""
+    for name, module in model.named_modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(map(nn.parameter.is_lazy, own)):
+            where = f"layer {name!r}" if name else "model"
+            raise ValueError(
+                f"{where} is a {type(module).__name__} without weights, which it makes in its first call: call the "
+                "model once before"
+            )
+
+
 def kept_results(model: nn.Module) -> dict[int, torch.Tensor]:
     """Return a memo for deepcopy: copies of tensors that it refuses, as weights of torch.nn.utils.weight_norm."""
     kept = (value for module in model.modules() for value in vars(module).values())

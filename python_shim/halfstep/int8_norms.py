@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from halfstep.int8_layers import Int8Linear
+from halfstep.int8_layers import Int8Linear, never_compiled_alone
 from halfstep.int8_nodes import argument, input_of, is_plain, module_of, reads_shape
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +56,7 @@ class _Int8Norm(nn.Module):
         return f"{self.size}, eps={self.eps}, {out}" + (", float too" if self.keep_float else "")
 
 
+@never_compiled_alone
 class Int8LayerNorm(_Int8Norm):
     """nn.LayerNorm over one dimension, [..., size] -> (int8 [..., size], scales, float [..., size]); see _Int8Norm."""
 
@@ -79,6 +80,7 @@ class Int8LayerNorm(_Int8Norm):
         )
 
 
+@never_compiled_alone
 class Int8RMSNorm(_Int8Norm):
     """nn.RMSNorm over one dimension, [..., size] -> (int8 [..., size], scales, float [..., size]); see _Int8Norm."""
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from halfstep.half_model import name_of
-from halfstep.int8_layers import Int8Layer, pack
+from halfstep.int8_layers import Int8Layer, never_compiled_alone, pack
 from halfstep.int8_model import altered, not_selected
 
 MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}  # as cuDNN numbers them
 
 
+@never_compiled_alone
 class Int8Weight(Int8Layer):
     """A weight [rows, columns] in int8, and perhaps a bias [rows]."""
 

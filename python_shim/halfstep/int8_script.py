@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep._library import load_library
 from halfstep.calibration_data import Batch
-from halfstep.containers import tensors_of
+from halfstep.containers import PLAIN, tensors_of
 from halfstep.half_model import CastModel
 from halfstep.int8_device import checked_device
 from halfstep.int8_runs import Call, disagreement
@@ -55,6 +55,11 @@ def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) 
             continue
         _save(path, script)
         return
+    if kind := _foreign_class(_called(model, example)):
+        reasons.append(
+            f"the model returns {kind}, and a TorchScript file returns tensors, or tuples, lists and dicts of them: "
+            "optimize a module around it that returns such (models of transformers do with return_dict=False)"
+        )
     raise ValueError("the model cannot be made a TorchScript file: " + "; ".join(reasons))
 
 
@@ -145,6 +150,20 @@ def _by_name(model: nn.Module, original: nn.Module, example: Batch) -> tuple[Gra
             bound.arguments[name] = taken(name, value)
     graph.output(graph.call_module("model", bound.args, bound.kwargs))
     return GraphModule({"model": model}, graph, type(inner).__name__).eval(), tuple(tensors)
+
+
+def _called(model: nn.Module, batch: Batch) -> Any:
+    with torch.no_grad():
+        return batch(model)
+
+
+def _foreign_class(value: Any) -> str:
+    """Return "" or the class of the first container in an output that TorchScript has nothing for."""
+    if type(value) in (tuple, list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return next(filter(None, map(_foreign_class, items)), "")
+    known = value is None or isinstance(value, (torch.Tensor, *PLAIN))
+    return "" if known else type(value).__name__
 
 
 def _in_short(error: BaseException) -> str:

@@ -382,7 +382,7 @@ def optimized(model: nn.Module, data: Any, target: str = "int8") -> None:
         (
             [{"pixels": X, "masks": X[:, 0]}] * 3,
             ValueError,
-            r"batch 0 .*(?s:.*)none of the keys \['pixels', 'masks'\] is a parameter of forward\(x",
+            r"batch 0 .*(?s:.*)none of its keys pixels, masks is a parameter of forward\(x\), so the mapping itself",
         ),
         (
             [X, X, X, X[:, :2]],
@@ -390,6 +390,15 @@ def optimized(model: nn.Module, data: Any, target: str = "int8") -> None:
             r"batch 3 of calibration_data makes the model raise RuntimeError: (?s:.*), 2\]",
         ),
         ([X, X, X[:, :2]], ValueError, "batch 2 of calibration_data makes"),  # the guard's
+        (X.numpy(), TypeError, r"calibration_data is ndarray, .*; torch.from_numpy\(array\) or torch.as_tensor"),
+        ([X.numpy()] * 3, TypeError, r"a calibration batch is ndarray without .*; torch.from_numpy\(array\)"),
+        ([(X.numpy(), None)] * 3, TypeError, r"a calibration batch is tuple without .*; torch.from_numpy\(array\)"),
+        (
+            [UserDict(x=X.numpy())] * 3,
+            TypeError,
+            r"a calibration batch is UserDict without .*; torch.from_numpy\(array\)",
+        ),
+        (["x"], TypeError, "whose first dimension is the batch$"),
     ],
 )
 def test_bad_data_is_named(data: Any, kind: type[Exception], message: str) -> None:
@@ -398,6 +407,25 @@ def test_bad_data_is_named(data: Any, kind: type[Exception], message: str) -> No
 
     with pytest.raises(kind, match=message):
         optimized(Takes(forward), data)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ((X, torch.arange(6)), "(x=float32[6, 8], depth=int64[6]), the first"),
+        ({"depth": torch.arange(6), "x": X}, "(x=float32[6, 8], depth=int64[6]), the first"),
+        ((X, None, X[:, 0], 2), "(x=float32[6, 8], depth=NoneType, float32[6], int), the first"),
+        ({"x": [X, X], "other": X[:, :1]}, "(x=list of float32[6, 8], float32[6, 8], other=float32[6, 1]), the first"),
+        ({"depth": X}, "(depth=float32[6, 8]), the first"),  # x is missing
+    ],
+)
+def test_arguments_on_which_the_model_raises_are_named_as_forward_does(value: Any, said: str) -> None:
+    def forward(self: Any, x: Any, depth: Any = None, *rest: Any, **more: Any) -> torch.Tensor:
+        raise RuntimeError("no")
+
+    with pytest.raises(ValueError, match="batch 0 of calibration_data makes the model raise") as caught:
+        optimized(Takes(forward), [value] * 3)
+    assert f"\nIt was called with {said}" in str(caught.value)
 
 
 def test_bad_data_of_a_half_model_is_named() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from halfstep.int8_layers import Int8Layer, Int8Linear, pack
+from halfstep.int8_layers import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Layer, Int8Linear, pack
+from halfstep.int8_norms import Int8LayerNorm, Int8RMSNorm
 from int8_compile_cases import EXPECTED, calls_in, calls_of, int8_model, noise
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -128,3 +132,58 @@ def test_weights_that_are_loaded_later_are_used(device: str, monkeypatch: pytest
         model.load_state_dict(other.state_dict())
         assert torch.equal(compiled(x), other(x))
         assert not torch.equal(compiled(x), before)
+
+
+class StopsEarly(nn.Module):
+    """Layers in a loop that the values may end: torch.compile leaves such code to Python, which calls each layer."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outs = []
+        for layer in self.layers:
+            outs.append(layer(x)[0])
+            if outs[-1].abs().max() > 1e4:
+                break
+        return torch.stack(outs)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda scale: Int8Linear(pack(torch.randn(8, 8)), input_scale=scale), torch.randn(3, 8)),
+        (lambda scale: Int8Conv2d(pack(torch.randn(4, 2, 3, 3)), input_scale=scale), torch.randn(3, 2, 6, 6)),
+        (lambda scale: Int8Conv1d(pack(torch.randn(4, 2, 1, 3)), input_scale=scale), torch.randn(3, 2, 6)),
+        (lambda scale: Int8Embedding(pack(torch.randn(9, 4) * scale)), torch.arange(5)),
+        (lambda scale: Int8LayerNorm(8, None, None, scale), torch.randn(3, 8)),
+        (lambda scale: Int8RMSNorm(8, None, scale), torch.randn(3, 8)),
+    ],
+    ids=["linear", "conv2d", "conv1d", "embedding", "layer norm", "rms norm"],
+)
+def test_layers_that_python_calls_are_not_compiled_one_by_one(
+    make: Callable[[float], nn.Module], x: torch.Tensor
+) -> None:
+    """Twelve would be more than torch.compile recompiles; in a graph they are inlined all the same."""
+    model = StopsEarly([make(0.01 * (number + 1)) for number in range(12)])
+    counter, whole = CompileCounter(), Backend(inductor=False)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=counter)(x), model(x))
+        assert counter.frame_count == 0
+        together = torch.compile(lambda x: [layer(x)[0] for layer in model.layers], fullgraph=True, backend=whole)
+        assert torch.equal(torch.stack(together(x)), model(x))
+    assert [sum(calls.values()) for calls in whole.graphs] == [12]
+
+
+def test_the_layers_do_not_import_the_compiler() -> None:
+    """Which takes a second and more."""
+    code = """
+import sys, torch
+before = "torch._dynamo" in sys.modules
+from halfstep import InferencePrecisionOptimizer
+import halfstep.int8_norms, halfstep.int8_recurrent
+print(before, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

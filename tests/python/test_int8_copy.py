@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,26 @@ def test_an_int8_copy_is_no_model_to_optimize() -> None:
     for target in ("int8", "bfloat16"):
         with pytest.raises(ValueError, match=r"layers that are int8 already \(first, second\)"):
             InferencePrecisionOptimizer(target).optimize_for_inference(result, data_of(8, 16), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: nn.Sequential(nn.Linear(16, 8), nn.LazyLinear(4)), "layer '1' is a LazyLinear without weights"),
+        (lambda: nn.Sequential(nn.Linear(16, 8), nn.LazyBatchNorm1d(affine=False)), "layer '1' is a LazyBatchNorm1d"),
+        (lambda: nn.LazyLinear(4), "model is a LazyLinear without weights, .*: call the model once before"),
+    ],
+)
+@pytest.mark.parametrize("target", ["int8", "bfloat16"])
+def test_lazy_layers_without_weights_are_named(
+    make: Callable[[], nn.Module], said: str, target: str, tmp_path: Path
+) -> None:
+    model = make()
+    inference = optimizer(target_precision=target, calibration_file=tmp_path / "calibration")
+    with pytest.raises(ValueError, match=said):
+        inference.optimize_for_inference(model, data_of(8, 16), "cpu")
+    model(torch.randn(2, 16))
+    inference.optimize_for_inference(model, data_of(8, 16), "cpu")
 
 
 def test_old_weight_norm_is_called_parametrized(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from halfstep import InferencePrecisionOptimizer, int8_device
+from halfstep import InferencePrecisionOptimizer, int8_device, int8_load
 from halfstep.half_model import CastModel
 from halfstep.int8_load import load_int8
 from halfstep.int8_nodes import INT8_LAYERS
@@ -286,7 +286,40 @@ def test_other_code_is_named(model: nn.Module, said: str, tmp_path: Path) -> Non
     inference.save(tmp_path / "m")
     with pytest.raises(ValueError, match=said) as caught:
         load_int8(tmp_path / "m", model)
-    assert str(tmp_path / "m") in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'm'}: it is of ")
+
+
+def test_what_the_saved_weights_have_in_them_is_not_compared(tmp_path: Path) -> None:
+    """A folded batch norm, and the bias of an int8 layer."""
+    inference, result, batch = optimized("small")
+    inference.save(tmp_path / "m")
+    loaded = load_int8(tmp_path / "m", replace(bn=nn.BatchNorm2d(8, eps=0.5), head=nn.Linear(8, 4, bias=False)))
+    assert torch.equal(call(loaded, batch), call(result, batch))
+
+
+def test_long_lists_of_another_model_are_cut(tmp_path: Path) -> None:
+    inference, _, _ = optimized("resnet")
+    inference.save(tmp_path / "m")
+    with pytest.raises(ValueError, match="m: it is of another model, or of other code than the model's: ") as caught:
+        load_int8(tmp_path / "m", Small())
+    folded = inference.report()["folded"]
+    first = [tuple(reversed(each.split(" into "))) for each in folded[:4]]
+    assert f"folded: {first} and {len(folded) - 4} more in the file, [('conv', 'bn')] by" in str(caught.value)
+    assert len(folded) > 4
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "said"),
+    [
+        ([1, 2], [1, 3], r"regions: \[1, 2\] in the file, \[1, 3\] by"),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 0, 5], r"regions: \[4\] in the file, \[0\] by"),
+        ([*range(9)], [], r"regions: \[0, 1, 2, 3\] and 5 more in the file, \[\] by"),
+        ([1], [*range(1, 7)], r"regions: \[\] in the file, \[2, 3, 4, 5\] and 1 more by"),
+    ],
+)
+def test_what_differs_in_lists(saved: list[int], here: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        int8_load._same("regions", saved, here)
 
 
 def test_bad_calls_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

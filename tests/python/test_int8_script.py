@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +138,53 @@ def test_an_argument_that_a_trace_cannot_take_is_named(tmp_path: Path, monkeypat
     kind = (lambda: Held().eval(), lambda n: [Sample(torch.randn(n, 16)), torch.randn(n, 4)])
     monkeypatch.setitem(KINDS, "held", kind)
     inference, _, _ = optimized("held")
-    with pytest.raises(ValueError, match="traced: TypeError: argument sample is a Sample, expected tensors, or tuples"):
+    with pytest.raises(
+        ValueError, match="traced: TypeError: argument sample is a Sample, expected tensors, or"
+    ) as caught:
         inference.save_torchscript(tmp_path / "model.pt")
+    assert "the model returns" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+class Output(OrderedDict):
+    """Like transformers' ModelOutput."""
+
+
+@dataclass
+class Fields:
+    logits: torch.Tensor
+
+
+Scores = namedtuple("Scores", "logits")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "named"),
+    [
+        (lambda y: Output(logits=y), "Output"),
+        (lambda y: (y, [Output(logits=y)]), "Output"),
+        (OrderedDict, "OrderedDict"),
+        (Fields, "Fields"),
+        (Scores, "Scores"),
+    ],
+)
+def test_an_output_that_a_script_cannot_return_is_named(
+    wrap: Callable[[torch.Tensor], Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.layer(x)
+            return wrap({"logits": y}) if wrap is OrderedDict else wrap(y)
+
+    monkeypatch.setitem(KINDS, "wrapped", (lambda: Wrapped().eval(), lambda n: torch.randn(n, 16)))
+    inference, _, _ = optimized("wrapped")
+    with pytest.raises(ValueError, match=f"; the model returns {named}, and .*return_dict=False") as caught:
+        inference.save_torchscript(tmp_path / "model.pt")
+    assert "traced: " in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import threading
 
@@ -304,7 +305,7 @@ def test_capturing_a_graph_is_refused() -> None:
     assert observer.batches() == 1
 
 
-def test_export_keeps_the_observation(device: torch.device) -> None:
+def test_export_keeps_the_observation(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     register_fakes()
 
     class Watched(nn.Module):
@@ -320,6 +321,7 @@ def test_export_keeps_the_observation(device: torch.device) -> None:
     model = Watched().to(device).eval()
     x = torch.randn(5, 4, device=device)
     program = torch.export.export(model, (x,), strict=False)
+    assert not [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
     assert model.observer.batches() == 0  # tracing observes nothing
     exported = program.module()
     with torch.no_grad():
@@ -329,3 +331,18 @@ def test_export_keeps_the_observation(device: torch.device) -> None:
     seen = sum(each.batches() for each in observers.values())
     assert seen == 3
     assert max(each.max() for each in observers.values()) == pytest.approx(2 * x.max().item())
+
+
+def test_observers_are_not_read_in_exported_code() -> None:
+    register_fakes()
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observer = torch.classes.halfstep.Observer(None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.observer.max()
+
+    with pytest.raises(NotImplementedError, match=r"Observer.max\(\) has no meaning in a traced program"):
+        torch.export.export(Reads(), (torch.ones(2),), strict=False)
