@@ -34,7 +34,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return function(leaf)
-        if leaf is None or isinstance(leaf, _PLAIN):  # torch.compile cannot ask None whether it is a dataclass
+        if leaf is None or isinstance(leaf, PLAIN):  # torch.compile cannot ask None whether it is a dataclass
             return leaf
         items = _items_of(leaf)
         if not any(tensors_of(item) for item in items.values()):

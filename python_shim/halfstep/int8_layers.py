@@ -11,6 +11,7 @@ answers `is_exporting()` with True.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -135,8 +136,8 @@ def never_compiled_alone(layer: _Layer) -> _Layer:
     compiled, up to the limit of recompilations, and each call would look through the guards of all. In a graph that
     calls it, a layer is inlined as before.
     """
-    frames = torch._C._dynamo.eval_frame
-    if hasattr(frames, "set_code_exec_strategy"):  # torch's own, of no stated interface
+    with contextlib.suppress(AttributeError):  # torch's own, of no stated interface: without it calls are slow alone
+        frames = torch._C._dynamo.eval_frame
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(layer.forward.__code__, frames._FrameExecStrategy(skip, skip))
     return layer
