@@ -136,7 +136,7 @@ def never_compiled_alone(layer: _Layer) -> _Layer:
     compiled, up to the limit of recompilations, and each call would look through the guards of all. In a graph that
     calls it, a layer is inlined as before.
     """
-    with contextlib.suppress(AttributeError):  # torch's own, of no stated interface: without it calls are slow alone
+    with contextlib.suppress(AttributeError):  # torch's own, of no stated interface: without it such calls are slow
         frames = torch._C._dynamo.eval_frame
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(layer.forward.__code__, frames._FrameExecStrategy(skip, skip))
