@@ -57,15 +57,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor], d
 }
 
 
-def optimized(kind: str, target: str = "float16") -> tuple[InferencePrecisionOptimizer, nn.Module, nn.Module, Any]:
-    """Return (optimizer, model, result, another batch)."""
+def optimized(
+    kind: str, target: str = "float16", device: str | torch.device = "cpu"
+) -> tuple[InferencePrecisionOptimizer, nn.Module, nn.Module, torch.Tensor]:
+    """Return (optimizer, model, result, another batch), the last three on the device."""
     make, batch, globs = CASES[kind]
     torch.manual_seed(0)
     model = make().eval()
     inference = InferencePrecisionOptimizer(target, accuracy_threshold=0.1, speed_guard=False, **globs)
-    result = inference.optimize_for_inference(model, [batch(12) for _ in range(3)], "cpu")
+    result = inference.optimize_for_inference(model, [batch(12) for _ in range(3)], device)
     assert inference.report()["result"] == target
-    return inference, model, result, batch(5)
+    return inference, model.to(device), result, batch(5).to(device)
 
 
 def of(model: nn.Module, data: Any, target: str = "float16", **globs: Any) -> nn.Module:
@@ -121,26 +123,27 @@ def test_globs_that_name_all_layers_give_what_no_globs_give() -> None:
         assert torch.equal(named(images[0]), plain(images[0]))
 
 
+@pytest.mark.usefixtures("no_jit_fuser")
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("target", ["float16", "bfloat16"])
-def test_results_and_files(kind: str, target: str, tmp_path: Path) -> None:
-    inference, model, result, x = optimized(kind, target)
+def test_results_and_files(kind: str, target: str, device: torch.device, tmp_path: Path) -> None:
+    inference, model, result, x = optimized(kind, target, device)
     with torch.no_grad():
         out, expected = result(x), model(x)
         assert out.dtype == torch.float32
         assert 0 < (out - expected).norm() < 0.05 * expected.norm()
         inference.save(tmp_path / "m")
-        loaded = InferencePrecisionOptimizer.load(tmp_path / "m", CASES[kind][0]())
+        loaded = InferencePrecisionOptimizer.load(tmp_path / "m", CASES[kind][0](), device)
         assert torch.equal(loaded(x), out)
         assert types_of(loaded) == types_of(result)
         inference.save_torchscript(tmp_path / "m.pt")
-        assert torch.equal(InferencePrecisionOptimizer.load_torchscript(tmp_path / "m.pt")(x), out)
+        assert torch.equal(InferencePrecisionOptimizer.load_torchscript(tmp_path / "m.pt", device)(x), out)
         for copied in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
             assert torch.equal(copied(x), out)
 
 
-def test_a_model_in_two_types_compiles_and_is_exported() -> None:
-    _, _, result, x = optimized("encoder, a layer")  # masks that are None pass the casts
+def test_a_model_in_two_types_compiles_and_is_exported(device: torch.device) -> None:
+    _, _, result, x = optimized("encoder, a layer", device=device)  # masks that are None pass the casts
     with torch.no_grad():
         assert torch.equal(torch.compile(result, backend="eager", fullgraph=True)(x), result(x))
         assert torch.equal(torch.export.export(result, (x,), strict=False).module()(x), result(x))
