@@ -250,8 +250,10 @@ class AdaptiveTraining:
         if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
             group = model.process_group
         # NCCL takes no memory of a CPU, nor of another GPU than this rank's, which need not be the current one.
-        only_gpus = distributed.get_backend(group) == "nccl"
-        shared = values.to(next(model.parameters(), values).device if only_gpus else "cpu", copy=True)
+        device: torch.device | str = "cpu"
+        if distributed.get_backend(group) == "nccl":
+            device = next((each.device for each in model.parameters() if each.is_cuda), "cuda")
+        shared = values.to(device, copy=True)
         distributed.all_reduce(shared, op=distributed.ReduceOp.MAX, group=group)
         return shared.to(values.device)
 

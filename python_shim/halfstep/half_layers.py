@@ -21,24 +21,26 @@ TypeOf = Callable[[str], torch.dtype]  # the type of a module, by the first of i
 
 @dataclass(frozen=True)
 class CastInputs:
-    """A hook before a layer that gives it its floating-point inputs in its own type."""
+    """A hook before a layer that gives it in its own type what its caller has in `outside`; others stay as they are."""
 
     dtype: torch.dtype
+    outside: torch.dtype
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments that the layer gets."""
-        return cast_floats((args, kwargs), self.dtype)
+        return cast_floats((args, kwargs), self.dtype, self.outside)
 
 
 @dataclass(frozen=True)
 class CastResult:
-    """A hook behind a layer that returns its floating-point results in the type of what calls it."""
+    """A hook behind a layer that returns in the type of what calls it what the layer has in its own, `inside`."""
 
     dtype: torch.dtype
+    inside: torch.dtype
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> Any:
         """Return what the caller gets."""
-        return cast_floats(result, self.dtype)
+        return cast_floats(result, self.dtype, self.inside)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def cast_layers(model: nn.Module, type_of: TypeOf, own: torch.dtype) -> dict[str
     for module, key, child in places:
         module._modules[key] = child
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(CastInputs(casts[name]), prepend=True, with_kwargs=True)
-        layer.register_forward_hook(CastResult(outside[name]))
+        layer.register_forward_pre_hook(CastInputs(casts[name], outside[name]), prepend=True, with_kwargs=True)
+        layer.register_forward_hook(CastResult(outside[name], casts[name]))
     return casts
 
 

@@ -39,9 +39,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cast_floats(value: Any, dtype: torch.dtype) -> Any:
-    """Return a copy of `value`, tensors in containers, with its floating-point tensors in `dtype`."""
-    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
+def cast_floats(value: Any, dtype: torch.dtype, only: torch.dtype | None = None) -> Any:
+    """Return a copy of `value`, tensors in containers, with its floats, or those in `only` alone, in `dtype`."""
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        is_meant = tensor.is_floating_point() if only is None else tensor.dtype == only
+        return tensor.to(dtype) if is_meant else tensor
+
+    return map_tensors(cast, value)
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

@@ -82,11 +82,11 @@ def _half(reference: nn.Module, batch: Batch, options: Options, report: Report) 
     model = copy.deepcopy(reference)
     if differs_in_attention(model, type_of):
         model, report.attention, _ = replace_attention(model)
-    weighty = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
-    report.left = {name: why for name in weighty if (why := not_selected(name, include, exclude))}
+    floating = [name for name, module in model.named_modules() if _has_floats(module)]
+    report.left = {name: why for name in floating if (why := not_selected(name, include, exclude))}
     if options.strict and report.left:
         raise ValueError(not_strict(report.left, name_of(own)))
-    if len(report.left) == len(weighty):
+    if len(report.left) == len(floating):
         report.attention = []
         report.warn(f"no layer of the model was left to make {report.target} ({'; '.join(grouped(report.left))})")
         return reference
@@ -101,6 +101,11 @@ def _half(reference: nn.Module, batch: Batch, options: Options, report: Report) 
             f"{name_of(own)}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from error
     return model
+
+
+def _has_floats(module: nn.Module) -> bool:
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(tensor.is_floating_point() for tensor in tensors)
 
 
 def _compare_times(reference: nn.Module, model: nn.Module, batch: Batch, device: torch.device, report: Report) -> None:

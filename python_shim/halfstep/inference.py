@@ -23,7 +23,7 @@ from halfstep.int8_device import checked_device
 from halfstep.int8_form import example_of
 from halfstep.int8_lent import same_random_numbers
 from halfstep.int8_load import load_int8
-from halfstep.int8_model import check_globs, kept_results, refuse_int8, refuse_uninitialized
+from halfstep.int8_model import check_globs, kept_results, refuse_int8, refuse_parted_names, refuse_uninitialized
 from halfstep.int8_optimize import Int8Run, Options
 from halfstep.int8_report import Report
 from halfstep.int8_save import SavedResult, save_result
@@ -179,6 +179,7 @@ class InferencePrecisionOptimizer:
             options = replace(options, compiled=True)
         model = inner_of(model)
         refuse_uninitialized(model)
+        refuse_parted_names(model, options.include, options.exclude)
         file = None
         if self._calibration_file is not None:
             file = CalibrationFile(self._calibration_file, model)

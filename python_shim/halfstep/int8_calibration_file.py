@@ -77,10 +77,14 @@ class CalibrationFile:
         """Write a state: the observers' states after `done` batches. An interruption leaves the old one. OSError."""
         state = {"halfstep": _KIND, "done": done, "observers": dict(observers), **self._fingerprint}
         with replacing(self.path) as part:
+            before = torch.serialization.get_crc32_options()
+            torch.serialization.set_crc32_options(True)  # _read() compares them
             try:
                 torch.save(state, part)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise OSError(f"calibration_file {self.path} cannot be written: {error}") from error
+            finally:
+                torch.serialization.set_crc32_options(before)
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -27,7 +27,9 @@ from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
 from halfstep.int8_report import grouped
 
 _WHOLE = (*INT8_LAYERS, torch.jit.ScriptModule)
-_TRACING = threading.Lock()  # torch.fx puts itself in the place of nn.Module's calls, and takes itself out again
+# torch.fx puts itself in the place of nn.Module's calls, and takes itself out again. Compiled models refuse to be called
+# meanwhile.
+TRACING = threading.Lock()
 
 
 class TracedModule(GraphModule):
@@ -83,7 +85,7 @@ def trace(model: nn.Module, given: Collection[str] | None = None) -> tuple[Graph
         has_layers = any(is_product(module) for module in twin.modules() if module is not twin)
         return None, f"nn.{kind.__name__} is called whole" if has_layers else "the model is a single layer"
     try:
-        with _TRACING:
+        with TRACING:
             graph = tracer.trace(twin)
         _finish(graph, model)
         for node in list(graph.nodes):

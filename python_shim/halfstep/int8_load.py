@@ -40,6 +40,7 @@ from halfstep.int8_wrappers import inner_of, without_wrappers
 from halfstep.whole_files import check_readable
 
 _SHOWN = 4  # entries of a list in an error; shapes and settings are no longer
+_OTHER_SETTINGS = "it is of other code than the model's: the settings of torch's layers differ"
 _NO_GEOMETRY = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
@@ -77,6 +78,8 @@ def load_int8(
         floats = float_tensors(inner, made_int8)
         _check_tensors(file, plan, floats, recurrent)
         _fill(file, plan, floats)
+        if not plan.layers and plan.settings not in (None, settings_of(inner)):
+            raise ValueError(_OTHER_SETTINGS)
         layers = {layer.name: _layer(file, layer, candidates[layer.name], plan, device) for layer in plan.layers}
         result = _fused(inner, layers, plan, device)
         stored = {name: _recurrent(file, name, module, device) for name, module in recurrent.items()}
@@ -297,7 +300,7 @@ def _fused(inner: nn.Module, layers: dict[str, nn.Module], plan: Plan, device: t
             _same(f"layer {layer.name!r}: {key}", getattr(layer, key), getattr(now, key))
     _same("regions", plan.regions, regions)
     if plan.settings != settings_of(inner):  # last: the others say where
-        raise ValueError("it is of other code than the model's: the settings of torch's layers differ")
+        raise ValueError(_OTHER_SETTINGS)
     if plan.graph is not None and plan.graph != digest_of(inner):
         raise ValueError(
             "it is of other code than the model's: the traced operations, their order, their arguments or the settings "

@@ -201,6 +201,18 @@ def check_globs_name_layers(include: tuple[str, ...], exclude: tuple[str, ...], 
                 raise ValueError(f"{argument} has {glob!r}, which names no layer of the model")
 
 
+def refuse_parted_names(model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
+    """Raise ValueError if globs name a module, or what it is in, by one of its names and not by the others."""
+    firsts: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = firsts.setdefault(module, name)
+        if not_selected(first, include, exclude) != not_selected(name, include, exclude):
+            raise ValueError(
+                f"include and exclude name layer {first!r}, which is {name!r} too, by one of its names alone: name both "
+                "or neither"
+            )
+
+
 def is_product(module: nn.Module) -> bool:
     """Return whether the layer can be int8, or is worth a word when it stays float: one with large weights."""
     return bool(_kind(module)) or isinstance(module, _PRODUCTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -66,9 +66,10 @@ class SavedResult:
         if form is not None and int8_layers(model):  # recurrent layers alone are replaced in the reference itself
             graph = digest_of(form.model) if isinstance(form.model, GraphModule) else None
             made = FormPlan(graph, settings_of(form.model), tuple(form.attention), tuple(form.norms))
-        elif form is None:
-            made = FormPlan(attention=tuple(report.attention))
-        return cls(model, own, torch.device(report.device), report, example, made)
+        saved = cls(model, own, torch.device(report.device), report, example, made)
+        if form is None and not isinstance(saved.inner, torch.jit.ScriptModule):
+            made = FormPlan(settings=settings_of(saved.inner), attention=tuple(report.attention))
+        return replace(saved, form=made)
 
     @property
     def inner(self) -> nn.Module:

@@ -76,7 +76,7 @@ def load_script(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         load_library()
         with _quiet():
             return torch.jit.load(str(path), map_location=device)
-    except (zipfile.BadZipFile, RuntimeError) as error:
+    except (zipfile.BadZipFile, RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TorchScript file, or a damaged one: {_in_short(error)}") from error
 
 

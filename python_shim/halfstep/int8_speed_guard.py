@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from halfstep.half_model import name_of
 from halfstep.int8_form import Region
+from halfstep.int8_graph import TRACING
 from halfstep.int8_metric import Verdict
 from halfstep.int8_speed import Timing, calls_of, loses, share_of, time_in_turns
 
@@ -95,8 +97,9 @@ class SpeedGuard:
         half = carriers.half if run.options.compiled else None  # it may be the fastest compiled, if not in eager code
         kinds = list(dict.fromkeys((carriers.own, half or carriers.own, carriers.fastest)))
         models = [*map(carriers.model, kinds), model]
-        compiled = self._compiled(models) if run.options.compiled else None
-        *times, mine = time_in_turns(calls_of(compiled or models, run.batches[0]), run.device)
+        with TRACING if run.options.compiled else contextlib.nullcontext():
+            compiled = self._compiled(models) if run.options.compiled else None
+            *times, mine = time_in_turns(calls_of(compiled or models, run.batches[0]), run.device)
         rivals = dict(zip(kinds, times, strict=True))
         if compiled:
             report.milliseconds = {}  # those of eager code are no measure for these

@@ -229,3 +229,14 @@ def test_a_file_that_grows_a_thousandfold_is_refused_unread(tmp_path: Path) -> N
         CalibrationFile(file)
     assert re.search("it claims to hold [0-9]* bytes", str(caught.value.__cause__))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_checksums_are_written_whatever_torch_is_told(tmp_path: Path) -> None:
+    model, file = net(), tmp_path / "calibration"
+    torch.serialization.set_crc32_options(False)
+    try:
+        calibrate(model, data_of(model), file)
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert calibrate(model, data_of(model), file).done == 6

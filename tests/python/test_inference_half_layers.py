@@ -255,7 +255,7 @@ class Listed(nn.Module):
 
 def called_twice() -> nn.Module:
     layer = nn.Linear(8, 8)
-    return nn.Sequential(nn.Sequential(layer), nn.Sequential(layer))
+    return nn.Sequential(nn.Sequential(layer, nn.Linear(8, 8)), nn.Sequential(layer))
 
 
 ROWS, TOKENS = [torch.randn(4, 8) for _ in range(3)], [torch.randn(4, 5, 16) for _ in range(3)]
@@ -288,7 +288,7 @@ REFUSED = {
     "two callers": (
         called_twice,
         ROWS,
-        {"exclude": "1"},
+        {"exclude": ["1", "0.0"]},
         "layer '0.0' is called by 0 in float16 and by 1 in float32: expected include and exclude to name both or",
     ),
     "a script": (
@@ -370,3 +370,86 @@ def test_casts_beside_int8_layers_are_refused(tmp_path: Path) -> None:
     inference.save(tmp_path / "m")
     with pytest.raises(ValueError, match="the plan has casts between layers and int8 layers"):
         InferencePrecisionOptimizer.load(changed(tmp_path / "m", lambda p: p.update(casts={"a": "float16"})), Mlp())
+
+
+class Angle(nn.Module):
+    """Takes and returns a float64 beside values of its own type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * self.scale, t
+
+
+@pytest.mark.parametrize("globs", [{"exclude": "turn"}, {"include": "turn"}])
+def test_casts_leave_values_of_other_types_alone(globs: dict[str, str]) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn, self.head = Angle(), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x, t = self.turn(x, torch.tensor(2.0**24 + 1, dtype=torch.float64))
+            self.seen = t
+            return self.head(x)
+
+    model = Turning()
+    result = of(model, [torch.randn(4, 4) for _ in range(3)], **globs)
+    inner = result.module if isinstance(result, CastModel) else result
+    result(torch.randn(4, 4))
+    assert inner.seen.dtype == torch.float64
+    assert inner.seen.item() == 2.0**24 + 1
+
+
+def test_a_layer_with_buffers_alone_is_named_and_strict_sees_it() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.table
+
+    model, data = nn.Sequential(nn.Linear(4, 4), Places()), [torch.randn(4, 4) for _ in range(3)]
+    inference = InferencePrecisionOptimizer("bfloat16", exclude="1", speed_guard=False, accuracy_threshold=0.1)
+    inference.optimize_for_inference(model.eval(), data, "cpu")
+    assert inference.report()["left"] == {"1": "in exclude"}
+    with pytest.raises(ValueError, match="strict=True"):
+        of(model, data, "bfloat16", exclude="1", strict=True)
+
+
+@pytest.mark.parametrize("globs", [{}, {"exclude": "0"}])
+def test_files_are_not_loaded_into_layers_of_other_settings(globs: dict[str, str], tmp_path: Path) -> None:
+    def made(eps: float) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8, eps=eps), nn.Linear(8, 2)).eval()
+
+    inference = InferencePrecisionOptimizer("bfloat16", speed_guard=False, accuracy_threshold=0.1, **globs)
+    result, x = inference.optimize_for_inference(made(1e-5), [torch.randn(8, 8)] * 3, "cpu"), torch.randn(3, 8)
+    inference.save(tmp_path / "m")
+    assert torch.equal(InferencePrecisionOptimizer.load(tmp_path / "m", made(1e-5))(x), result(x))
+    with pytest.raises(ValueError, match="the settings of torch's layers differ"):
+        InferencePrecisionOptimizer.load(tmp_path / "m", made(1.0))
+
+
+@pytest.mark.parametrize("target", ["int8", "float16"])
+def test_a_layer_of_two_names_is_named_by_both_or_neither(target: str) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.seq = nn.Sequential(self.a, nn.Linear(8, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.seq(x)
+
+    model, data = Shared().eval(), [torch.randn(10, 8) for _ in range(3)]
+    options = {"speed_guard": False, "accuracy_threshold": 1.0, "progress": False}
+    for globs in ({"exclude": "seq.0"}, {"include": "seq"}, {"exclude": "a"}):
+        inference = InferencePrecisionOptimizer(target, **options, **globs)
+        with pytest.raises(ValueError, match="name layer 'a', which is 'seq.0' too, by one of its names alone"):
+            inference.optimize_for_inference(model, data, "cpu")
+    inference = InferencePrecisionOptimizer(target, **options, exclude=["a", "seq.0"])
+    inference.optimize_for_inference(model, data, "cpu")
+    assert list(inference.report()["left"]) == ["a"]
