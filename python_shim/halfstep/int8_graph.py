@@ -27,8 +27,8 @@ from halfstep.int8_nodes import INT8_LAYERS, input_of, is_idle
 from halfstep.int8_report import grouped
 
 _WHOLE = (*INT8_LAYERS, torch.jit.ScriptModule)
-# torch.fx puts itself in the place of nn.Module's calls, and takes itself out again. Compiled models refuse to be called
-# meanwhile.
+# torch.fx puts itself in the place of nn.Module's calls, and takes itself out again. Compiled models refuse to be
+# called meanwhile.
 TRACING = threading.Lock()
 
 

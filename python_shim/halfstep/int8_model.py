@@ -208,8 +208,8 @@ def refuse_parted_names(model: nn.Module, include: tuple[str, ...], exclude: tup
         first = firsts.setdefault(module, name)
         if not_selected(first, include, exclude) != not_selected(name, include, exclude):
             raise ValueError(
-                f"include and exclude name layer {first!r}, which is {name!r} too, by one of its names alone: name both "
-                "or neither"
+                f"include and exclude name layer {first!r}, which is {name!r} too, by one of its names alone: name "
+                "both or neither"
             )
 
 
