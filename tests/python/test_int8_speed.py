@@ -15,6 +15,7 @@ from halfstep import InferencePrecisionOptimizer, int8_carriers, int8_speed_guar
 from halfstep.calibration_data import Batch, batch_of
 from halfstep.half_model import CastModel
 from halfstep.int8_form import Form
+from halfstep.int8_graph import TRACING
 from halfstep.int8_layers import Int8Layer
 from halfstep.int8_report import RegionReport, Report
 from halfstep.int8_speed import Timing, calls_of, loses, share_of, time_in_turns, time_on_device
@@ -344,6 +345,24 @@ def test_a_half_that_is_fast_only_when_compiled_is_compared_too(monkeypatch: pyt
         report = inference.report()
         assert report["result"] == expected
     assert report["milliseconds"] == {"float32": 1.0, "bfloat16": 0.5, "int8": 0.7}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_trace_begins_while_compiled_models_are_called(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """A compiled model refuses to be called while torch.fx traces, in whichever thread."""
+    locked: list[bool] = []
+
+    def timed(calls: Any, device: torch.device) -> list[Timing]:
+        locked.append(TRACING.locked())
+        return time_in_turns(calls, device, 1)
+
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(int8_speed_guard, "time_in_turns", timed)
+    monkeypatch.setattr(int8_speed_guard, "loses", lambda mine, rival: False)
+    inference = InferencePrecisionOptimizer(progress=False, accuracy_threshold=0.5, compiled=compiled)
+    inference.optimize_for_inference(trained_mlp(), batches(), "cpu")
+    assert locked[-1] is compiled
+    assert not TRACING.locked()
 
 
 def test_an_eager_model_is_compared_with_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
