@@ -290,7 +290,8 @@ def _rank(rank: int, port: int, backend: str, results: dict) -> None:
         "plan": adaptive.precision_plan(model).to_json(),
         "decisions": stats["decisions"],
         "unstable": stats["unstable_batches"],
-        "weights": [parameter.detach().cpu() for parameter in model.parameters()],
+        # Numbers, because a tensor is fetched from its process, which may have ended.
+        "weights": [parameter.detach().tolist() for parameter in model.parameters()],
         "loss": loss,
     }
     torch.distributed.destroy_process_group()
@@ -312,7 +313,7 @@ def test_ranks_decide_alike(backend: str) -> None:
     assert first["plan"] == second["plan"]
     assert first["decisions"] == second["decisions"]
     assert first["decisions"][0]["layer"] == "planted"
-    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    assert first["weights"] == second["weights"]
 
 
 def test_bfloat16_has_no_scale_and_skips_all_the_same(device: torch.device) -> None:
