@@ -15,6 +15,7 @@ from torch import nn
 
 from halfstep.half_model import cast_floats, name_of
 from halfstep.int8_attention import ATTENTION
+from halfstep.int8_model import refuse_made
 
 TypeOf = Callable[[str], torch.dtype]  # the type of a module, by the first of its names
 
@@ -65,9 +66,7 @@ def casts_of(model: nn.Module) -> dict[str, torch.dtype]:
 
 def refuse_casts(model: nn.Module) -> None:
     """Raise ValueError for a model of which some layers have been cast already."""
-    if names := list(casts_of(model)):
-        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        raise ValueError(f"model has layers that are cast already ({shown}), expected the float model it was made of")
+    refuse_made(list(casts_of(model)), "cast")
 
 
 def type_by(casts: Mapping[str, torch.dtype], outermost: torch.dtype) -> TypeOf:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,9 +245,14 @@ def find_candidates(
 def refuse_int8(model: nn.Module) -> None:
     """Raise ValueError for a model that has int8 layers already."""
     names = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, Int8Layer)]
+    refuse_made(names, "int8")
+
+
+def refuse_made(names: Sequence[str], what: str) -> None:
+    """Raise ValueError if there are layers that an optimization has made `what` already."""
     if names:
         shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        raise ValueError(f"model has layers that are int8 already ({shown}), expected the float model it was made of")
+        raise ValueError(f"model has layers that are {what} already ({shown}), expected the float model it was made of")
 
 
 def refuse_uninitialized(model: nn.Module) -> None:

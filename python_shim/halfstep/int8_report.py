@@ -141,8 +141,8 @@ class Report:
                 {name: f"float, {why}" for region in self.regions if region.why == why for name in region.layers}
             )
         )
-        kept = "float" if self.target == "int8" else f"not {self.target}"
-        lines.extend(f"  {line}" for line in grouped({name: f"{kept}, {why}" for name, why in self.left.items()}))
+        state = "float" if self.target == "int8" else f"not {self.target}"
+        lines.extend(f"  {line}" for line in grouped({name: f"{state}, {why}" for name, why in self.left.items()}))
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
 

@@ -55,7 +55,9 @@ def save_script(path: str | os.PathLike[str], model: nn.Module, example: Batch) 
             continue
         _save(path, script)
         return
-    if kind := _foreign_class(_called(model, example)):
+    with torch.no_grad():
+        kind = _foreign_class(example(model))
+    if kind:
         reasons.append(
             f"the model returns {kind}, and a TorchScript file returns tensors, or tuples, lists and dicts of them: "
             "optimize a module around it that returns such (models of transformers do with return_dict=False)"
@@ -150,11 +152,6 @@ def _by_name(model: nn.Module, original: nn.Module, example: Batch) -> tuple[Gra
             bound.arguments[name] = taken(name, value)
     graph.output(graph.call_module("model", bound.args, bound.kwargs))
     return GraphModule({"model": model}, graph, type(inner).__name__).eval(), tuple(tensors)
-
-
-def _called(model: nn.Module, batch: Batch) -> Any:
-    with torch.no_grad():
-        return batch(model)
 
 
 def _foreign_class(value: Any) -> str:

@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if torch.cuda.device_count() < 2 and item.get_closest_marker("two_gpus"):
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
     if torch.cuda.is_available():
         return
     required = os.environ.get("HALFSTEP_REQUIRE_CUDA") == "1"

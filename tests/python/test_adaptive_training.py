@@ -297,10 +297,7 @@ def _rank(rank: int, port: int, backend: str, results: dict) -> None:
     torch.distributed.destroy_process_group()
 
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
-
-@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.cuda, two_gpus])])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.cuda, pytest.mark.two_gpus])])
 def test_ranks_decide_alike(backend: str) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

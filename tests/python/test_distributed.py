@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 RANK = """
 import math, os, sys
@@ -116,8 +115,7 @@ print(all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True)), sum(eac
 print(scale == their_scale == 2.0**8, scale)
 """
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.cuda, two_gpus])]
+BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.cuda, pytest.mark.two_gpus])]
 
 
 def run_two_ranks(tmp_path: Path, worker: str, *arguments: str) -> list[str]:

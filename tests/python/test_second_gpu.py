@@ -19,10 +19,7 @@ from halfstep.int8_layers import Int8Conv2d, Int8Embedding, Int8Linear, pack
 from inference_cases import Cnn, digits
 from torch import nn
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.two_gpus]
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 ops = torch.ops.halfstep
 

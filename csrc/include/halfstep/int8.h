@@ -5,7 +5,8 @@
 //   weights    int8, -127 .. 127, symmetric, one float32 scale for each output channel
 //   sum        int32, of (q - zero_point) * weight: exact, so every kernel gives the same integer
 //   out        activation(sum * (input_scale * weight_scale[channel]) + bias[channel] + residual), each step rounded to
-//              float32, no fused multiply-add; then stored as float32, float16, bfloat16, or as int8 by the rule above
+//              float32, no fused multiply-add but in gelu's polynomial, which is fused everywhere; then stored as
+//              float32, float16, bfloat16, or as int8 by the rule above
 //
 // So results agree bit for bit between processors, instruction sets and GPUs, but for silu and gelu_tanh, which
 // differ by up to 1e-6 of their input.
